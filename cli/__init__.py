@@ -1,0 +1,1 @@
+"""The `md2` command: argument parsing, progress bars and exit codes."""

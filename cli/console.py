@@ -1,0 +1,33 @@
+"""What the commands share: the console, the progress bar, and how an error ends a command."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shards.errors import Md2Error
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def progress_bar(unit: str) -> Progress:
+    """A bar `label ━━━ 3/10 · 12.3 unit/s · 0:00:42 left`, on stderr so that stdout can be piped."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.1f} " + unit + "/s"),
+        TimeRemainingColumn(),
+        TextColumn("left {task.fields[note]}"),
+        console=errors,
+    )
+
+
+def fail(error: Md2Error) -> NoReturn:
+    """Print the error's one line and end with its exit code."""
+    errors.print(f"[bold red]md2:[/] {error}", highlight=False, soft_wrap=True, markup=True)
+    sys.exit(error.exit_code)

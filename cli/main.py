@@ -1,0 +1,33 @@
+"""The `md2` command. This file only registers the commands; each lives in the file of its name."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cli.console import errors, fail
+from shards.errors import Md2Error
+
+app = typer.Typer(
+    name="md2",
+    help="Train Monodepth2 on KITTI at high throughput.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Console script: exit codes as listed in shards/errors.py."""
+    try:
+        app()
+    except Md2Error as error:
+        fail(error)
+    except KeyboardInterrupt:
+        errors.print("md2: interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The batch: what the pipeline hands to the networks and the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Offset = int | Literal["s"]
+"""Which image of a sample: 0 the target, -1 / 1 ... its neighbours in time, "s" the stereo partner."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on its device.
+
+    Attributes:
+        images: offset -> (B, 3, H, W) float32 in [0, 1], flipped where the coin said so. The loss
+            compares these.
+        augmented: the same with colour jitter (one draw per sample, all its frames alike). The
+            networks see these. The same tensors as `images` where jitter is off.
+        intrinsics: (B, 3, 3) float32 in pixels of (H, W), pixel centres at integers.
+        stereo: (B, 4, 4) float32, takes points in target-camera coordinates to the stereo partner's;
+            its x translation is in units of `metres_per_unit` metres. None without a partner.
+        metres_per_unit: metres in one unit of `stereo`'s translation (5.4 for the paper's unit, 1
+            for metres).
+        depth: (B, 1, h, w) float32 metres at native resolution, 0 = no measurement, zero-padded at the
+            right and the bottom to the largest of the batch. None unless asked for.
+        depth_size: (B, 2) int64, height and width of each sample's depth before padding.
+        keys: the samples' keys, for messages.
+    """
+
+    images: dict[Offset, Tensor]
+    augmented: dict[Offset, Tensor]
+    intrinsics: Tensor
+    stereo: Tensor | None
+    metres_per_unit: float
+    depth: Tensor | None
+    depth_size: Tensor | None
+    keys: list[str]
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return self.intrinsics.shape[0]

@@ -1,0 +1,1 @@
+"""From raw KITTI (or a folder of frames) to samples: layout, calibration, velodyne, splits."""

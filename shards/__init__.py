@@ -1,0 +1,1 @@
+"""What a sample is on disk: tar shards, their DALI index, the dataset manifest, object storage."""

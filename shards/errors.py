@@ -1,0 +1,54 @@
+"""Errors that a user can act on, and the exit codes that the commands end with.
+
+    Md2Error                 1   anything below; never raised itself
+    ├── UsageError           2   a wrong option, configuration key or combination
+    ├── InputError           3   an input is missing or broken: raw data, image, checkpoint
+    │   └── SampleError      3   one sample's input is: it can be skipped and listed
+    ├── DatasetError         5   a packed dataset is broken, or not the one that was promised
+    │   └── StorageError     5   the storage behind a URL refuses or fails
+    └── TrainingError        6   training cannot go on: NaN, a rank that died
+
+Exit code 0 means done, 4 (`INCOMPLETE`) means done but with samples left out (listed in the report),
+130 and 143 mean interrupted and terminated. A message is one line that says what is wrong, where,
+and what to do; the commands print it without a traceback.
+"""
+
+INCOMPLETE = 4
+
+
+class Md2Error(Exception):
+    """Base of every error that md2 raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(Md2Error):
+    """A wrong option, configuration key or combination of them."""
+
+    exit_code = 2
+
+
+class InputError(Md2Error):
+    """An input is missing or broken: raw data, a calibration file, an image, a checkpoint."""
+
+    exit_code = 3
+
+
+class SampleError(InputError):
+    """The input of a single sample is missing or broken; the rest can go on without it."""
+
+
+class DatasetError(Md2Error):
+    """A packed dataset is broken, or is not what its manifest promises."""
+
+    exit_code = 5
+
+
+class StorageError(DatasetError):
+    """The storage behind a URL refuses or fails: credentials, missing bucket, network, full disk."""
+
+
+class TrainingError(Md2Error):
+    """Training cannot go on."""
+
+    exit_code = 6

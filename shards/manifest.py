@@ -1,0 +1,147 @@
+"""`dataset.json`: what a packed dataset holds. It is written last and is the commit point."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from shards.errors import DatasetError
+from shards.sample import Codec, Offset, image_component
+
+MANIFEST = "dataset.json"
+CARD = "README.md"
+REPORT = "report.json"
+SCHEMA_VERSION = 1
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_SHARD_NAME = re.compile(r"[a-z0-9_]+/\d{6}\.tar")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Shard(_Model):
+    """One tar and its DALI index, by paths relative to the manifest."""
+
+    name: str
+    samples: int = Field(gt=0)
+    bytes: int = Field(gt=0)
+    sha256: Sha256
+    index_bytes: int = Field(gt=0)
+    index_sha256: Sha256
+
+    @field_validator("name")
+    @classmethod
+    def _stay_inside(cls, name: str) -> str:
+        """A manifest comes from a bucket that others can write: no name may leave the dataset."""
+        if not _SHARD_NAME.fullmatch(name):
+            raise ValueError(f"shard name {name!r} is not of the form 'train/000000.tar'")
+        return name
+
+    @property
+    def part(self) -> str:
+        """`train`, `val` or `test`."""
+        return PurePosixPath(self.name).parts[0]
+
+    @property
+    def index_name(self) -> str:
+        return self.name.removesuffix(".tar") + ".idx"
+
+
+class Split(_Model):
+    """The split's name, and the sha256 over its lists (part name and lines, in order)."""
+
+    name: str
+    sha256: Sha256
+
+
+class DepthInfo(_Model):
+    """Where ground truth came from, and which depth it is.
+
+    `camera_z` is the z of the point in the target camera; `lidar_x` the lidar's forward x, which the
+    published Eigen evaluation uses.
+    """
+
+    source: Literal["velodyne", "improved", "dense"]
+    convention: Literal["camera_z", "lidar_x"]
+
+
+class Manifest(_Model):
+    """Contents of `dataset.json`.
+
+    Every sample of every part has all of `components`; `optional_components` says how many samples
+    have each of the rest. `size` is (width, height) in pixels of the stored images, or None where
+    they keep their native size.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    md2_version: str
+    split: Split
+    frames: list[int]
+    stereo: bool
+    depth: DepthInfo | None
+    size: tuple[int, int] | None
+    codec: Codec
+    quality: int | None
+    seed: int
+    components: list[str]
+    optional_components: dict[str, int]
+    skipped: int = Field(ge=0)
+    shards: list[Shard]
+
+    @property
+    def parts(self) -> list[str]:
+        return sorted({shard.part for shard in self.shards})
+
+    def part(self, name: str) -> list[Shard]:
+        """Shards of one part, in reading order.
+
+        Raises:
+            DatasetError: there is no such part.
+        """
+        found = sorted((s for s in self.shards if s.part == name), key=lambda s: s.name)
+        if not found:
+            raise DatasetError(f"the dataset has no part {name!r}; it has {', '.join(self.parts) or 'none'}")
+        return found
+
+    def samples(self, part: str) -> int:
+        return sum(shard.samples for shard in self.part(part))
+
+    @property
+    def offsets(self) -> list[Offset]:
+        """All images of a sample: the frame offsets, then "s" where there is a stereo partner."""
+        return [*self.frames, *(["s"] if self.stereo else [])]
+
+    def image_component(self, offset: Offset) -> str:
+        return image_component(offset, self.codec)
+
+    def to_json(self) -> str:
+        """Stable text: the same dataset gives the same bytes."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Manifest:
+        """Parse; `where` (path or URL) goes into the message.
+
+        Raises:
+            DatasetError: not JSON, another schema version, or a field missing, unknown or unsafe.
+        """
+        try:
+            data = json.loads(text)
+            version = data.get("schema_version") if isinstance(data, dict) else None
+            if version != SCHEMA_VERSION:
+                raise DatasetError(
+                    f"{where}: schema version {version}, this md2 reads {SCHEMA_VERSION}; use the md2 that packed it"
+                )
+            return cls.model_validate(data)
+        except json.JSONDecodeError as error:
+            raise DatasetError(f"{where}: not JSON ({error}); pack or pull the dataset again") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise DatasetError(f"{where}: {field}: {first['msg']}; pack or pull the dataset again") from error

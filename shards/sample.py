@@ -1,0 +1,64 @@
+"""A sample: the named components that stand under one key in a tar shard.
+
+    0.jpg / 0.png        target frame, RGB
+    m1.jpg, p1.jpg       frames t-1 and t+1 (mN / pN for any offset)
+    s.jpg                same instant from the other camera (stereo partner)
+    k.f32                fx, fy, cx, cy of the stored images, float32, pixel centres at integers
+    t.f32                x translation, metres, that takes target-camera coordinates to the partner's
+    depth.png            16-bit, metres x 256, 0 = no measurement, native resolution
+    meta.json            drive, frame, side, native size, source of each component
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Codec = Literal["jpeg", "png"]
+Offset = int | Literal["s"]
+"""Which image of a sample: 0 the target, -1 / 1 ... its neighbours in time, "s" the stereo partner."""
+
+INTRINSICS = "k.f32"
+STEREO_TRANSLATION = "t.f32"
+DEPTH = "depth.png"
+META = "meta.json"
+DEPTH_SCALE = 256.0
+"""Units of `depth.png` per metre (KITTI's own convention)."""
+
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def image_extension(codec: Codec) -> str:
+    """File extension of an image component: `jpg` or `png`."""
+    return "jpg" if codec == "jpeg" else "png"
+
+
+def offset_name(offset: Offset) -> str:
+    """Component stem of an image: 0 -> `0`, -1 -> `m1`, 2 -> `p2`, "s" -> `s`."""
+    if offset == "s":
+        return "s"
+    if offset == 0:
+        return "0"
+    return f"m{-offset}" if offset < 0 else f"p{offset}"
+
+
+def image_component(offset: Offset, codec: Codec) -> str:
+    """Component name of an image, e.g. `m1.jpg` for the frame before the target."""
+    return f"{offset_name(offset)}.{image_extension(codec)}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training example: `key` (letters, digits, `_`, `-`; no dot) and component name -> bytes.
+
+    Raises:
+        ValueError: the key holds a character that DALI's index or tar readers would misread.
+    """
+
+    key: str
+    components: dict[str, bytes]
+
+    def __post_init__(self) -> None:
+        if not _KEY.fullmatch(self.key):
+            raise ValueError(f"sample key {self.key!r}: only letters, digits, '_' and '-' are allowed")

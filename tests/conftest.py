@@ -1,0 +1,29 @@
+"""Shared fixtures: the real KITTI frames where they are at hand, and the GPU marker."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def kitti() -> Path:
+    """Folder with real KITTI frames: `raw/`, `splits/`, `odometry/` (not part of the project: licence)."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "kitti"
+    folder = Path(os.environ.get("MD2_KITTI", default))
+    if not (folder / "raw" / "2011_09_26").is_dir():
+        pytest.skip("real KITTI frames are not here: set MD2_KITTI to a folder with raw/ and splits/")
+    return folder
