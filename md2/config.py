@@ -6,14 +6,9 @@ impossible combination its reason.
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from shards.errors import UsageError
+from pydantic import BaseModel, ConfigDict, Field
 
 Encoder = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 

@@ -79,7 +79,7 @@ class Manifest(_Model):
     they keep their native size.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     md2_version: str
     split: Split
     frames: list[int]
@@ -115,7 +115,8 @@ class Manifest(_Model):
     @property
     def offsets(self) -> list[Offset]:
         """All images of a sample: the frame offsets, then "s" where there is a stereo partner."""
-        return [*self.frames, *(["s"] if self.stereo else [])]
+        offsets: list[Offset] = list(self.frames)
+        return [*offsets, "s"] if self.stereo else offsets
 
     def image_component(self, offset: Offset) -> str:
         return image_component(offset, self.codec)

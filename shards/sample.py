@@ -1,12 +1,12 @@
 """A sample: the named components that stand under one key in a tar shard.
 
-    0.jpg / 0.png        target frame, RGB
-    m1.jpg, p1.jpg       frames t-1 and t+1 (mN / pN for any offset)
-    s.jpg                same instant from the other camera (stereo partner)
-    k.f32                fx, fy, cx, cy of the stored images, float32, pixel centres at integers
-    t.f32                x translation, metres, that takes target-camera coordinates to the partner's
-    depth.png            16-bit, metres x 256, 0 = no measurement, native resolution
-    meta.json            drive, frame, side, native size, source of each component
+0.jpg / 0.png        target frame, RGB
+m1.jpg, p1.jpg       frames t-1 and t+1 (mN / pN for any offset)
+s.jpg                same instant from the other camera (stereo partner)
+k.f32                fx, fy, cx, cy of the stored images, float32, pixel centres at integers
+t.f32                x translation, metres, that takes target-camera coordinates to the partner's
+depth.png            16-bit, metres x 256, 0 = no measurement, native resolution
+meta.json            drive, frame, side, native size, source of each component
 """
 
 from __future__ import annotations
