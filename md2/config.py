@@ -6,9 +6,16 @@ impossible combination its reason.
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shards.errors import UsageError
 
 Encoder = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -44,6 +51,23 @@ class DataConfig(Section):
     shuffle_buffer: int = Field(1024, gt=0)
     """Samples in the reader's shuffle buffer (the shards are shuffled globally when packed)."""
 
+    @model_validator(mode="after")
+    def _check_frames(self) -> Self:
+        if 0 not in self.frames or self.frames[0] != 0:
+            raise ValueError(f"frames {self.frames}: the target frame 0 comes first, e.g. [0, -1, 1]")
+        if len(set(self.frames)) != len(self.frames):
+            raise ValueError(f"frames {self.frames}: an offset appears twice")
+        if self.frames == [0] and not self.stereo:
+            raise ValueError(
+                "frames [0] without stereo leaves no source image to reproject: add offsets or stereo=true"
+            )
+        return self
+
+    @property
+    def temporal(self) -> list[int]:
+        """Offsets of the temporal source frames."""
+        return [frame for frame in self.frames if frame != 0]
+
 
 class ModelConfig(Section):
     """The networks."""
@@ -58,6 +82,16 @@ class ModelConfig(Section):
     pose_network: Literal["separate_resnet", "shared", "posecnn"] = "separate_resnet"
     pose_input: Literal["pairs", "all"] = "pairs"
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if 0 not in self.scales or len(set(self.scales)) != len(self.scales) or not set(self.scales) <= {0, 1, 2, 3}:
+            raise ValueError(
+                f"scales {self.scales}: some of 0, 1, 2, 3, each once, and 0 (what evaluation reads) among them"
+            )
+        if self.min_depth >= self.max_depth:
+            raise ValueError(f"min_depth {self.min_depth} must be below max_depth {self.max_depth}")
+        return self
+
 
 class LossConfig(Section):
     """The reprojection loss; names as in the paper and its official implementation."""
@@ -71,6 +105,12 @@ class LossConfig(Section):
     """Learn a mask instead of auto-masking (Zhou et al.); needs disable_automasking."""
     no_ssim: bool = False
     disparity_smoothness: float = Field(1e-3, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.predictive_mask and not self.disable_automasking:
+            raise ValueError("predictive_mask replaces auto-masking: set disable_automasking=true with it")
+        return self
 
 
 class TrainConfig(Section):
@@ -112,3 +152,132 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.data.temporal and (self.model.pose_network, self.model.pose_input) != ("separate_resnet", "pairs"):
+            raise ValueError("pose_network and pose_input have no effect without temporal frames: leave them out")
+        if self.train.device == "cpu" and self.train.precision == "fp16":
+            raise ValueError("precision fp16 needs a GPU (its loss scaling has no CPU kernels): use bf16 or float32")
+        if self.train.device == "cpu" and self.data.device == "gpu":
+            raise ValueError("data.device gpu with train.device cpu would copy every image back: use auto or cpu")
+        return self
+
+    @property
+    def metres_per_unit(self) -> float | None:
+        """Metres in one unit of predicted depth: 5.4 (paper's stereo unit), 1 (metres), None (mono: unknown)."""
+        if not self.data.stereo:
+            return None
+        return PAPER_METRES_PER_UNIT if self.data.baseline == "paper" else 1.0
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; loads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+PAPER_METRES_PER_UNIT = 5.4
+"""The paper's models are trained with a stereo baseline of 0.1 for KITTI's 0.54 m (its released code)."""
+
+
+def load_config(source: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file (or a published recipe by name), merge `key.sub=value` overrides, validate.
+
+    Args:
+        source: path of a YAML file, name of a recipe in `configs/`, or None for the defaults.
+        overrides: values are parsed as YAML: `data.frames=[0,-1,1]`, `train.learning_rate=1e-4`.
+
+    Raises:
+        UsageError: no such file or recipe, not YAML, unknown key (names the nearest), wrong value,
+            impossible combination (gives the reason).
+    """
+    where = "defaults" if source is None else str(source)
+    tree = {} if source is None else _read_yaml(_find(source))
+    for override in overrides:
+        _merge(tree, override)
+    return config_from_dict(tree, where)
+
+
+def config_from_dict(tree: dict[str, Any], where: str) -> Config:
+    """Validate a nested dictionary; `where` goes into the message.
+
+    Raises:
+        UsageError: as `load_config`.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {_explain(error)}") from error
+
+
+def recipes() -> dict[str, str]:
+    """Published recipes: name -> YAML text."""
+    folder = files("configs")
+    found = (entry for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return {entry.name.removesuffix(".yaml"): entry.read_text() for entry in sorted(found, key=lambda e: e.name)}
+
+
+def _find(source: str | Path) -> tuple[str, str]:
+    path = Path(source)
+    if path.is_file():
+        return str(path), path.read_text()
+    known = recipes()
+    if str(source) in known:
+        return str(source), known[str(source)]
+    near = difflib.get_close_matches(str(source), known, n=1, cutoff=0.5)
+    hint = f"; did you mean the recipe {near[0]}?" if near else "; `md2 zoo` lists the recipes"
+    raise UsageError(f"no configuration file or recipe {str(source)!r}{hint}")
+
+
+def _read_yaml(named: tuple[str, str]) -> dict[str, Any]:
+    name, text = named
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UsageError(f"{name}: expected sections (data, model, loss, train), found {type(tree).__name__}")
+    return tree
+
+
+def _merge(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"override {override!r} is not of the form key.sub=value, e.g. train.batch_size=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"override {override!r}: the value is not YAML") from error
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UsageError(f"override {override!r}: {section!r} is not a section")
+    tree[last] = value
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """All dotted keys, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_nearest(key)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    return f"{key} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(key: str) -> str:
+    keys = list(known_keys())
+    same_leaf = [known for known in keys if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; sections are {', '.join(Config.model_fields)}"

@@ -1,0 +1,156 @@
+"""Checkpoints: one file that a run, an evaluation or a colleague can go on from.
+
+A file is written beside its place, synced, then renamed; the last one but one is kept, so that a
+damaged `last.pt` (full disk, power cut) costs a few steps and not the run. Files are read with
+`weights_only=True`: a checkpoint from a stranger cannot run code.
+
+    RUN/checkpoints/last.pt       newest
+    RUN/checkpoints/previous.pt   the one before
+    RUN/checkpoints/best.pt       lowest validation abs_rel
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from md2.config import Config, config_from_dict
+from shards.errors import InputError
+
+FORMAT = 1
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+StateDict = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Contents of a checkpoint file.
+
+    Attributes:
+        config: the run's resolved configuration, as a nested dictionary.
+        networks: sub-network name (encoder, depth, pose_encoder, pose, predictive_mask) -> state dict.
+        metres_per_unit: metres in one unit of predicted depth; None where the scale is unknown (mono).
+        step: optimiser steps done.
+        epoch: epochs completed.
+        training: what resuming needs beyond that (optimiser, schedule, scaler, loader, random state);
+            empty in a checkpoint that is only for inference.
+        metrics: validation metrics at this point, if any.
+    """
+
+    config: dict[str, Any]
+    networks: dict[str, StateDict]
+    metres_per_unit: float | None
+    step: int = 0
+    epoch: int = 0
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def parsed_config(self, where: str = "checkpoint") -> Config:
+        """The configuration as a model.
+
+        Raises:
+            UsageError: written by another version, with keys that this one does not have.
+        """
+        return config_from_dict(self.config, where)
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: Path | None = None) -> None:
+    """Write atomically; `keep`: where the file now at `path` goes (a rename) instead of being replaced.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            torch.save({"format": FORMAT, **_fields(checkpoint)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
+        beside.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(f"cannot write checkpoint {path}: {error}; free or change the place") from error
+
+
+def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields without the deep copy of `dataclasses.asdict` (which would double the memory)."""
+    return {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint file onto the CPU, checking every byte against the file's own CRCs.
+
+    Raises:
+        InputError: missing, damaged, or not a checkpoint of this format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise InputError(f"{path}: damaged at {damaged}; use an earlier checkpoint")
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from error
+    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+        raise InputError(f"{path}: not a checkpoint of md2's format {FORMAT}")
+    return Checkpoint(**data)
+
+
+def load_latest(run: Path) -> tuple[Checkpoint, str | None]:
+    """The newest undamaged checkpoint of a run, and a warning if that is not the newest file.
+
+    Raises:
+        InputError: the run has none.
+    """
+    folder = run / "checkpoints"
+    warning: str | None = None
+    for name in (LAST, PREVIOUS):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            return load_checkpoint(path), warning
+        except InputError as error:
+            warning = f"{error}; going on from {PREVIOUS}"
+    detail = f" ({warning})" if warning else ""
+    raise InputError(f"{run}: no checkpoint to go on from{detail}; start the run again with md2 train CONFIG --run DIR")
+
+
+def resolve(path: str | Path) -> Path:
+    """A run folder -> its best checkpoint, else its last; a file -> itself.
+
+    Raises:
+        InputError: neither a checkpoint nor a run with one.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in (BEST, LAST, PREVIOUS):
+        candidate = path / "checkpoints" / name
+        if candidate.is_file():
+            return candidate
+    raise InputError(f"{path}: neither a checkpoint nor a run folder with checkpoints/")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
