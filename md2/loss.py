@@ -1,0 +1,244 @@
+"""The self-supervised loss: per-pixel reprojection error over the sources, and edge-aware smoothness.
+
+    pyramids = image_pyramid(batch.images, scales)
+    losses = reprojection_loss(prediction, pyramids, batch.intrinsics, batch.stereo, config.loss, noise=generator)
+    losses.total.backward()
+
+Source: Godard et al., ICCV 2019, section 3; the options are the ones of its official implementation. What
+does not depend on the scale is computed once: the unwarped sources' error, the target's window statistics,
+the stacking of the sources. Everything is float32, whatever autocast is on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from md2.batch import Offset
+from md2.config import LossConfig
+from md2.geometry import disparity_to_depth, scale_intrinsics, warp
+from md2.prediction import Prediction
+from md2.ssim import Target, photometric_error
+
+Pyramids = Mapping[Offset, Mapping[int, Tensor]]
+"""Offset -> level s -> image (B, 3, H / 2^s, W / 2^s) in [0, 1]."""
+
+Noise = torch.Generator | Tensor | Mapping[int, Tensor] | None
+"""Where ties between auto-mask and reprojection are broken, see `reprojection_loss`."""
+
+NOISE_SCALE = 1e-5
+MASK_WEIGHT = 0.2
+
+
+@dataclass(frozen=True)
+class Panels:
+    """What one scale's loss looked at, without gradients.
+
+    Attributes:
+        warped: source -> (B, 3, h, w), the source as seen from the target.
+        error: (B, 1, h, w), what the mean was taken over: the minimum over sources (and unwarped sources).
+        automask: (B, 1, h, w) bool, true where a warped source won over all unwarped ones and the pixel
+            counts. None with `disable_automasking`.
+    """
+
+    warped: dict[Offset, Tensor]
+    error: Tensor
+    automask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Attributes:
+    total: scalar, the mean of `per_scale`.
+    per_scale: scale -> scalar: reprojection, plus the mask's cross-entropy, plus weighted smoothness.
+    panels: scale -> panels, empty unless asked for.
+    """
+
+    total: Tensor
+    per_scale: dict[int, Tensor]
+    panels: dict[int, Panels]
+
+
+def image_pyramid(images: Mapping[Offset, Tensor], scales: Iterable[int], v1_multiscale: bool = False) -> Pyramids:
+    """Images (B, 3, H, W) and their halvings, each the mean of 2x2 pixels of the level before.
+
+    Level 0 of every image, and the levels in `scales` of the target, for smoothness; with `v1_multiscale`
+    of every image. (The official implementation resizes on the CPU with Pillow's antialiasing filter; to
+    compare numbers with it, give the loss its images.)
+    """
+    wanted = {0, *scales}
+    pyramids: dict[Offset, dict[int, Tensor]] = {}
+    for offset, image in images.items():
+        levels = {0: image}
+        for level in range(1, max(wanted) + 1 if offset == 0 or v1_multiscale else 1):
+            levels[level] = F.avg_pool2d(levels[level - 1], 2)
+        pyramids[offset] = {level: levels[level] for level in levels if level in wanted}
+    return pyramids
+
+
+def smoothness(disparity: Tensor, image: Tensor) -> Tensor:
+    """Edge-aware smoothness of the mean-normalised disparity (B, 1, h, w) over the image (B, 3, h, w) (equation 3).
+
+    |dx d*| exp(-|dx I|) + |dy d*| exp(-|dy I|), d* = d / (its mean over the image + 1e-7), |I| the mean over
+    colours; the mean over all neighbouring pairs of each direction. Scalar.
+    """
+    disparity = disparity / (disparity.mean(dim=(2, 3), keepdim=True) + 1e-7)
+    terms = []
+    for dim in (3, 2):
+        steps = disparity.diff(dim=dim).abs()
+        edges = image.diff(dim=dim).abs().mean(dim=1, keepdim=True)
+        terms.append((steps * torch.exp(-edges)).mean())
+    return terms[0] + terms[1]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """All that one resolution's reprojection needs and that no disparity scale changes."""
+
+    target: Target
+    stacked: Tensor
+    """(N B, 3, h, w), the sources one after the other."""
+    K: Tensor
+    identity: Tensor | None
+    """(B, N, h, w), error of the unwarped sources, or (B, 1, h, w) with avg_reprojection."""
+
+
+def reprojection_loss(
+    prediction: Prediction,
+    pyramids: Pyramids,
+    intrinsics: Tensor | Mapping[int, Tensor],
+    stereo: Tensor | None,
+    config: LossConfig,
+    *,
+    min_depth: float = 0.1,
+    max_depth: float = 100.0,
+    noise: Noise = None,
+    panels: bool = False,
+) -> Losses:
+    """The loss of one batch. The scales are the prediction's, the sources the pyramids' offsets but 0.
+
+    Args:
+        prediction: the networks' outputs. Each temporal source needs a pose, "s" the `stereo` transform.
+        pyramids: images; `image_pyramid` says which levels are needed.
+        intrinsics: (B, 3, 3) at level 0 (`v1_multiscale` derives the others by `scale_intrinsics`), or
+            level -> (B, 3, 3).
+        stereo: (B, 4, 4), target-camera to partner; only with the source "s".
+        config: the options.
+        min_depth, max_depth: range of depth that disparity 1 and 0 stand for.
+        noise: standard normal numbers, times 1e-5, are added to the error of the unwarped sources, so
+            that they do not always win where nothing differs. Drawn from a generator (one draw for all
+            scales of a resolution), or given: (B, N, H, W) for all scales or scale -> (B, N, h, w), N the
+            number of sources, 1 with avg_reprojection. None: none.
+        panels: also return images to look at.
+    """
+    device = next(iter(prediction.disparities.values())).device
+    with torch.autocast(device.type, enabled=False):
+        sources = [offset for offset in pyramids if offset != 0]
+        levels: dict[int, _Level] = {}
+        drawn: dict[int, Tensor] = {}
+        per_scale, looks = {}, {}
+        for scale, disparity in prediction.disparities.items():
+            size = scale if config.v1_multiscale else 0
+            if size not in levels:
+                levels[size] = _level(pyramids, sources, intrinsics, size, config)
+                if isinstance(noise, torch.Generator):
+                    drawn[size] = _draw(levels[size], noise)
+            scale_noise = drawn.get(size) if isinstance(noise, torch.Generator) else _given(noise, scale)
+            loss, look = _scale_loss(
+                prediction, scale, levels[size], sources, stereo, config, (min_depth, max_depth), scale_noise, panels
+            )
+            smooth = smoothness(disparity.float(), pyramids[0][scale])
+            per_scale[scale] = loss + config.disparity_smoothness / 2**scale * smooth
+            if look is not None:
+                looks[scale] = look
+        total = torch.stack(list(per_scale.values())).mean()
+    return Losses(total, per_scale, looks)
+
+
+def _level(
+    pyramids: Pyramids,
+    sources: list[Offset],
+    intrinsics: Tensor | Mapping[int, Tensor],
+    size: int,
+    config: LossConfig,
+) -> _Level:
+    if isinstance(intrinsics, Tensor):
+        K = scale_intrinsics(intrinsics, size) if size else intrinsics
+    else:
+        K = intrinsics[size]
+    target = Target.of(pyramids[0][size].float())
+    stacked = torch.cat([pyramids[source][size] for source in sources]).float()
+    identity = None
+    if not config.disable_automasking:
+        with torch.no_grad():
+            identity = photometric_error(stacked, target, config.no_ssim)
+            if config.avg_reprojection:
+                identity = identity.mean(dim=1, keepdim=True)
+    return _Level(target, stacked, K.float(), identity)
+
+
+def _draw(level: _Level, generator: torch.Generator) -> Tensor | None:
+    if level.identity is None:
+        return None
+    draw = torch.randn(level.identity.shape, generator=generator, device=generator.device)
+    return draw.to(level.identity.device)
+
+
+def _given(noise: Tensor | Mapping[int, Tensor] | None, scale: int) -> Tensor | None:
+    return noise[scale] if isinstance(noise, Mapping) else noise
+
+
+def _scale_loss(
+    prediction: Prediction,
+    scale: int,
+    level: _Level,
+    sources: list[Offset],
+    stereo: Tensor | None,
+    config: LossConfig,
+    depths: tuple[float, float],
+    noise: Tensor | None,
+    panels: bool,
+) -> tuple[Tensor, Panels | None]:
+    """Reprojection part of one scale's loss."""
+    height, width = level.stacked.shape[2:]
+    depth = disparity_to_depth(_resize(prediction.disparities[scale].float(), height, width), *depths)
+    transforms = torch.cat([_transform(prediction, source, stereo, depth) for source in sources])
+    count = len(sources)
+    warped = warp(level.stacked, depth.repeat(count, 1, 1, 1), level.K.repeat(count, 1, 1), transforms)
+    errors = photometric_error(warped, level.target, config.no_ssim)
+    loss = errors.new_zeros(())
+    if config.predictive_mask:
+        mask = _resize(prediction.masks[scale].float(), height, width)
+        errors = errors * mask
+        loss = loss + MASK_WEIGHT * F.binary_cross_entropy(mask, torch.ones_like(mask))
+    error = errors.mean(dim=1, keepdim=True) if config.avg_reprojection else errors.amin(dim=1, keepdim=True)
+    automask = None
+    if level.identity is not None:
+        identity = level.identity if noise is None else level.identity + NOISE_SCALE * noise
+        unwarped = identity.amin(dim=1, keepdim=True)
+        automask = error < unwarped
+        error = torch.where(automask, error, unwarped)
+    look = None
+    if panels:
+        views = dict(zip(sources, warped.detach().chunk(count), strict=True))
+        look = Panels(views, error.detach(), automask)
+    return loss + error.mean(), look
+
+
+def _resize(maps: Tensor, height: int, width: int) -> Tensor:
+    if maps.shape[2:] == (height, width):
+        return maps
+    return F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)
+
+
+def _transform(prediction: Prediction, source: Offset, stereo: Tensor | None, depth: Tensor) -> Tensor:
+    if source == "s":
+        if stereo is None:
+            raise ValueError('the source "s" needs the stereo transform')
+        return stereo.float()
+    pose = prediction.poses[source]
+    return pose.transform(depth).float()

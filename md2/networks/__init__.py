@@ -1,0 +1,1 @@
+"""The sub-networks. Parameter names are those of torchvision's ResNets and of official Monodepth2 checkpoints."""
