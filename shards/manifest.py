@@ -76,7 +76,8 @@ class Manifest(_Model):
 
     Every sample of every part has all of `components`; `optional_components` says how many samples
     have each of the rest. `size` is (width, height) in pixels of the stored images, or None where
-    they keep their native size.
+    they keep their native size. `plan_sha256` hashes everything that decided the bytes, so that packing the
+    same again is told from packing something else; the store fills it in.
     """
 
     schema_version: Literal[1] = 1
@@ -92,6 +93,7 @@ class Manifest(_Model):
     components: list[str]
     optional_components: dict[str, int]
     skipped: int = Field(ge=0)
+    plan_sha256: Sha256 | None = None
     shards: list[Shard]
 
     @property

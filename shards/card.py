@@ -1,0 +1,115 @@
+"""README.md of a dataset: what it holds, how it was packed, how to read it with and without md2."""
+
+from __future__ import annotations
+
+from shards.manifest import MANIFEST, Manifest
+from shards.sample import DEPTH, INTRINSICS, META, STEREO_TRANSLATION
+
+_COMPONENTS = {
+    INTRINSICS: "fx, fy, cx, cy in pixels of the stored images, float32 little-endian; pixel centres at integers",
+    STEREO_TRANSLATION: "x translation in metres from the target camera to the partner's, float32 little-endian",
+    DEPTH: "ground truth, 16-bit PNG, metres x 256, 0 = no measurement, native resolution",
+    META: "drive, frame, side, native size, where each component came from",
+}
+_KITTI_SPLITS = ("eigen_zhou", "eigen_full", "eigen_benchmark", "eigen", "odom", "benchmark")
+_KITTI_LICENCE = """\
+## Licence
+
+Made from the KITTI raw data: Geiger, Lenz, Stiller, Urtasun, "Vision meets Robotics: The KITTI Dataset", IJRR 2013,
+https://www.cvlibs.net/datasets/kitti/. Those data, and therefore these shards, are published under
+Creative Commons Attribution-NonCommercial-ShareAlike 3.0 (CC BY-NC-SA 3.0): name the source, no commercial use,
+share alike.
+"""
+_OTHER_LICENCE = """\
+## Licence
+
+The images' own licence applies. md2 does not know it: add it here, by hand, before you share the dataset.
+"""
+
+
+def card(manifest: Manifest, url: str = "URL", kitti: bool | None = None) -> str:
+    """Markdown text of the card.
+
+    Args:
+        manifest: of the dataset.
+        url: where the dataset lies, for the examples. Stands in the text: leave the default where the same
+            dataset must give the same bytes.
+        kitti: whether the images are KITTI's, whose licence then goes into the card; None: if the split is one of
+            KITTI's named ones.
+    """
+    if kitti is None:
+        kitti = manifest.split.name in _KITTI_SPLITS
+    size = "native size" if manifest.size is None else f"{manifest.size[0]} x {manifest.size[1]} pixels"
+    codec = "PNG (lossless)" if manifest.codec == "png" else f"JPEG, quality {manifest.quality}"
+    parts = manifest.parts
+    example = "train" if "train" in parts else parts[0]
+    sections = [
+        f"# {manifest.split.name}\n\n"
+        "Training samples for self-supervised depth (Monodepth2) as WebDataset tar shards, packed by md2 "
+        f"{manifest.md2_version}. `{MANIFEST}` says the same for programs, with the sha256 of every file.\n",
+        _parts_table(manifest),
+        f"Images: RGB, {size}, {codec}. Frames: {', '.join(f'{f:+d}' if f else '0' for f in manifest.frames)}"
+        f"{', and the stereo partner' if manifest.stereo else ''}. Samples are in random order (seed {manifest.seed}). "
+        f"Left out for want of input: {manifest.skipped} (see report.json, where there is one).\n",
+        _depth(manifest),
+        _components(manifest),
+        _reading(url, example, manifest.image_component(0)),
+        _KITTI_LICENCE if kitti else _OTHER_LICENCE,
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _parts_table(manifest: Manifest) -> str:
+    lines = ["| part | samples | shards | bytes |", "|---|---|---|---|"]
+    for part in manifest.parts:
+        shards = manifest.part(part)
+        lines.append(f"| {part} | {manifest.samples(part):,} | {len(shards)} | {sum(s.bytes for s in shards):,} |")
+    return "\n".join(lines) + "\n"
+
+
+def _depth(manifest: Manifest) -> str:
+    if manifest.depth is None:
+        return ""
+    meaning = {
+        "camera_z": "z in the target camera",
+        "lidar_x": "the lidar's forward x, as in the published Eigen evaluation",
+    }[manifest.depth.convention]
+    return f"Ground truth: {manifest.depth.source}; the depth stored is {meaning}.\n"
+
+
+def _components(manifest: Manifest) -> str:
+    total = sum(shard.samples for shard in manifest.shards)
+    lines = ["## A sample", "", "| file | what | samples |", "|---|---|---|"]
+    counts = dict.fromkeys(manifest.components, total) | manifest.optional_components
+    for name, count in sorted(counts.items()):
+        lines.append(f"| `KEY.{name}` | {_COMPONENTS.get(name) or _image(name)} | {count:,} |")
+    return "\n".join(lines) + "\n"
+
+
+def _image(component: str) -> str:
+    stem = component.partition(".")[0]
+    if stem == "0":
+        return "target frame"
+    if stem == "s":
+        return "the same instant from the other camera"
+    if stem[:1] in ("m", "p") and stem[1:].isdigit():
+        return f"frame t{'-' if stem[0] == 'm' else '+'}{stem[1:]}"
+    return "-"
+
+
+def _reading(url: str, part: str, target: str) -> str:
+    return f"""\
+## Reading it
+
+    md2 train CONFIG data.url={url}
+    md2 shards show {url}
+
+Without md2, with the `webdataset` library:
+
+    import webdataset
+    for sample in webdataset.WebDataset("{part}/000000.tar", shardshuffle=False).decode("pil"):
+        sample["__key__"], sample["{target}"]
+
+or with nothing but tar: `tar -tf {part}/000000.tar`. The `.idx` beside each tar is NVIDIA DALI's index for
+`fn.readers.webdataset`.
+"""

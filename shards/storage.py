@@ -1,0 +1,172 @@
+"""Where a dataset lies: a local folder or an object-storage prefix, behind the few operations md2 needs.
+
+Names are relative to the storage's URL, with `/` between parts, and may not leave it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from shards.errors import StorageError, UsageError
+from shards.files import create_from, temporary, write_atomic
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def check_name(name: str) -> str:
+    """`name` if it stays inside the storage.
+
+    Raises:
+        StorageError: an absolute name, `..`, or a character that some storage reads differently.
+    """
+    if not _NAME.fullmatch(name) or any(part in (".", "..") for part in name.split("/")):
+        raise StorageError(f"name {name!r} would leave the dataset; refused")
+    return name
+
+
+class Storage(Protocol):
+    """A folder or prefix. Every failure but absence is a `StorageError` with the URL and the cause."""
+
+    url: str
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """Whole content, None if absent; a StorageError beyond `limit` bytes."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes, None if absent."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Create or replace, in one step."""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Create in one step unless present; False if it is present."""
+
+    def create_file(self, name: str, path: Path) -> bool:
+        """As `create`, with a local file's content."""
+
+    def names(self, prefix: str) -> list[str]:
+        """All names below the folder `prefix`, sorted."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete those that are present."""
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` is a folder of this machine: a path, or `file://`."""
+    return not _SCHEME.match(url) or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """The folder of a local URL."""
+    if not url.startswith("file://"):
+        return Path(url).expanduser()
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise UsageError(f"{url}: a file URL has three slashes: file:///folder")
+    return Path(unquote(parts.path))
+
+
+def open_storage(url: str) -> Storage:
+    """The storage behind a path or URL; nothing is contacted yet.
+
+    Raises:
+        UsageError: a kind of URL that md2 does not know.
+    """
+    if is_local(url):
+        return LocalStorage(local_path(url))
+    raise UsageError(f"{url}: no such kind of storage")
+
+
+class LocalStorage:
+    """A folder of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = str(folder)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / check_name(name)
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        path = self._path(name)
+        try:
+            with path.open("rb") as file:
+                data = file.read(limit + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _local_error(path, error) from error
+        if len(data) > limit:
+            raise StorageError(f"{path}: larger than {limit} bytes, refused")
+        return data
+
+    def size(self, name: str) -> int | None:
+        path = self._path(name)
+        try:
+            return path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _local_error(path, error) from error
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        try:
+            write_atomic(path, data)
+        except OSError as error:
+            raise _local_error(path, error) from error
+
+    def create(self, name: str, data: bytes) -> bool:
+        path = self._path(name)
+        return self._create(path, lambda tmp: tmp.write_bytes(data))
+
+    def create_file(self, name: str, path: Path) -> bool:
+        return self._create(self._path(name), lambda tmp: shutil.copyfile(path, tmp))
+
+    def _create(self, path: Path, fill: Callable[[Path], object]) -> bool:
+        tmp = temporary(path)
+        try:
+            if path.exists():
+                return False
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                fill(tmp)
+                return create_from(tmp, path)
+            finally:
+                tmp.unlink(missing_ok=True)
+        except OSError as error:
+            raise _local_error(path, error) from error
+
+    def names(self, prefix: str) -> list[str]:
+        folder = self._path(prefix) if prefix else self.folder
+        try:
+            files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".tmp")]
+        except OSError as error:
+            raise _local_error(folder, error) from error
+        return sorted(path.relative_to(self.folder).as_posix() for path in files)
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            path = self._path(name)
+            try:
+                path.unlink(missing_ok=True)
+                self._remove_empty(path.parent)
+            except OSError as error:
+                raise _local_error(path, error) from error
+
+    def _remove_empty(self, folder: Path) -> None:
+        """Object storage has no empty folders; neither does this."""
+        while folder != self.folder and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
+
+
+def _local_error(path: Path, error: OSError) -> StorageError:
+    cause = error.strerror or str(error)
+    return StorageError(f"{path}: {cause}")

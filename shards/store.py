@@ -1,0 +1,286 @@
+"""Publishing a dataset: shards go up one by one, `dataset.json` last, and nothing is ever overwritten.
+
+    store = open_store("s3://team/kitti/eigen_zhou")     # or a folder
+    finished = store.begin(plan)                         # claims the prefix; what an interrupted run left
+    if store.published: ...                              # all of it is there already: nothing to do
+    for name in shards_of(plan):
+        if name not in finished:
+            ... pack to local scratch ...
+            store.put_shard(shard, tar, index, note={...})
+    store.put_text("README.md", card(manifest, store.url))
+    store.commit(manifest)                               # readers see the dataset from here on
+
+While a publication is under way, `.publish/claim.json` says what is being published and by whom, and
+`.publish/train/000000.json` is the receipt of a shard that arrived whole. Both go away with the commit. So a
+run that was interrupted, or a second writer with the same plan, sends only what is missing; a writer with
+another plan is refused. Over a dataset that is committed with another plan, `begin` chooses the first free of
+`…-v2`, `…-v3` … beside it and says so in `store.url`.
+
+A `Store` that has begun can be pickled: workers of a process pool or a cluster may call `has_shard` and
+`put_shard` (any number at a time, different shards), the main process everything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shards.errors import DatasetError, StorageError
+from shards.files import sha256_file
+from shards.manifest import MANIFEST, Manifest, Shard
+from shards.storage import Storage, open_storage
+
+Plan = Mapping[str, Any]
+"""Everything that decides the bytes, as JSON values: use the manifest's field names where there is one."""
+
+MAX_MANIFEST_BYTES = 64 << 20
+_MAX_RECEIPT_BYTES = 1 << 20
+_FOLDER = ".publish"
+_CLAIM = f"{_FOLDER}/claim.json"
+_MAX_VERSIONS = 1000
+
+
+class Receipt(BaseModel):
+    """A shard that arrived whole, with whatever its packer noted down about it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shard: Shard
+    note: dict[str, Any] = {}
+
+
+class Claim(BaseModel):
+    """Who publishes what under a prefix."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    plan: dict[str, Any]
+    plan_sha256: str
+    host: str
+    process: int
+    since: str
+
+
+def plan_sha256(plan: Plan) -> str:
+    """Hash of a plan, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(storage: Storage) -> tuple[Manifest, str] | None:
+    """The committed manifest and the sha256 of its bytes; None where nothing is committed.
+
+    Raises:
+        DatasetError: it is there and broken, or the storage fails.
+    """
+    data = storage.read(MANIFEST, MAX_MANIFEST_BYTES)
+    if data is None:
+        return None
+    return Manifest.from_json(data, f"{storage.url}/{MANIFEST}"), hashlib.sha256(data).hexdigest()
+
+
+def open_store(url: str) -> Store:
+    """The store behind a folder or URL; nothing is contacted yet.
+
+    Raises:
+        UsageError: a kind of URL that cannot be written.
+    """
+    return Store(url)
+
+
+class Store:
+    """One publication. See the module's docstring for the order of calls.
+
+    Attributes:
+        url: where the dataset goes; after `begin` perhaps a `…-v2` of what was asked for.
+        asked_url: what was asked for.
+        published: the committed manifest if this very dataset is there already, else None.
+        resumed: whether `begin` found an unfinished publication of the same plan.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.asked_url = url.rstrip("/") or url
+        self.published: Manifest | None = None
+        self.resumed = False
+        self._plan_sha256: str | None = None
+        self._copying = False
+        self._storage: Storage = open_storage(self.asked_url)
+
+    @property
+    def url(self) -> str:
+        return self._storage.url
+
+    def begin(self, plan: Plan) -> dict[str, Receipt]:
+        """Claim the prefix for `plan`; the receipts of shards that arrived before, by shard name.
+
+        Raises:
+            StorageError: someone publishes another plan here, or left one unfinished; or the storage fails.
+        """
+        return self._begin(plan, plan_sha256(plan))
+
+    def begin_copy(self, manifest: Manifest) -> dict[str, Receipt]:
+        """As `begin`, for a finished dataset that is copied from elsewhere with its manifest unchanged."""
+        self._copying = True
+        plan = {"manifest_sha256": hashlib.sha256(manifest.to_json().encode()).hexdigest()}
+        return self._begin(plan, plan_sha256(plan), manifest)
+
+    def _begin(self, plan: Plan, digest: str, copied: Manifest | None = None) -> dict[str, Receipt]:
+        self._plan_sha256 = digest
+        for version in range(1, _MAX_VERSIONS):
+            url = self.asked_url if version == 1 else f"{self.asked_url}-v{version}"
+            self._storage = open_storage(url)
+            found = read_manifest(self._storage)
+            if found is None:
+                return self._claim(plan, digest)
+            committed = found[0]
+            if committed == copied or (copied is None and committed.plan_sha256 == digest):
+                self.published = committed
+                return {shard.name: Receipt(shard=shard) for shard in committed.shards}
+        raise StorageError(f"{self.asked_url}: {_MAX_VERSIONS} versions are published already; use another name")
+
+    def _claim(self, plan: Plan, digest: str) -> dict[str, Receipt]:
+        claim = Claim(
+            plan=dict(plan),
+            plan_sha256=digest,
+            host=socket.gethostname(),
+            process=os.getpid(),
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        if self._storage.create(_CLAIM, claim.model_dump_json(indent=1).encode()):
+            return {}
+        self._check_claim()
+        self.resumed = True
+        receipts = (self._receipt(name) for name in self._storage.names(_FOLDER) if name != _CLAIM)
+        return {receipt.shard.name: receipt for receipt in receipts if receipt and self._arrived(receipt.shard)}
+
+    def _check_claim(self) -> None:
+        """Refuse where the claim is another plan's."""
+        data = self._storage.read(_CLAIM, _MAX_RECEIPT_BYTES)
+        if data is None:
+            raise StorageError(
+                f"{self.url}: the claim on this publication is gone: another process finished or removed it"
+            )
+        try:
+            claim = Claim.model_validate_json(data)
+        except ValidationError as error:
+            raise StorageError(f"{self.url}/{_CLAIM}: not a claim; remove it if nobody is publishing there") from error
+        if claim.plan_sha256 != self._plan_sha256:
+            raise StorageError(
+                f"{self.url}: another dataset is being published there since {claim.since} by {claim.host} "
+                f"(process {claim.process}), or was left unfinished; publish under another name, or remove it first"
+            )
+
+    def has_shard(self, shard: Shard) -> bool:
+        """Whether exactly this shard arrived whole.
+
+        Raises:
+            StorageError: the storage fails.
+        """
+        if self.published is not None:
+            return shard in self.published.shards
+        receipt = self._receipt(_receipt_name(shard.name))
+        return receipt is not None and receipt.shard == shard and self._arrived(shard)
+
+    def put_shard(self, shard: Shard, tar: Path, index: Path, note: Mapping[str, Any] | None = None) -> bool:
+        """Publish one shard's two files; False if exactly this shard was there already.
+
+        Args:
+            shard: what the manifest will say of it.
+            tar, index: local files; they are left as they are.
+            note: JSON values to find again in the receipt when the publication is resumed.
+
+        Raises:
+            DatasetError: the local files are not what `shard` says.
+            StorageError: another shard has that name; or the storage fails.
+        """
+        self._check_begun()
+        _check_local(shard, tar, index)
+        if self.has_shard(shard):
+            return False
+        receipt = self._receipt(_receipt_name(shard.name))
+        if self.published is not None or (receipt is not None and receipt.shard != shard):
+            raise StorageError(
+                f"{self.url}/{shard.name}: published already with other bytes though the plan is the same (has the raw "
+                "data or a codec changed?); never overwritten: publish under another name"
+            )
+        self._put_file(shard.name, tar, shard.bytes, shard.sha256)
+        self._put_file(shard.index_name, index, shard.index_bytes, shard.index_sha256)
+        content = Receipt(shard=shard, note=dict(note or {})).model_dump_json(indent=1).encode()
+        self._storage.write(_receipt_name(shard.name), content)
+        return True
+
+    def _put_file(self, name: str, path: Path, size: int, sha256: str) -> None:
+        if self._storage.create_file(name, path):
+            return
+        # There without a receipt: an earlier run was stopped in between, or someone else put it there.
+        data = self._storage.read(name, max(size, 1)) if self._storage.size(name) == size else None
+        if data is None or hashlib.sha256(data).hexdigest() != sha256:
+            raise StorageError(f"{self.url}/{name}: there with other bytes; never overwritten: use another name")
+
+    def put_text(self, name: str, text: str) -> None:
+        """Write a small file such as README.md beside the manifest; a resumed run may replace it until the commit.
+
+        Raises:
+            StorageError: the dataset is committed and says something else; or the storage fails.
+        """
+        self._check_begun()
+        if self.published is None:
+            self._storage.write(name, text.encode())
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Write `dataset.json`, which makes the dataset visible; the manifest as written.
+
+        The manifest's `plan_sha256` is filled in here. Committing the same dataset twice is no error.
+
+        Raises:
+            DatasetError: a shard of the manifest did not arrive, or changed since.
+            StorageError: another dataset was committed meanwhile; or the storage fails.
+        """
+        self._check_begun()
+        if not self._copying:
+            manifest = manifest.model_copy(update={"plan_sha256": self._plan_sha256})
+        if self.published is None:
+            self._check_claim()
+            for shard in manifest.shards:
+                if not self.has_shard(shard):
+                    raise DatasetError(f"{self.url}/{shard.name}: not published, or changed since; run it again")
+            self._storage.create(MANIFEST, manifest.to_json().encode())
+        found = read_manifest(self._storage)
+        if found is None or found[0] != manifest:
+            raise StorageError(f"{self.url}: another dataset is committed there; never overwritten: use another name")
+        self.published = manifest
+        self._storage.delete(self._storage.names(_FOLDER))
+        return manifest
+
+    def _check_begun(self) -> None:
+        if self._plan_sha256 is None:
+            raise RuntimeError("Store.begin comes first")
+
+    def _receipt(self, name: str) -> Receipt | None:
+        data = self._storage.read(name, _MAX_RECEIPT_BYTES)
+        try:
+            return None if data is None else Receipt.model_validate_json(data)
+        except ValidationError as error:
+            raise StorageError(f"{self.url}/{name}: not a receipt; remove it and publish again") from error
+
+    def _arrived(self, shard: Shard) -> bool:
+        return (
+            self._storage.size(shard.name) == shard.bytes and self._storage.size(shard.index_name) == shard.index_bytes
+        )
+
+
+def _receipt_name(shard_name: str) -> str:
+    return f"{_FOLDER}/{shard_name.removesuffix('.tar')}.json"
+
+
+def _check_local(shard: Shard, tar: Path, index: Path) -> None:
+    for path, size, sha256 in ((tar, shard.bytes, shard.sha256), (index, shard.index_bytes, shard.index_sha256)):
+        if path.stat().st_size != size or sha256_file(path) != sha256:
+            raise DatasetError(f"{path}: not the bytes it was packed with ({shard.name}): a disk or memory fault")

@@ -1,0 +1,330 @@
+"""Tar shards and their DALI index: written deterministically, read without trusting them.
+
+    with ShardWriter(folder / "train" / "000000.tar") as writer:
+        writer.add(sample)
+    for sample in read_samples(folder / "train" / "000000.tar"): ...
+
+The tars are plain WebDataset: USTAR, the files of one key adjacent, the component's name after the
+first dot. The index is DALI's own format v1.2, byte for byte what its `wds2idx` writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from shards.errors import DatasetError
+from shards.files import fsync_folder, replace
+from shards.sample import Sample
+
+MAX_COMPONENT_BYTES = 256 << 20
+"""A component larger than this is refused, by the writer and before a reader allocates it."""
+MAX_SAMPLE_BYTES = 1 << 30
+MAX_INDEX_BYTES = 1 << 30
+_BLOCK = tarfile.BLOCKSIZE
+_NAME_BYTES = 100
+_COMPONENT = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_INDEX_VERSION = "v1.2"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the manifest says about one shard, besides its name."""
+
+    samples: int
+    bytes: int
+    sha256: str
+    index_bytes: int
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """One component of one sample: extension, offset of its data in the tar, size, both in bytes, and file name."""
+
+    component: str
+    offset: int
+    size: int
+    name: str
+
+
+class ShardWriter:
+    """Writes one tar and, beside it, its index; the same samples give the same bytes.
+
+    Headers are USTAR with mtime 0, uid and gid 0 and mode 0644; components stand in sorted order. Until
+    `close` both files carry the ending `.tmp`: a shard under its own name is whole.
+
+    Args:
+        tar_path: where the tar goes, `….tar`; the index goes to `….idx`. Its folder is created. What is
+            there already is replaced.
+    """
+
+    def __init__(self, tar_path: Path) -> None:
+        self.tar_path = tar_path
+        self.index_path = tar_path.with_suffix(".idx")
+        tar_path.parent.mkdir(parents=True, exist_ok=True)
+        self._tar_tmp = tar_path.with_name(tar_path.name + ".tmp")
+        self._index_tmp = self.index_path.with_name(self.index_path.name + ".tmp")
+        self._file = _HashingFile(self._tar_tmp.open("wb"))
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+        self._keys: set[str] = set()
+        self._entries: list[list[IndexEntry]] = []
+        self._info: ShardInfo | None = None
+
+    @property
+    def samples(self) -> int:
+        """Samples added so far."""
+        return len(self._entries)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tar so far, without its end mark."""
+        return self._tar.offset
+
+    def add(self, sample: Sample) -> None:
+        """Append one sample.
+
+        Raises:
+            ValueError: a component name, a name's length or a size that DALI or `tar` would misread, an empty
+                component, or a key that is in this shard already.
+        """
+        if sample.key in self._keys:
+            raise ValueError(f"sample key {sample.key!r} is in {self.tar_path.name} already")
+        components = sorted(sample.components.items())
+        _check_sample(sample.key, components)
+        entries = []
+        for component, data in components:
+            info = tarfile.TarInfo(f"{sample.key}.{component}")
+            info.size = len(data)
+            info.mode = 0o644
+            self._tar.addfile(info, BytesIO(data))
+            padded = -(-info.size // _BLOCK) * _BLOCK
+            entries.append(IndexEntry(component, self._tar.offset - padded, info.size, info.name))
+        self._keys.add(sample.key)
+        self._entries.append(entries)
+
+    def close(self) -> ShardInfo:
+        """Finish both files, sync them to disk and give them their names.
+
+        Raises:
+            ValueError: the shard is empty; nothing is left of it.
+        """
+        if self._info is not None:
+            return self._info
+        if not self._entries:
+            self.abort()
+            raise ValueError(f"{self.tar_path}: a shard without samples; DALI cannot read one")
+        self._tar.close()
+        self._file.close()
+        index = format_index(self._entries)
+        self._index_tmp.write_bytes(index)
+        # The index first: a tar under its own name then always has its index.
+        replace(self._index_tmp, self.index_path)
+        replace(self._tar_tmp, self.tar_path)
+        fsync_folder(self.tar_path.parent)
+        self._info = ShardInfo(
+            samples=len(self._entries),
+            bytes=self._file.position,
+            sha256=self._file.sha256.hexdigest(),
+            index_bytes=len(index),
+            index_sha256=hashlib.sha256(index).hexdigest(),
+        )
+        return self._info
+
+    def abort(self) -> None:
+        """Leave nothing of the unfinished shard."""
+        self._file.close()
+        self._tar_tmp.unlink(missing_ok=True)
+        self._index_tmp.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+class _HashingFile:
+    """A file to write forward into, which knows its sha256 and its length (tarfile only ever writes forward)."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.position = 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.position += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.position
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _check_sample(key: str, components: list[tuple[str, bytes]]) -> None:
+    """Refuse what DALI's index or a tar reader would misread, before anything of the sample is written."""
+    if not components:
+        raise ValueError(f"sample {key}: no components")
+    total = 0
+    for component, data in components:
+        name = f"{key}.{component}"
+        if not _COMPONENT.fullmatch(component):
+            raise ValueError(f"component {component!r} of sample {key}: only letters, digits, '.', '_' and '-'")
+        if len(name) >= _NAME_BYTES:
+            raise ValueError(f"file name {name!r}: {len(name)} characters; a tar and DALI take under {_NAME_BYTES}")
+        if not data:
+            raise ValueError(f"component {component!r} of sample {key} is empty, which DALI reads as missing")
+        if len(data) > MAX_COMPONENT_BYTES:
+            raise ValueError(f"component {component!r} of {key}: {len(data)} bytes, at most {MAX_COMPONENT_BYTES}")
+        total += len(data)
+    if total > MAX_SAMPLE_BYTES:
+        raise ValueError(f"sample {key}: {total} bytes, at most {MAX_SAMPLE_BYTES}")
+
+
+def format_index(samples: list[list[IndexEntry]]) -> bytes:
+    """DALI's index v1.2: a line with the number of samples, then one line a sample."""
+    lines = [f"{_INDEX_VERSION} {len(samples)}"]
+    lines += [" ".join(f"{e.component} {e.offset} {e.size} {e.name}" for e in entries) for entries in samples]
+    return ("\n".join(lines) + "\n").encode("ascii")
+
+
+def parse_index(data: bytes, where: str) -> list[list[IndexEntry]]:
+    """The entries of an index, one list a sample; `where` goes into the message.
+
+    Raises:
+        DatasetError: not an index v1.2, or its lines do not fit the count in its first line.
+    """
+    try:
+        header, *lines = data.decode("ascii").splitlines()
+        version, count = header.split()
+        samples = [_parse_index_line(line) for line in lines]
+    except ValueError as error:
+        raise DatasetError(f"{where}: not a DALI index ({error}); pack or pull the shard again") from error
+    if version != _INDEX_VERSION or int(count) != len(samples):
+        raise DatasetError(
+            f"{where}: {version} index announces {count} samples and lists {len(samples)}; pack or pull the shard again"
+        )
+    return samples
+
+
+def _parse_index_line(line: str) -> list[IndexEntry]:
+    words = line.split(" ")
+    if len(words) % 4:
+        raise ValueError(f"{len(words)} words in a line, not a multiple of 4")
+    fields = zip(words[0::4], words[1::4], words[2::4], words[3::4], strict=True)
+    return [IndexEntry(component, int(offset), int(size), name) for component, offset, size, name in fields]
+
+
+def build_index(tar_path: Path) -> bytes:
+    """The index of a tar that another tool wrote.
+
+    Raises:
+        DatasetError: as `read_samples`.
+    """
+    with _open_tar(tar_path) as tar:
+        return format_index([entries for _, entries in _groups(tar, tar_path)])
+
+
+def read_samples(tar_path: Path) -> Iterator[Sample]:
+    """All samples of a tar, in order. Any WebDataset tar will do, whichever tool wrote it.
+
+    Member names become keys and component names and nothing else; they are never used as paths.
+
+    Raises:
+        DatasetError: not a tar, truncated, a member that is no plain file, a name that is no `key.component`, a
+            key that comes twice, or a size beyond `MAX_COMPONENT_BYTES` or the tar itself.
+    """
+    with _open_tar(tar_path) as tar, tar_path.open("rb") as file:
+        for key, entries in _groups(tar, tar_path):
+            yield _sample(key, {e.component: _read(file, e, tar_path) for e in entries}, tar_path)
+
+
+def _open_tar(tar_path: Path) -> tarfile.TarFile:
+    try:
+        # "r:" takes no compression: a small file must not unpack into a large one.
+        return tarfile.open(tar_path, "r:")
+    except (tarfile.TarError, EOFError) as error:
+        raise DatasetError(f"{tar_path}: not a tar shard ({error}); pack or pull it again") from error
+    except OSError as error:
+        raise DatasetError(f"{tar_path}: cannot be read ({error.strerror or error})") from error
+
+
+def _groups(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tuple[str, list[IndexEntry]]]:
+    """(key, components) of each run of members with one key, after checking names and sizes."""
+    tar_bytes = tar_path.stat().st_size
+    seen: set[str] = set()
+    current, entries = "", list[IndexEntry]()
+    for member in _members(tar, tar_path):
+        key, component = _split_name(member, tar_path)
+        _check_member(member, tar_bytes, tar_path)
+        if key != current:
+            if entries:
+                yield current, entries
+            if key in seen:
+                raise DatasetError(f"{tar_path}: the files of sample {key!r} are not adjacent, or the key comes twice")
+            seen.add(key)
+            current, entries = key, []
+        if any(e.component == component for e in entries):
+            raise DatasetError(f"{tar_path}: sample {key!r} has two components {component!r}")
+        entries.append(IndexEntry(component, member.offset_data, member.size, member.name))
+        if sum(e.size for e in entries) > MAX_SAMPLE_BYTES:
+            raise DatasetError(f"{tar_path}: sample {key!r} is larger than {MAX_SAMPLE_BYTES} bytes")
+    if entries:
+        yield current, entries
+
+
+def _members(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tarfile.TarInfo]:
+    try:
+        for member in tar:
+            if not member.isdir():
+                yield member
+            tar.members.clear()  # type: ignore[attr-defined]  # else every header read so far stays in memory
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise DatasetError(f"{tar_path}: broken or truncated tar ({error}); pack or pull it again") from error
+
+
+def _split_name(member: tarfile.TarInfo, tar_path: Path) -> tuple[str, str]:
+    name = member.name.removeprefix("./")
+    key, dot, component = name.partition(".")
+    if not dot or not key or not _COMPONENT.fullmatch(component):
+        raise DatasetError(f"{tar_path}: member {member.name!r} is not of the form 'key.component'")
+    return key, component
+
+
+def _check_member(member: tarfile.TarInfo, tar_bytes: int, tar_path: Path) -> None:
+    if not member.isreg() or member.issparse():
+        raise DatasetError(f"{tar_path}: member {member.name!r} is not a plain file")
+    if not 0 <= member.size <= MAX_COMPONENT_BYTES:
+        raise DatasetError(f"{tar_path}: member {member.name!r}: {member.size} bytes, at most {MAX_COMPONENT_BYTES}")
+    if member.offset_data + member.size > tar_bytes:
+        raise DatasetError(f"{tar_path}: truncated within {member.name!r}; pack or pull it again")
+
+
+def _read(file: IO[bytes], entry: IndexEntry, tar_path: Path) -> bytes:
+    file.seek(entry.offset)
+    data = file.read(entry.size)
+    if len(data) != entry.size:
+        raise DatasetError(f"{tar_path}: truncated within {entry.name!r}; pack or pull it again")
+    return data
+
+
+def _sample(key: str, components: dict[str, bytes], tar_path: Path) -> Sample:
+    try:
+        return Sample(key, components)
+    except ValueError as error:
+        raise DatasetError(f"{tar_path}: {error}") from error
