@@ -1,8 +1,9 @@
 """The self-supervised loss: per-pixel reprojection error over the sources, and edge-aware smoothness.
 
-    pyramids = image_pyramid(batch.images, scales)
-    losses = reprojection_loss(prediction, pyramids, batch.intrinsics, batch.stereo, config.loss, noise=generator)
-    losses.total.backward()
+    loss = ReprojectionLoss(config.loss, config.model)
+    loss(batch, prediction, noise=generator).total.backward()
+
+`reprojection_loss` is the same with everything given from outside: image pyramids, intrinsics, noise.
 
 Source: Godard et al., ICCV 2019, section 3; the options are the ones of its official implementation. What
 does not depend on the scale is computed once: the unwarped sources' error, the target's window statistics,
@@ -18,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from md2.batch import Offset
-from md2.config import LossConfig
+from md2.batch import Batch, Offset
+from md2.config import LossConfig, ModelConfig
 from md2.geometry import disparity_to_depth, scale_intrinsics, warp
 from md2.prediction import Prediction
 from md2.ssim import Target, photometric_error
@@ -51,7 +52,7 @@ class Panels:
 
 
 @dataclass(frozen=True)
-class Losses:
+class LossOutput:
     """Attributes:
     total: scalar, the mean of `per_scale`.
     per_scale: scale -> scalar: reprojection, plus the mask's cross-entropy, plus weighted smoothness.
@@ -118,8 +119,8 @@ def reprojection_loss(
     max_depth: float = 100.0,
     noise: Noise = None,
     panels: bool = False,
-) -> Losses:
-    """The loss of one batch. The scales are the prediction's, the sources the pyramids' offsets but 0.
+) -> LossOutput:
+    """The loss of one batch. The scales are the prediction's; the sources its poses', then the stereo partner if there.
 
     Args:
         prediction: the networks' outputs. Each temporal source needs a pose, "s" the `stereo` transform.
@@ -135,110 +136,124 @@ def reprojection_loss(
             number of sources, 1 with avg_reprojection. None: none.
         panels: also return images to look at.
     """
-    device = next(iter(prediction.disparities.values())).device
-    with torch.autocast(device.type, enabled=False):
-        sources = [offset for offset in pyramids if offset != 0]
-        levels: dict[int, _Level] = {}
-        drawn: dict[int, Tensor] = {}
+    pose_sources = [offset for offset in prediction.poses if offset in pyramids]
+    sources: list[Offset] = [*pose_sources, "s"] if "s" in pyramids else pose_sources
+    if not sources:
+        raise ValueError("no source to reproject: the pyramids hold neither a posed frame nor the stereo partner")
+    context = _Context(prediction, pyramids, intrinsics, stereo, sources, config, (min_depth, max_depth), panels)
+    with torch.autocast(next(iter(prediction.disparities.values())).device.type, enabled=False):
+        levels = {size: context.level(size) for size in ({*prediction.disparities} if config.v1_multiscale else {0})}
+        if isinstance(noise, torch.Generator):
+            drawn = {size: _draw(level, noise) for size, level in sorted(levels.items())}
+            noise = {scale: drawn[scale if config.v1_multiscale else 0] for scale in prediction.disparities}
         per_scale, looks = {}, {}
         for scale, disparity in prediction.disparities.items():
-            size = scale if config.v1_multiscale else 0
-            if size not in levels:
-                levels[size] = _level(pyramids, sources, intrinsics, size, config)
-                if isinstance(noise, torch.Generator):
-                    drawn[size] = _draw(levels[size], noise)
-            scale_noise = drawn.get(size) if isinstance(noise, torch.Generator) else _given(noise, scale)
-            loss, look = _scale_loss(
-                prediction, scale, levels[size], sources, stereo, config, (min_depth, max_depth), scale_noise, panels
-            )
+            given = noise[scale] if isinstance(noise, Mapping) else noise
+            loss, look = context.scale_loss(scale, levels[scale if config.v1_multiscale else 0], given)
             smooth = smoothness(disparity.float(), pyramids[0][scale])
             per_scale[scale] = loss + config.disparity_smoothness / 2**scale * smooth
             if look is not None:
                 looks[scale] = look
         total = torch.stack(list(per_scale.values())).mean()
-    return Losses(total, per_scale, looks)
+    return LossOutput(total, per_scale, looks)
 
 
-def _level(
-    pyramids: Pyramids,
-    sources: list[Offset],
-    intrinsics: Tensor | Mapping[int, Tensor],
-    size: int,
-    config: LossConfig,
-) -> _Level:
-    if isinstance(intrinsics, Tensor):
-        K = scale_intrinsics(intrinsics, size) if size else intrinsics
-    else:
-        K = intrinsics[size]
-    target = Target.of(pyramids[0][size].float())
-    stacked = torch.cat([pyramids[source][size] for source in sources]).float()
-    identity = None
-    if not config.disable_automasking:
-        with torch.no_grad():
-            identity = photometric_error(stacked, target, config.no_ssim)
-            if config.avg_reprojection:
-                identity = identity.mean(dim=1, keepdim=True)
-    return _Level(target, stacked, K.float(), identity)
+class ReprojectionLoss:
+    """`reprojection_loss` on batches, with a run's options."""
+
+    def __init__(self, config: LossConfig, model: ModelConfig) -> None:
+        self.config, self.min_depth, self.max_depth = config, model.min_depth, model.max_depth
+
+    def __call__(
+        self, batch: Batch, prediction: Prediction, *, noise: Noise = None, panels: bool = False
+    ) -> LossOutput:
+        """The loss of one batch; `noise` and `panels` as in `reprojection_loss`."""
+        pyramids = image_pyramid(batch.images, prediction.disparities, self.config.v1_multiscale)
+        return reprojection_loss(
+            prediction,
+            pyramids,
+            batch.intrinsics,
+            batch.stereo,
+            self.config,
+            min_depth=self.min_depth,
+            max_depth=self.max_depth,
+            noise=noise,
+            panels=panels,
+        )
 
 
-def _draw(level: _Level, generator: torch.Generator) -> Tensor | None:
+def _draw(level: _Level, generator: torch.Generator) -> Tensor:
+    """One tie-break draw for a resolution; on the generator's device, so that a seed means one thing."""
     if level.identity is None:
-        return None
+        return level.stacked.new_zeros(())
     draw = torch.randn(level.identity.shape, generator=generator, device=generator.device)
     return draw.to(level.identity.device)
 
 
-def _given(noise: Tensor | Mapping[int, Tensor] | None, scale: int) -> Tensor | None:
-    return noise[scale] if isinstance(noise, Mapping) else noise
+@dataclass(frozen=True)
+class _Context:
+    """The arguments of `reprojection_loss`, for the steps below."""
 
+    prediction: Prediction
+    pyramids: Pyramids
+    intrinsics: Tensor | Mapping[int, Tensor]
+    stereo: Tensor | None
+    sources: list[Offset]
+    config: LossConfig
+    depths: tuple[float, float]
+    panels: bool
 
-def _scale_loss(
-    prediction: Prediction,
-    scale: int,
-    level: _Level,
-    sources: list[Offset],
-    stereo: Tensor | None,
-    config: LossConfig,
-    depths: tuple[float, float],
-    noise: Tensor | None,
-    panels: bool,
-) -> tuple[Tensor, Panels | None]:
-    """Reprojection part of one scale's loss."""
-    height, width = level.stacked.shape[2:]
-    depth = disparity_to_depth(_resize(prediction.disparities[scale].float(), height, width), *depths)
-    transforms = torch.cat([_transform(prediction, source, stereo, depth) for source in sources])
-    count = len(sources)
-    warped = warp(level.stacked, depth.repeat(count, 1, 1, 1), level.K.repeat(count, 1, 1), transforms)
-    errors = photometric_error(warped, level.target, config.no_ssim)
-    loss = errors.new_zeros(())
-    if config.predictive_mask:
-        mask = _resize(prediction.masks[scale].float(), height, width)
-        errors = errors * mask
-        loss = loss + MASK_WEIGHT * F.binary_cross_entropy(mask, torch.ones_like(mask))
-    error = errors.mean(dim=1, keepdim=True) if config.avg_reprojection else errors.amin(dim=1, keepdim=True)
-    automask = None
-    if level.identity is not None:
-        identity = level.identity if noise is None else level.identity + NOISE_SCALE * noise
-        unwarped = identity.amin(dim=1, keepdim=True)
-        automask = error < unwarped
-        error = torch.where(automask, error, unwarped)
-    look = None
-    if panels:
-        views = dict(zip(sources, warped.detach().chunk(count), strict=True))
-        look = Panels(views, error.detach(), automask)
-    return loss + error.mean(), look
+    def level(self, size: int) -> _Level:
+        if isinstance(self.intrinsics, Tensor):
+            K = scale_intrinsics(self.intrinsics, size) if size else self.intrinsics
+        else:
+            K = self.intrinsics[size]
+        target = Target.of(self.pyramids[0][size].float())
+        stacked = torch.cat([self.pyramids[source][size] for source in self.sources]).float()
+        identity = None
+        if not self.config.disable_automasking:
+            with torch.no_grad():
+                identity = photometric_error(stacked, target, self.config.no_ssim)
+                if self.config.avg_reprojection:
+                    identity = identity.mean(dim=1, keepdim=True)
+        return _Level(target, stacked, K.float(), identity)
+
+    def scale_loss(self, scale: int, level: _Level, noise: Tensor | None) -> tuple[Tensor, Panels | None]:
+        """Reprojection part of one scale's loss."""
+        height, width = level.stacked.shape[2:]
+        depth = disparity_to_depth(_resize(self.prediction.disparities[scale].float(), height, width), *self.depths)
+        transforms = torch.cat([self.transform(source, depth) for source in self.sources])
+        count = len(self.sources)
+        warped = warp(level.stacked, depth.repeat(count, 1, 1, 1), level.K.repeat(count, 1, 1), transforms)
+        errors = photometric_error(warped, level.target, self.config.no_ssim)
+        loss = errors.new_zeros(())
+        if self.config.predictive_mask:
+            mask = _resize(self.prediction.masks[scale].float(), height, width)
+            errors = errors * mask
+            loss = loss + MASK_WEIGHT * F.binary_cross_entropy(mask, torch.ones_like(mask))
+        average = self.config.avg_reprojection
+        error = errors.mean(dim=1, keepdim=True) if average else errors.amin(dim=1, keepdim=True)
+        automask = None
+        if level.identity is not None:
+            identity = level.identity if noise is None else level.identity + NOISE_SCALE * noise
+            unwarped = identity.amin(dim=1, keepdim=True)
+            automask = error < unwarped
+            error = torch.where(automask, error, unwarped)
+        look = None
+        if self.panels:
+            views = dict(zip(self.sources, warped.detach().chunk(count), strict=True))
+            look = Panels(views, error.detach(), automask)
+        return loss + error.mean(), look
+
+    def transform(self, source: Offset, depth: Tensor) -> Tensor:
+        if source != "s":
+            return self.prediction.poses[source].transform(depth).float()
+        if self.stereo is None:
+            raise ValueError('the source "s" needs the stereo transform')
+        return self.stereo.float()
 
 
 def _resize(maps: Tensor, height: int, width: int) -> Tensor:
     if maps.shape[2:] == (height, width):
         return maps
     return F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)
-
-
-def _transform(prediction: Prediction, source: Offset, stereo: Tensor | None, depth: Tensor) -> Tensor:
-    if source == "s":
-        if stereo is None:
-            raise ValueError('the source "s" needs the stereo transform')
-        return stereo.float()
-    pose = prediction.poses[source]
-    return pose.transform(depth).float()

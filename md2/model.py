@@ -1,6 +1,6 @@
 """All networks of a run as one module: images in, `Prediction` out.
 
-    networks = Networks(config.model, config.data.frames, config.data.stereo, config.loss.predictive_mask)
+    networks = Networks(config.model, config.data, config.loss)
     prediction = networks(batch.augmented)
 
 The children are named as official checkpoint files are: `encoder`, `depth`, `pose_encoder`, `pose`,
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from md2.batch import Offset
-from md2.config import ModelConfig
+from md2.config import DataConfig, LossConfig, ModelConfig
 from md2.networks.decoder import DepthDecoder
 from md2.networks.pose import PoseCNN, PoseDecoder
 from md2.networks.resnet import ResNetEncoder
+from md2.networks.states import load_states
 from md2.prediction import Pose, Prediction
+
+__all__ = ["Networks", "Pose", "Prediction"]
 
 
 class Networks(nn.Module):
@@ -37,25 +40,22 @@ class Networks(nn.Module):
 
     Args:
         model: which networks.
-        frames: offsets of the temporal frames with the target, 0.
-        stereo: the stereo partner is a source too.
-        predictive_mask: add the mask decoder.
+        data: its `frames` and `stereo` say which source images there are.
+        loss: its `predictive_mask` adds the mask decoder.
     """
 
-    def __init__(
-        self, model: ModelConfig, frames: Sequence[int], stereo: bool = False, predictive_mask: bool = False
-    ) -> None:
+    def __init__(self, model: ModelConfig, data: DataConfig, loss: LossConfig) -> None:
         super().__init__()
-        self.frames = list(frames)
-        self.temporal = [offset for offset in frames if offset != 0]
-        self.sources: list[Offset] = [*self.temporal, "s"] if stereo else [*self.temporal]
+        self.frames = list(data.frames)
+        self.temporal = data.temporal
+        self.sources: list[Offset] = [*self.temporal, "s"] if data.stereo else [*self.temporal]
         self.pose_network = model.pose_network
         self.pairs = model.pose_input == "pairs"
         self.encoder = ResNetEncoder(model.encoder)
         self.depth = DepthDecoder(self.encoder.channels, model.scales)
         if self.temporal:
             self._add_pose_network(model)
-        if predictive_mask:
+        if loss.predictive_mask:
             self.predictive_mask = DepthDecoder(self.encoder.channels, model.scales, len(self.sources))
 
     def _add_pose_network(self, model: ModelConfig) -> None:
@@ -92,6 +92,18 @@ class Networks(nn.Module):
         """Pose network alone, for odometry: offset -> images (B, 3, H, W), the target and all sources."""
         features = self._encode_all(images) if self.pose_network == "shared" else {}
         return self._poses(images, features)
+
+    def state_dicts(self) -> dict[str, dict[str, Tensor]]:
+        """Sub-network name -> its state dict, under the official key names."""
+        return {name: child.state_dict() for name, child in self.named_children()}
+
+    def load_networks(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over the state dicts of exactly these sub-networks.
+
+        Raises:
+            InputError: a sub-network or key is missing or extra, or a shape differs; all by name.
+        """
+        load_states(self, states)
 
     def _encode_all(self, images: Mapping[Offset, Tensor]) -> dict[Offset, list[Tensor]]:
         """Features of every temporal frame, from one pass of the depth encoder."""
