@@ -49,6 +49,7 @@ class Networks(nn.Module):
         self.frames = list(data.frames)
         self.temporal = data.temporal
         self.sources: list[Offset] = [*self.temporal, "s"] if data.stereo else [*self.temporal]
+        self.encoder_name = model.encoder
         self.pose_network = model.pose_network
         self.pairs = model.pose_input == "pairs"
         self.encoder = ResNetEncoder(model.encoder)
@@ -97,13 +98,13 @@ class Networks(nn.Module):
         """Sub-network name -> its state dict, under the official key names."""
         return {name: child.state_dict() for name, child in self.named_children()}
 
-    def load_networks(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over the state dicts of exactly these sub-networks.
+    def load_networks(self, states: Mapping[str, Mapping[str, Tensor]], where: str = "checkpoint") -> None:
+        """Take over the state dicts of exactly these sub-networks; `where` goes into the message.
 
         Raises:
             InputError: a sub-network or key is missing or extra, or a shape differs; all by name.
         """
-        load_states(self, states)
+        load_states(self, states, where)
 
     def _encode_all(self, images: Mapping[Offset, Tensor]) -> dict[Offset, list[Tensor]]:
         """Features of every temporal frame, from one pass of the depth encoder."""

@@ -12,7 +12,7 @@ SHOWN = 6
 """Keys that a message names; the rest is counted."""
 
 
-def load_states(networks: nn.Module, states: Mapping[str, Mapping[str, Tensor]], where: str = "checkpoint") -> None:
+def load_states(networks: nn.Module, states: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
     """Load child name -> state dict into exactly these children of `networks`.
 
     Raises:
@@ -20,12 +20,12 @@ def load_states(networks: nn.Module, states: Mapping[str, Mapping[str, Tensor]],
     """
     children = dict(networks.named_children())
     problems = _differences("sub-networks", children, states)
-    for name in children.keys() & states.keys():
+    for name in [name for name in children if name in states]:
         problems += [f"{name}: {problem}" for problem in mismatches(children[name], states[name])]
     if problems:
         raise InputError(f"{where} does not fit the networks: {'; '.join(problems)}")
     for name, child in children.items():
-        child.load_state_dict(dict(states[name]))
+        load_state(child, states[name], where)
 
 
 def load_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -37,8 +37,7 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     problems = mismatches(network, state)
     if problems:
         raise InputError(f"{where} does not fit: {'; '.join(problems)}")
-    present = network.state_dict()
-    network.load_state_dict({**present, **state})
+    network.load_state_dict({**network.state_dict(), **state})
 
 
 def mismatches(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:

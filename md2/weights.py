@@ -1,0 +1,289 @@
+"""Weights from elsewhere: torchvision's ImageNet ResNets, official Monodepth2 folders, earlier runs.
+
+An official folder holds one state dict per sub-network: `encoder.pth` (with `height`, `width` and
+`use_stereo` beside the weights), `depth.pth`, and, where poses were learned, `pose.pth` and
+`pose_encoder.pth`; a predictive mask in `predictive_mask.pth`. Every file is read with
+`weights_only=True`: a file from a stranger cannot run code.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from md2.checkpoint import load_checkpoint, resolve
+from md2.config import Config
+from md2.model import Networks
+from md2.networks.decoder import WIDTHS
+from md2.networks.resnet import ARCHITECTURES, ResNetEncoder
+from md2.networks.states import load_state
+from shards.errors import InputError
+from shards.files import fsync_folder, replace, temporary
+
+StateDict = dict[str, Tensor]
+
+IMAGENET_URLS = {
+    name: f"https://download.pytorch.org/models/{name}-{digest}.pth"
+    for name, digest in {
+        "resnet18": "f37072fd",
+        "resnet34": "b627a593",
+        "resnet50": "0676ba61",
+        "resnet101": "63fe2227",
+        "resnet152": "394f9c45",
+    }.items()
+}
+"""torchvision's IMAGENET1K_V1 files; the name's end is the start of the content's sha256."""
+
+OFFICIAL_NAMES = ("encoder", "depth", "pose_encoder", "pose", "predictive_mask")
+_EXTRAS = ("height", "width", "use_stereo")
+
+
+def initialise(networks: Networks, weights: str) -> None:
+    """Give new networks their starting weights, as `model.weights` says.
+
+    Args:
+        networks: freshly made; what `weights` does not hold keeps its random start.
+        weights: `scratch`; `imagenet` (downloaded once into torch.hub's cache, hash checked); a torchvision
+            ResNet file; or a run folder, checkpoint or official Monodepth2 folder, whose sub-networks are all
+            taken over that `networks` has too.
+
+    Raises:
+        InputError: no such file, a download that fails, a damaged file, or keys or shapes that do not fit.
+    """
+    if weights == "scratch":
+        return
+    if weights == "imagenet":
+        load_imagenet(networks, download_imagenet(networks.encoder_name), IMAGENET_URLS[networks.encoder_name])
+        return
+    path = Path(weights).expanduser()
+    if not path.exists():
+        raise InputError(
+            f"model.weights={weights}: no such file or folder; give imagenet, scratch, a torchvision ResNet file, "
+            "a run, a checkpoint or a folder of Monodepth2 weights"
+        )
+    if is_monodepth2(path):
+        _load_common(networks, read_monodepth2(path).networks, str(path))
+    elif path.is_file() and "conv1.weight" in (state := _read(path)):
+        load_imagenet(networks, _tensors(state), str(path))
+    else:
+        found = resolve(path)
+        _load_common(networks, load_checkpoint(found).networks, str(found))
+
+
+def download_imagenet(encoder: str) -> StateDict:
+    """torchvision's ImageNet state dict of `resnet18` ... `resnet152`, cached by torch.hub.
+
+    Raises:
+        InputError: the download fails or its hash is wrong, or the cached file is damaged.
+    """
+    url = IMAGENET_URLS[encoder]
+    try:
+        with redirect_stdout(sys.stderr):
+            state: StateDict = torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", progress=sys.stderr.isatty(), check_hash=True, weights_only=True
+            )
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"cannot get the ImageNet weights {url}: {_first_line(error)}; download the file elsewhere and give its "
+            "path as model.weights, or use model.weights=scratch"
+        ) from error
+    return state
+
+
+def load_imagenet(networks: Networks, state: Mapping[str, Tensor], where: str) -> None:
+    """A torchvision ResNet state dict into the depth encoder and, for stacked images, the pose encoder.
+
+    The first filter of an encoder of n images is repeated n times and divided by n: n equal images give the
+    features of one.
+
+    Raises:
+        InputError: keys or shapes do not fit the encoder.
+    """
+    encoders = [child for child in networks.children() if isinstance(child, ResNetEncoder)]
+    for encoder in encoders:
+        images = encoder.encoder.conv1.in_channels // 3
+        adapted = dict(state)
+        if images > 1 and "conv1.weight" in state:
+            adapted["conv1.weight"] = state["conv1.weight"].repeat(1, images, 1, 1) / images
+        load_state(encoder.encoder, adapted, where)
+
+
+@dataclass(frozen=True)
+class Monodepth2:
+    """An official folder's content.
+
+    Attributes:
+        height, width: size that the networks were trained at.
+        stereo: trained with the stereo partner, in the paper's unit.
+        networks: sub-network name -> state dict.
+    """
+
+    height: int
+    width: int
+    stereo: bool
+    networks: dict[str, StateDict]
+
+    def config(self, where: str) -> Config:
+        """The configuration whose `Networks` these weights fit. Frames are 0, -1, 1 where a pose network is there.
+
+        Raises:
+            InputError: not a ResNet encoder and a Monodepth2 decoder; a mono model without its pose network.
+        """
+        if "pose" not in self.networks and not self.stereo:
+            raise InputError(f"{where}: pose.pth is missing, and encoder.pth says that this is no stereo model")
+        pose, frames = _pose_of(self.networks)
+        scales = [WIDTHS.index(weight.shape[1]) for weight in _heads(self.networks["depth"], where)]
+        model = {
+            "encoder": _encoder_of(self.networks["encoder"], where),
+            "scales": scales,
+            "weights": "scratch",
+            **pose,
+        }
+        masked = "predictive_mask" in self.networks
+        return Config.model_validate(
+            {
+                "data": {"frames": frames, "stereo": self.stereo, "width": self.width, "height": self.height},
+                "model": model,
+                "loss": {"predictive_mask": masked, "disable_automasking": masked},
+            }
+        )
+
+
+def is_monodepth2(path: str | Path) -> bool:
+    """Whether a path is a folder of official Monodepth2 weights."""
+    return (Path(path) / "encoder.pth").is_file()
+
+
+def read_monodepth2(folder: str | Path) -> Monodepth2:
+    """Read an official folder; which keys the networks need is checked when they are loaded.
+
+    Raises:
+        InputError: `encoder.pth` or `depth.pth` is missing, a file is damaged or has no state dict in it, or
+            the encoder's size is.
+    """
+    folder = Path(folder)
+    missing = [f"{name}.pth" for name in ("encoder", "depth") if not (folder / f"{name}.pth").is_file()]
+    if missing:
+        raise InputError(f"{folder}: {', '.join(missing)} missing; a Monodepth2 folder has encoder.pth and depth.pth")
+    states = {name: _read(folder / f"{name}.pth") for name in OFFICIAL_NAMES if (folder / f"{name}.pth").is_file()}
+    extras = {name: states["encoder"].pop(name, None) for name in _EXTRAS}
+    if extras["height"] is None or extras["width"] is None:
+        raise InputError(f"{folder}/encoder.pth: height and width are missing; it is not Monodepth2's encoder file")
+    networks = {name: _tensors(state) for name, state in states.items()}
+    return Monodepth2(int(extras["height"]), int(extras["width"]), bool(extras["use_stereo"]), networks)
+
+
+def load_monodepth2(folder: str | Path) -> tuple[Networks, Config]:
+    """An official folder as networks, and the configuration that they belong to.
+
+    Raises:
+        InputError: a file is missing, damaged or does not fit; the keys that are missing or extra by name.
+    """
+    found = read_monodepth2(folder)
+    config = found.config(str(folder))
+    networks = Networks(config.model, config.data, config.loss)
+    networks.load_networks(found.networks, str(folder))
+    return networks, config
+
+
+def save_monodepth2(
+    states: Mapping[str, Mapping[str, Tensor]], folder: str | Path, *, height: int, width: int, stereo: bool
+) -> None:
+    """Write sub-networks' state dicts as an official folder, which appears whole or not at all.
+
+    Raises:
+        InputError: the folder exists and is not empty, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty: give a new folder")
+    beside = temporary(folder)
+    try:
+        beside.mkdir(parents=True)
+        for name, state in states.items():
+            extras = {"height": height, "width": width, "use_stereo": stereo} if name == "encoder" else {}
+            contents = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            tmp = temporary(beside / f"{name}.pth")
+            torch.save({**contents, **extras}, tmp)
+            replace(tmp, beside / f"{name}.pth")
+        fsync_folder(beside)
+        beside.replace(folder)
+        fsync_folder(folder.parent)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot write {folder}: {_first_line(error)}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _load_common(networks: Networks, states: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
+    """Load the sub-networks that both sides have. A new pose network beside an old depth network is fine."""
+    children: dict[str, nn.Module] = dict(networks.named_children())
+    for name in [name for name in children if name in states]:
+        load_state(children[name], states[name], f"{where}: {name}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: damaged or not a file of weights ({_first_line(error)})") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds a {type(data).__name__}, not a state dict")
+    return data
+
+
+def _tensors(state: Mapping[str, Any]) -> StateDict:
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _encoder_of(state: StateDict, where: str) -> str:
+    """ResNet name, from the number of blocks per stage and their kind."""
+    blocks = tuple(
+        1 + max((int(key.split(".")[2]) for key in state if key.startswith(f"encoder.layer{stage}.")), default=-1)
+        for stage in range(1, 5)
+    )
+    expansion = 4 if "encoder.layer1.0.conv3.weight" in state else 1
+    for name, architecture in ARCHITECTURES.items():
+        if (architecture.blocks, architecture.block.expansion) == (blocks, expansion):
+            return name
+    raise InputError(f"{where}: the encoder's blocks {blocks} are not those of a ResNet-18, 34, 50, 101 or 152")
+
+
+def _heads(state: StateDict, where: str) -> list[Tensor]:
+    """Weights of the decoder's output convolutions, (outputs, WIDTHS[scale], 3, 3), in their order."""
+    heads = []
+    while (key := f"decoder.{10 + len(heads)}.conv.weight") in state:
+        heads.append(state[key])
+    if not heads or any(head.shape[1] not in WIDTHS[:4] for head in heads):
+        raise InputError(f"{where}: depth.pth has no disparity outputs (decoder.10.conv.weight ...)")
+    return heads
+
+
+def _pose_of(networks: Mapping[str, StateDict]) -> tuple[dict[str, str], list[int]]:
+    """`pose_network` and `pose_input`, and frame offsets with as many sources as the weights expect."""
+    pose = networks.get("pose")
+    if pose is None:
+        return {}, [0]
+    if "pose_conv.weight" in pose:
+        kind, images = "posecnn", pose["net.0.weight"].shape[1] // 3
+    elif "pose_encoder" in networks:
+        kind, images = "separate_resnet", networks["pose_encoder"]["encoder.conv1.weight"].shape[1] // 3
+    else:
+        kind, images = "shared", pose["net.1.weight"].shape[1] // 256
+    offsets = [sign * step for step in range(1, 1 + max(1, images // 2)) for sign in (-1, 1)]
+    if images == 2:
+        return {"pose_network": kind, "pose_input": "pairs"}, [0, -1, 1]
+    return {"pose_network": kind, "pose_input": "all"}, [0, *offsets[: images - 1]]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
