@@ -24,7 +24,8 @@ def disparity_to_depth(disparity: Tensor, min_depth: float, max_depth: float) ->
     0 is the farthest: depth = 1 / (1/max + (1/min - 1/max) d).
     """
     nearest, farthest = 1 / min_depth, 1 / max_depth
-    return (farthest + (nearest - farthest) * disparity).reciprocal()
+    scaled: Tensor = farthest + (nearest - farthest) * disparity
+    return scaled.reciprocal()
 
 
 def rotation_from_axis_angle(axis_angle: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def photometric_error(image: Tensor, target: Target, no_ssim: bool = False) -> T
     """Error per pixel between images (N B, 3, H, W), stacked source by source, and the target -> (B, N, H, W)."""
     batch = target.image.shape[0]
     errors = []
-    for one in image.unflatten(0, (-1, batch)):
+    for one in torch.split(image, batch):
         error = (one - target.image).abs().mean(dim=1)
         if not no_ssim:
             error = (1 - SSIM_WEIGHT) * error + SSIM_WEIGHT * ssim_error(one, target).mean(dim=1)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from md2.checkpoint import load_checkpoint, resolve
-from md2.config import Config
+from md2.config import Config, config_from_dict
 from md2.model import Networks
 from md2.networks.decoder import WIDTHS
 from md2.networks.resnet import ARCHITECTURES, ResNetEncoder
@@ -137,24 +137,21 @@ class Monodepth2:
 
         Raises:
             InputError: not a ResNet encoder and a Monodepth2 decoder; a mono model without its pose network.
+            UsageError: the size or the scales are ones that the configuration refuses.
         """
         if "pose" not in self.networks and not self.stereo:
             raise InputError(f"{where}: pose.pth is missing, and encoder.pth says that this is no stereo model")
         pose, frames = _pose_of(self.networks)
         scales = [WIDTHS.index(weight.shape[1]) for weight in _heads(self.networks["depth"], where)]
-        model = {
-            "encoder": _encoder_of(self.networks["encoder"], where),
-            "scales": scales,
-            "weights": "scratch",
-            **pose,
-        }
+        encoder = _encoder_of(self.networks["encoder"], where)
         masked = "predictive_mask" in self.networks
-        return Config.model_validate(
+        return config_from_dict(
             {
                 "data": {"frames": frames, "stereo": self.stereo, "width": self.width, "height": self.height},
-                "model": model,
+                "model": {"encoder": encoder, "scales": scales, "weights": "scratch", **pose},
                 "loss": {"predictive_mask": masked, "disable_automasking": masked},
-            }
+            },
+            where,
         )
 
 
@@ -260,7 +257,7 @@ def _encoder_of(state: StateDict, where: str) -> str:
 
 def _heads(state: StateDict, where: str) -> list[Tensor]:
     """Weights of the decoder's output convolutions, (outputs, WIDTHS[scale], 3, 3), in their order."""
-    heads = []
+    heads: list[Tensor] = []
     while (key := f"decoder.{10 + len(heads)}.conv.weight") in state:
         heads.append(state[key])
     if not heads or any(head.shape[1] not in WIDTHS[:4] for head in heads):

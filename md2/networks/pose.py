@@ -17,7 +17,7 @@ OUTPUT_SCALE = 0.01
 
 def _motions(maps: Tensor) -> Tensor:
     """(B, 6 n, h, w) -> (B, n, 6), the mean over the image, scaled."""
-    return OUTPUT_SCALE * maps.mean(dim=(2, 3)).unflatten(1, (-1, 6))
+    return OUTPUT_SCALE * maps.mean(dim=(2, 3)).view(maps.shape[0], -1, 6)
 
 
 class PoseDecoder(nn.Module):
