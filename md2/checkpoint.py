@@ -11,7 +11,9 @@ damaged `last.pt` (full disk, power cut) costs a few steps and not the run. File
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +79,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: Path | None = N
         beside.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise InputError(f"cannot write checkpoint {path}: {error}; free or change the place") from error
 
 
@@ -101,7 +104,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         if damaged is not None:
             raise InputError(f"{path}: damaged at {damaged}; use an earlier checkpoint")
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise InputError(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from error
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a checkpoint of md2's format {FORMAT}")

@@ -85,9 +85,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if 0 not in self.scales or len(set(self.scales)) != len(self.scales) or not set(self.scales) <= {0, 1, 2, 3}:
-            raise ValueError(
-                f"scales {self.scales}: some of 0, 1, 2, 3, each once, and 0 (what evaluation reads) among them"
-            )
+            raise ValueError(f"scales {self.scales}: some of 0, 1, 2, 3, each once; 0, which evaluation reads, always")
         if self.min_depth >= self.max_depth:
             raise ValueError(f"min_depth {self.min_depth} must be below max_depth {self.max_depth}")
         return self
@@ -192,9 +190,18 @@ def load_config(source: str | Path | None, overrides: Iterable[str] = ()) -> Con
     """
     where = "defaults" if source is None else str(source)
     tree = {} if source is None else _read_yaml(_find(source))
+    merge_overrides(tree, overrides)
+    return config_from_dict(tree, where)
+
+
+def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Merge `key.sub=value` overrides into a nested dictionary, in place.
+
+    Raises:
+        UsageError: not of that form, or the value is not YAML.
+    """
     for override in overrides:
         _merge(tree, override)
-    return config_from_dict(tree, where)
 
 
 def config_from_dict(tree: dict[str, Any], where: str) -> Config:

@@ -1,0 +1,64 @@
+"""`md2 train`: a progress bar around md2/train.py."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import TaskID
+
+from cli.console import errors, progress_bar
+
+
+class BarReporter:
+    """A bar with loss, images/s and time left; messages above it. Silent on ranks other than 0."""
+
+    def __init__(self) -> None:
+        self.bar = progress_bar("image")
+        self.task: TaskID | None = None
+        self.main = os.environ.get("RANK", "0") == "0"
+
+    def start(self, total: int, done: int) -> None:
+        if self.main:
+            self.task = self.bar.add_task("train", total=total, completed=done, rate=0.0, note="")
+            self.bar.start()
+
+    def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None:
+        if self.task is None:
+            return
+        self.bar.update(self.task, completed=step, description=f"epoch {epoch}")
+        if loss is not None:
+            self.bar.update(self.task, rate=images_per_second, note=f"loss {loss:.4f}")
+
+    def message(self, text: str) -> None:
+        if self.main:
+            errors.print(text, highlight=False, markup=False)
+
+    def stop(self) -> None:
+        self.bar.stop()
+
+
+def train(
+    config: Annotated[str | None, typer.Argument(help="YAML file, or a recipe's name (md2 zoo).")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.sub=value, e.g. data.url=... train.epochs=5")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder [default: runs/CONFIG].")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run, mid-epoch, with the same numbers.")] = None,
+) -> None:
+    """Train a model, or go on with a run."""
+    from md2.train import run_command
+
+    reporter = BarReporter()
+    try:
+        outcome = run_command(config, overrides or [], run, resume, reporter)
+    finally:
+        reporter.stop()
+    if reporter.main:
+        done = "stopped early" if outcome.stopped.early else "done"
+        errors.print(f"{done} at step {outcome.stopped.step}: {outcome.run}", highlight=False)
+        if outcome.stopped.early:
+            errors.print(f"go on with: md2 train --resume {outcome.run}", highlight=False)
+    raise typer.Exit(outcome.exit_code)

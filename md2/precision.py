@@ -1,0 +1,128 @@
+"""Speed switches (autocast, channels_last, compile) and the guard against steps that are not finite."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from md2.batch import Offset
+from md2.config import TrainConfig
+from shards.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Resolved switches for one device. Geometry and loss are float32 whatever these say.
+
+    Attributes:
+        dtype: autocast type of the networks, or None for plain float32.
+        scaled: whether losses are scaled before backward (fp16 only: its range is small).
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None
+    channels_last: bool
+    compile: bool
+
+    @property
+    def scaled(self) -> bool:
+        return self.dtype is torch.float16
+
+    @classmethod
+    def of(cls, train: TrainConfig, device: torch.device) -> Switches:
+        """Resolve `auto`: what measured best per device (bench/RESULTS.md).
+
+        Raises:
+            UsageError: fp16 on a CPU.
+        """
+        gpu = device.type == "cuda"
+        if train.precision == "fp16" and not gpu:
+            raise UsageError("train.precision fp16 needs a GPU: use bf16 or float32")
+        precision = train.precision if train.precision != "auto" else ("bf16" if gpu else "float32")
+        dtypes = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+        channels_last = True if train.channels_last == "auto" else train.channels_last
+        compiled = False if train.compile == "auto" else train.compile
+        return cls(device, dtypes[precision], channels_last, compiled)
+
+    def prepare(self, networks: nn.Module) -> Any:
+        """Weights in the memory format that convolutions are fastest in."""
+        return networks.to(memory_format=torch.channels_last) if self.channels_last else networks  # type: ignore[call-overload]
+
+    def compiled(self, networks: nn.Module) -> Any:
+        return torch.compile(networks) if self.compile else networks
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.dtype) if self.dtype is not None else nullcontext()
+
+    def inputs(self, images: dict[Offset, Tensor]) -> dict[Offset, Tensor]:
+        if not self.channels_last:
+            return images
+        return {offset: image.contiguous(memory_format=torch.channels_last) for offset, image in images.items()}
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """A step whose gradient held NaN or infinity, and the keys of its samples."""
+
+    step: int
+    keys: list[str]
+
+
+class FiniteGuard:
+    """Skips an optimiser step whose gradient is not finite, and tells which it was.
+
+    On the GPU the decision stays on the device (fused Adam reads `found_inf`) and the host looks at
+    the outcome one step later, so that it never waits for the step under way. With fp16's scaler a
+    skipped step is how it finds its scale; only a loss scale that has collapsed is reported.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pending: list[tuple[NotFinite, Tensor, torch.cuda.Event | None]] = []
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, step: int, keys: list[str]
+    ) -> None:
+        """Step the optimiser unless the gradient is not finite."""
+        if scaler.is_enabled():
+            self._scaled_step(optimizer, scaler, NotFinite(step, keys))
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        bad = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+        if self.device.type != "cuda":
+            if bad:
+                self._pending.append((NotFinite(step, keys), bad, None))
+            else:
+                optimizer.step()
+            return
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        optimizer.step()
+        host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host.copy_(bad, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((NotFinite(step, keys), host, event))
+
+    def _scaled_step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, which: NotFinite) -> None:
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() < 1.0:
+            self._pending.append((which, torch.tensor(True), None))
+
+    def found(self) -> list[NotFinite]:
+        """Steps found not finite since the last call (on the GPU: up to the step before the last)."""
+        found = []
+        while self._pending:
+            which, flag, event = self._pending[0]
+            if event is not None and len(self._pending) == 1:
+                break
+            if event is not None:
+                event.synchronize()
+            self._pending.pop(0)
+            if flag:
+                found.append(which)
+        return found

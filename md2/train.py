@@ -1,0 +1,214 @@
+"""Start or resume a run; also the entry for torchrun.
+
+md2 train CONFIG [key.sub=value ...] --run DIR
+md2 train --resume DIR
+torchrun --nproc-per-node 4 -m md2.train CONFIG --run DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import yaml
+
+from md2.checkpoint import load_latest
+from md2.config import Config, config_from_dict, load_config, merge_overrides
+from md2.distributed import Ranks, ranks
+from md2.runlog import ENVIRONMENT, environment
+from md2.trainer import Reporter, Stopped, Trainer
+from shards.dataset import LocalDataset, open_dataset
+from shards.errors import Md2Error, UsageError
+
+CONFIG = "config.yaml"
+CHANGEABLE = (
+    "data.url",
+    "data.threads",
+    "data.prefetch",
+    "train.epochs",
+    "train.max_steps",
+    "train.log_every",
+    "train.image_every",
+    "train.checkpoint_every",
+    "train.val_batches",
+    "train.on_nan",
+)
+"""What may change on resume: nothing here alters the numbers of a step."""
+
+
+class StopRequest:
+    """Set by SIGTERM or Ctrl-C; the loop looks at it between steps. A second signal ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell reports the signal: 143 for SIGTERM, 130 for Ctrl-C."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """While inside, SIGTERM and SIGINT ask the loop to stop instead of killing the process."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run got to, and the exit code that says so."""
+
+    stopped: Stopped
+    run: Path
+    exit_code: int
+
+
+def start_run(config: Config, run: Path, reporter: Reporter) -> Outcome:
+    """Train a new run in the folder `run`, which must not hold one yet.
+
+    Raises:
+        UsageError: `run` already holds a run, or the dataset lacks what the configuration asks for.
+        DatasetError, StorageError: the dataset cannot be read.
+        TrainingError: training cannot go on.
+    """
+    with ranks(config.train.device) as place, stop_on_signals() as stop:
+        if place.main and (run / CONFIG).exists():
+            raise UsageError(
+                f"{run} already holds a run: md2 train --resume {run} goes on with it, --run names another"
+            )
+        place.barrier()
+        dataset = open_dataset(config.data.url)
+        if place.main:
+            _write_start(config, run, place, dataset)
+        place.barrier()
+        trainer = Trainer(config, dataset, run, place, reporter, should_stop=stop)
+        return _finish(trainer, run, place, stop)
+
+
+def resume_run(run: Path, overrides: Sequence[str], reporter: Reporter) -> Outcome:
+    """Go on with a run from its newest checkpoint, mid-epoch and with the same numbers.
+
+    Raises:
+        UsageError: no run there, or an override that would change the numbers.
+        InputError: no checkpoint that can be read.
+        TrainingError, DatasetError: as `start_run`.
+    """
+    config = _config_to_resume(run, overrides)
+    with ranks(config.train.device) as place, stop_on_signals() as stop:
+        checkpoint, warning = load_latest(run)
+        if warning and place.main:
+            reporter.message(f"warning: {warning}")
+        dataset = open_dataset(config.data.url)
+        trainer = Trainer(config, dataset, run, place, reporter, resume=checkpoint, should_stop=stop)
+        return _finish(trainer, run, place, stop)
+
+
+def _finish(trainer: Trainer, run: Path, place: Ranks, stop: StopRequest) -> Outcome:
+    stopped = trainer.fit()
+    if place.main:
+        from md2.figures import run_figure
+
+        run_figure(run)
+    return Outcome(stopped, run, stop.exit_code if stopped.early else 0)
+
+
+def _write_start(config: Config, run: Path, place: Ranks, dataset: LocalDataset) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    facts = {"url": config.data.url, "split": dataset.manifest.split.name, "manifest_sha256": dataset.manifest_sha256}
+    (run / ENVIRONMENT).write_text(json.dumps(environment(place.device, facts), indent=1) + "\n")
+    (run / CONFIG).write_text(config.to_yaml())
+
+
+def _config_to_resume(run: Path, overrides: Sequence[str]) -> Config:
+    path = run / CONFIG
+    if not path.is_file():
+        raise UsageError(
+            f"{run}: no run to resume there ({CONFIG} is missing); start one with md2 train CONFIG --run {run}"
+        )
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key not in CHANGEABLE:
+            raise UsageError(
+                f"{key} cannot change on resume (it would alter the numbers); these can: {', '.join(CHANGEABLE)}"
+            )
+    tree = yaml.safe_load(path.read_text())
+    merge_overrides(tree, overrides)
+    return config_from_dict(tree, str(path))
+
+
+class PlainReporter:
+    """Lines on stdout, for torchrun and logs."""
+
+    def start(self, total: int, done: int) -> None:
+        self.total = total
+
+    def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None:
+        if loss is not None:
+            print(
+                f"step {step}/{self.total}  epoch {epoch}  loss {loss:.4f}  {images_per_second:.1f} images/s",
+                flush=True,
+            )
+
+    def message(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m md2.train`, as torchrun starts it."""
+    parser = argparse.ArgumentParser(prog="md2.train", description="Train under torchrun; see md2 train --help")
+    parser.add_argument("config", nargs="?", help="YAML file or recipe name")
+    parser.add_argument("overrides", nargs="*", help="key.sub=value")
+    parser.add_argument("--run", type=Path, help="run folder")
+    parser.add_argument("--resume", type=Path, help="run folder to go on with")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        return run_command(options.config, options.overrides, options.run, options.resume, PlainReporter()).exit_code
+    except Md2Error as error:
+        print(f"md2: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def run_command(
+    source: str | None, overrides: Sequence[str], run: Path | None, resume: Path | None, reporter: Reporter
+) -> Outcome:
+    """What both entries do: resume where asked, else start.
+
+    Raises:
+        UsageError: neither or both of a configuration and a run to resume.
+        Md2Error: as `start_run` and `resume_run`.
+    """
+    if resume is not None:
+        # Without a configuration the first word after --resume is an override already.
+        words = [word for word in (source, *overrides) if word is not None]
+        if run is not None:
+            raise UsageError("--resume names the run folder itself: leave --run out")
+        return resume_run(resume, words, reporter)
+    if source is None:
+        raise UsageError("give a configuration: a YAML file or a recipe name (md2 zoo lists them), or --resume RUN")
+    config = load_config(source, overrides)
+    return start_run(config, run or Path("runs") / Path(source).stem, reporter)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

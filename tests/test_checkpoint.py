@@ -1,0 +1,118 @@
+"""Checkpoint files: whole or refused, and the one before is still there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from md2.checkpoint import LAST, PREVIOUS, Checkpoint, load_checkpoint, load_latest, resolve, save_checkpoint
+from md2.config import Config
+from shards.errors import InputError
+
+
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(
+        config=Config().model_dump(mode="json"),
+        networks={"depth": {"weight": torch.arange(4096.0) + step}},
+        metres_per_unit=5.4,
+        step=step,
+        epoch=1,
+        training={"loaders": [b"\x00\xff state"], "best": float("inf")},
+        metrics={"abs_rel": 0.115},
+    )
+
+
+def save_two(run: Path) -> Path:
+    folder = run / "checkpoints"
+    for step in (1, 2):
+        save_checkpoint(checkpoint(step), folder / LAST, keep=folder / PREVIOUS)
+    return folder
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    save_checkpoint(checkpoint(7), path)
+    loaded = load_checkpoint(path)
+    assert (loaded.step, loaded.epoch, loaded.metres_per_unit) == (7, 1, 5.4)
+    assert loaded.training == {"loaders": [b"\x00\xff state"], "best": float("inf")}
+    assert torch.equal(loaded.networks["depth"]["weight"], torch.arange(4096.0) + 7)
+    assert loaded.parsed_config() == Config()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_newest_first(tmp_path: Path) -> None:
+    save_two(tmp_path)
+    found, warning = load_latest(tmp_path)
+    assert (found.step, warning) == (2, None)
+
+
+def flip_one_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.tensor(100.0).numpy().tobytes() + torch.tensor(101.0).numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flip_one_byte, truncate, empty, Path.unlink])
+def test_a_damaged_last_one_falls_back_and_says_so(tmp_path: Path, damage: object) -> None:
+    folder = save_two(tmp_path)
+    damage(folder / LAST)  # type: ignore[operator]
+    found, warning = load_latest(tmp_path)
+    assert found.step == 1
+    if damage is not Path.unlink:
+        assert warning is not None
+        assert LAST in warning
+        assert PREVIOUS in warning
+
+
+def test_both_damaged_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    folder = save_two(tmp_path)
+    truncate(folder / LAST)
+    truncate(folder / PREVIOUS)
+    with pytest.raises(InputError, match=PREVIOUS):
+        load_latest(tmp_path)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]
+
+    torch.save({"format": 1, "networks": Bomb()}, tmp_path / "bad.pt")
+    with pytest.raises(InputError, match=r"bad\.pt"):
+        load_checkpoint(tmp_path / "bad.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="not a checkpoint of md2"):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    save_checkpoint(checkpoint(1), path)
+    (tmp_path / "a.pt.tmp").mkdir()
+    with pytest.raises(InputError, match="cannot write"):
+        save_checkpoint(checkpoint(2), path)
+    assert load_checkpoint(path).step == 1
+
+
+def test_a_run_resolves_to_its_best(tmp_path: Path) -> None:
+    folder = save_two(tmp_path)
+    assert resolve(tmp_path) == folder / LAST
+    save_checkpoint(checkpoint(1), folder / "best.pt")
+    assert resolve(tmp_path) == folder / "best.pt"
+    assert resolve(folder / PREVIOUS) == folder / PREVIOUS
+    with pytest.raises(InputError, match="neither"):
+        resolve(tmp_path / "nothing")

@@ -1,0 +1,120 @@
+"""The configuration: overrides, errors that help, impossible combinations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from md2.config import Config, known_keys, load_config, recipes
+from shards.errors import UsageError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_overrides_win_over_the_file_and_nothing_else_moves(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {url: here, stereo: true}\ntrain: {batch_size: 3}\n")
+    config = load_config(path, ["train.batch_size=5", "data.frames=[0]", "train.learning_rate=1e-3"])
+    assert (config.data.url, config.data.stereo, config.data.frames) == ("here", True, [0])
+    assert (config.train.batch_size, config.train.learning_rate) == (5, 1e-3)
+    assert config.model == Config().model
+
+
+def test_defaults_are_the_papers() -> None:
+    config = load_config(None)
+    assert (config.train.learning_rate, config.train.epochs, config.train.batch_size) == (1e-4, 20, 12)
+    assert (config.train.lr_step_epochs, config.train.lr_gamma) == (15, 0.1)
+    assert (config.data.width, config.data.height, config.data.frames) == (640, 192, [0, -1, 1])
+    assert (config.model.min_depth, config.model.max_depth, config.model.scales) == (0.1, 100.0, [0, 1, 2, 3])
+    assert config.loss.disparity_smoothness == 1e-3
+
+
+def test_resolved_yaml_loads_back_equal(tmp_path: Path) -> None:
+    config = load_config(None, ["data.stereo=true", "model.scales=[0,2]", "train.val_batches=7"])
+    assert load_config(write(tmp_path, config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batchsize=4", "did you mean 'train.batch_size'"),
+        ("batch_size=4", "did you mean 'train.batch_size'"),
+        ("loss.automasking=false", "did you mean 'loss.disable_automasking'"),
+        ("train.batch_size=many", "train.batch_size = 'many'"),
+        ("train.batch_size=0", "train.batch_size = 0"),
+        ("data.width=650", "multiple of 32"),
+        ("train.batch_size", "key.sub=value"),
+        ("train.batch_size.x=1", "train"),
+        ("data.url=[", "not YAML"),
+        ("data.frames=[0]", "no source image"),
+        ("data.frames=[-1,0]", "comes first"),
+        ("data.frames=[0,1,1]", "twice"),
+        ("model.scales=[1,2]", "0, which evaluation reads"),
+        ("model.min_depth=200", "must be below"),
+        ("loss.predictive_mask=true", "disable_automasking=true"),
+        ("model.encoder=resnet19", "model.encoder"),
+    ],
+)
+def test_a_mistake_gets_one_line_that_helps(override: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(None, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.frames=[0]", "data.stereo=true", "model.pose_network=posecnn"],
+        ["data.frames=[0]", "data.stereo=true", "model.pose_input=all"],
+        ["train.device=cpu", "train.precision=fp16"],
+        ["train.device=cpu", "data.device=gpu"],
+    ],
+)
+def test_impossible_combinations_are_refused_whatever_their_order(overrides: list[str]) -> None:
+    with pytest.raises(UsageError):
+        load_config(None, overrides)
+    with pytest.raises(UsageError):
+        load_config(None, overrides[::-1])
+
+
+def test_a_combination_is_judged_after_all_overrides() -> None:
+    config = load_config(None, ["loss.predictive_mask=true", "loss.disable_automasking=true"])
+    assert config.loss.predictive_mask
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- a\n- b\n", "expected sections"), ("a: [\n", "not YAML"), ("dta: {}\n", "'data'")]
+)
+def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean the recipe mono_stereo"):
+        load_config("mono_stero")
+
+
+def test_every_recipe_loads_and_says_nothing_twice() -> None:
+    assert {"mono", "stereo", "mono_stereo"} <= set(recipes())
+    for name, text in recipes().items():
+        load_config(name)
+        tree = yaml.safe_load(text)
+        assert set(tree) <= set(Config.model_fields), name
+
+
+def test_units_of_predicted_depth() -> None:
+    assert load_config("mono").metres_per_unit is None
+    assert load_config("stereo").metres_per_unit == 5.4
+    assert load_config("mono_stereo", ["data.baseline=metres"]).metres_per_unit == 1.0
+
+
+def test_keys_are_listed_with_their_sections() -> None:
+    keys = set(known_keys())
+    assert {"data", "data.url", "loss.no_ssim", "train.on_nan"} <= keys
