@@ -7,6 +7,9 @@ import sys
 import typer
 
 from cli.console import errors, fail
+from cli.doctor import doctor
+from cli.train import train
+from cli.zoo import zoo
 from shards.errors import Md2Error
 
 app = typer.Typer(
@@ -16,6 +19,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.command()(train)
+app.command()(zoo)
+app.command()(doctor)
 
 
 def main() -> None:

@@ -33,8 +33,8 @@ class DataConfig(Section):
     """Target (0) and temporal source frames, as offsets."""
     stereo: bool = False
     """Use the stereo partner as a source frame."""
-    width: int = Field(640, gt=0, multiple_of=32)
-    height: int = Field(192, gt=0, multiple_of=32)
+    width: int = Field(640, ge=64, multiple_of=32)
+    height: int = Field(192, ge=64, multiple_of=32)
     intrinsics: Literal["calibrated", "nominal"] = "calibrated"
     """`nominal`: fx = 0.58 w, fy = 1.92 h, cx = 0.5 w, cy = 0.5 h, which the published numbers used."""
     baseline: Literal["paper", "metres"] = "paper"

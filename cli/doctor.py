@@ -1,0 +1,68 @@
+"""`md2 doctor`: what this machine has, and what of md2 works on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+
+import typer
+
+from cli.console import console
+
+
+def doctor() -> None:
+    """Check the installation: torch, DALI, GPU, decoders. Exit code 1 if something that training needs fails."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("python", platform.python_version),
+        ("cores", lambda: str(len(os.sched_getaffinity(0)))),
+        ("torch", _torch),
+        ("GPU", _gpu),
+        ("DALI", _dali),
+        ("free disk", lambda: f"{shutil.disk_usage('.').free / 1e9:.0f} GB here"),
+    ]
+    failed = False
+    for name, check in checks:
+        try:
+            console.print(f"[green]ok[/]    {name:10} {check()}", highlight=False)
+        except (ImportError, RuntimeError, OSError) as error:
+            failed = True
+            console.print(f"[red]fails[/] {name:10} {str(error).splitlines()[0]}", highlight=False)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _torch() -> str:
+    import torch
+
+    return f"{torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none: everything runs on the CPU"
+    return f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}"
+
+
+def _dali() -> str:
+    """Decode a picture in a pipeline: that is what fails where the wheel and the machine disagree."""
+    import io
+
+    import numpy as np
+    import nvidia.dali
+    from nvidia.dali import fn, pipeline_def
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 32), (200, 100, 50)).save(buffer, "JPEG")
+    encoded = np.frombuffer(buffer.getvalue(), np.uint8)
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def decode() -> object:
+        return fn.decoders.image(fn.external_source(lambda: [encoded], num_outputs=None))
+
+    (images,) = decode().run()
+    height, width, _ = np.asarray(images[0]).shape
+    return f"{nvidia.dali.__version__}, decodes ({width}x{height})"

@@ -1,0 +1,76 @@
+"""The published recipes: what each trains, what the paper reports for it, and the commands that do it.
+
+Figures: Godard et al., "Digging Into Self-Supervised Monocular Depth Estimation", ICCV 2019, Tables 1
+and 2 (KITTI 2015 Eigen test images, raw velodyne, Garg crop, capped at 80 m), Table 6 for odometry.
+They are the paper's, not measured by md2; where the paper gives none, none is listed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from md2.config import Config, load_config, recipes
+from md2.metrics import METRICS
+
+_P = "monodepth2_resnet18_kitti_"
+_PUBLISHED: dict[str, tuple[float, ...]] = {
+    # abs_rel, sq_rel, rmse, rmse_log, a1, a2, a3
+    f"{_P}mono_640x192": (0.115, 0.903, 4.863, 0.193, 0.877, 0.959, 0.981),
+    f"{_P}stereo_640x192": (0.109, 0.873, 4.960, 0.209, 0.864, 0.948, 0.975),
+    f"{_P}mono_stereo_640x192": (0.106, 0.818, 4.750, 0.196, 0.874, 0.957, 0.979),
+    f"{_P}mono_1024x320": (0.115, 0.882, 4.701, 0.190, 0.879, 0.961, 0.982),
+    f"{_P}stereo_1024x320": (0.107, 0.849, 4.764, 0.201, 0.874, 0.953, 0.977),
+    f"{_P}mono_stereo_1024x320": (0.106, 0.806, 4.630, 0.193, 0.876, 0.958, 0.980),
+    f"{_P}mono_no_pretraining_640x192": (0.132, 1.044, 5.142, 0.210, 0.845, 0.948, 0.977),
+    f"{_P}stereo_no_pretraining_640x192": (0.130, 1.144, 5.485, 0.232, 0.831, 0.932, 0.968),
+    f"{_P}mono_stereo_no_pretraining_640x192": (0.127, 1.031, 5.266, 0.221, 0.836, 0.943, 0.974),
+    f"{_P}mono_baseline_640x192": (0.140, 1.610, 5.512, 0.223, 0.852, 0.946, 0.973),
+    f"{_P}mono_no_minimum_reprojection_640x192": (0.117, 0.878, 4.846, 0.196, 0.870, 0.957, 0.980),
+    f"{_P}mono_no_automasking_640x192": (0.120, 1.097, 5.074, 0.197, 0.872, 0.956, 0.979),
+    f"{_P}mono_no_full_resolution_multiscale_640x192": (0.117, 0.866, 4.864, 0.196, 0.871, 0.957, 0.981),
+    f"{_P}mono_predictive_mask_640x192": (0.123, 1.177, 5.210, 0.200, 0.869, 0.955, 0.978),
+    f"{_P}mono_416x128": (0.128, 1.087, 5.171, 0.204, 0.855, 0.953, 0.978),
+}
+_ODOMETRY = {f"{_P}odometry_mono_640x192": "ATE 09: 0.017 ± 0.008 m, 10: 0.015 ± 0.010 m"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe of `configs/`.
+
+    Attributes:
+        name: what `md2 train` takes.
+        summary: first comment line of its file.
+        config: resolved.
+        published: metric name -> the paper's value; empty where it gives none.
+        note: other published figures (odometry).
+    """
+
+    name: str
+    summary: str
+    config: Config
+    published: dict[str, float]
+    note: str
+
+    @property
+    def prep_command(self) -> str:
+        """The command that packs its data to where it looks for it."""
+        folder = self.config.data.url.rsplit("/", 1)[-1]
+        split = folder.removesuffix("_1024x320")
+        size = "" if split == folder else f" --size 1024x320 --out {self.config.data.url}"
+        return f"md2 prep --split {split}{size}"
+
+    @property
+    def train_command(self) -> str:
+        return f"md2 train {self.name}"
+
+
+def zoo() -> list[Recipe]:
+    """All recipes, by name."""
+    found = []
+    for name, text in recipes().items():
+        figures = _PUBLISHED.get(name, ())
+        published = dict(zip(METRICS, figures, strict=True)) if figures else {}
+        summary = text.splitlines()[0].removeprefix("#").strip()
+        found.append(Recipe(name, summary, load_config(name), published, _ODOMETRY.get(name, "")))
+    return found
