@@ -8,6 +8,7 @@ import typer
 
 from cli.console import errors, fail
 from cli.doctor import doctor
+from cli.sample import sample
 from cli.train import train
 from cli.zoo import zoo
 from shards.errors import Md2Error
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command()(sample)
 app.command()(train)
 app.command()(zoo)
 app.command()(doctor)

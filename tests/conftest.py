@@ -27,3 +27,14 @@ def kitti() -> Path:
     if not (folder / "raw" / "2011_09_26").is_dir():
         pytest.skip("real KITTI frames are not here: set MD2_KITTI to a folder with raw/ and splits/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw tree of synthetic KITTI: drive 0001 trains, 0002 is held out; 8 frames each, 192x64, with velodyne.
+
+    Read-only: made once for the whole session. Split lists are in `splits/sample`, true depth beside the images.
+    """
+    from prep.synthetic import write_drives
+
+    return write_drives(tmp_path_factory.mktemp("synthetic") / "raw", drives=2, frames=8, size=(192, 64)).root

@@ -1,0 +1,54 @@
+"""`md2 sample`: synthetic drives in KITTI's raw layout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.console import console, progress_bar
+from shards.errors import UsageError
+
+
+def sample(
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    drives: Annotated[int, typer.Option(help="Streets; the last of several is for validation and test.")] = 2,
+    frames: Annotated[int, typer.Option(help="Images per camera and drive, about a metre apart.")] = 60,
+    size: Annotated[str, typer.Option(metavar="WxH", help="Size of the images in pixels.")] = "416x128",
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes; another seed, other streets.")] = 0,
+    lidar: Annotated[bool, typer.Option("--lidar/--no-lidar", help="Also write velodyne scans.")] = True,
+    workers: Annotated[int, typer.Option(help="Processes that render; 0: one per core.")] = 0,
+) -> None:
+    """Write synthetic drives in KITTI's raw layout: a street ray-cast with exact geometry, and its true depth.
+
+    Stereo pairs with calibration, velodyne scans, oxts, split lists, and beside them the dense true depth.
+    """
+    from prep.synthetic import write_drives
+
+    with progress_bar("frame") as bar:
+        task = bar.add_task("sample", total=drives * frames, rate=0.0, note="")
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, rate=bar.tasks[task].speed or 0.0)
+
+        written = write_drives(
+            out,
+            drives=drives,
+            frames=frames,
+            size=_size(size),
+            seed=seed,
+            lidar=lidar,
+            workers=workers or len(os.sched_getaffinity(0)),
+            progress=advance,
+        )
+    console.print(f"{out}: {len(written.drives)} drive(s) of {frames} frames", highlight=False, soft_wrap=True)
+    console.print(f"md2 prep --split {written.split} --raw {out}", highlight=False, soft_wrap=True)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise UsageError(f"--size {text}: give width and height in pixels, for example 416x128")
+    return int(width), int(height)

@@ -1,0 +1,232 @@
+"""Writes synthetic drives to disk in KITTI's raw layout, with true depth, poses and split lists beside them.
+
+OUT/2011_09_26/calib_cam_to_cam.txt, calib_velo_to_cam.txt, calib_imu_to_velo.txt
+OUT/2011_09_26/2011_09_26_drive_0001_sync/
+    image_02/data/0000000000.png, image_03/...   the rectified colour pair, baseline 0.54 m
+    velodyne_points/data/0000000000.bin          float32 x, y, z, reflectance
+    oxts/data/0000000000.txt
+    true_depth_02/data/0000000000.npy, _03/...   float32 (H,W), camera z in metres, inf in the sky (not KITTI's)
+    true_pose_02.txt, true_pose_03.txt           3x4 row-major a line: camera -> camera 02 of frame 0 (not KITTI's)
+OUT/splits/sample/train_files.txt, val_files.txt, test_files.txt
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from prep.synthetic.oxts import FORMAT, oxts_line
+from prep.synthetic.render import Renderer
+from prep.synthetic.rig import COLOUR_CAMERAS, DATE, FRAME_SECONDS, Rig, inverse
+from prep.synthetic.street import build_street
+from shards.errors import InputError, UsageError
+
+SPLIT = "sample"
+_SIDES = {2: "l", 3: "r"}
+
+
+@dataclass(frozen=True)
+class SyntheticRaw:
+    """What `write_drives` wrote.
+
+    Attributes:
+        root: the folder to give as `--raw`.
+        drives: names of the drives' folders, below the date's.
+        split: the folder to give as `--split`.
+        frames: frames per drive.
+    """
+
+    root: Path
+    drives: tuple[str, ...]
+    split: Path
+    frames: int
+
+
+@dataclass(frozen=True)
+class _Drive:
+    number: int
+    frames: int
+    size: tuple[int, int]
+    seed: int
+    lidar: bool
+
+    @property
+    def name(self) -> str:
+        return f"{DATE}_drive_{self.number:04d}_sync"
+
+
+def write_drives(
+    out: Path,
+    *,
+    drives: int = 2,
+    frames: int = 60,
+    size: tuple[int, int] = (416, 128),
+    seed: int = 0,
+    lidar: bool = True,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> SyntheticRaw:
+    """Write synthetic drives under `out`; the same arguments give the same bytes, however many workers.
+
+    Args:
+        out: folder to create; it appears whole or not at all.
+        drives: how many streets. With more than one, the last is for validation and test; a single one is cut.
+        frames: images per camera and drive, about one metre apart.
+        size: width and height of the images; the focal length follows the width.
+        seed: another seed gives other streets.
+        lidar: also write velodyne scans.
+        workers: processes that render.
+        progress: called with frames done and frames in all.
+
+    Raises:
+        UsageError: a number is out of range.
+        InputError: `out` is there already and is not an empty folder, or cannot be written.
+    """
+    _check(drives, frames, size, seed, workers)
+    jobs = [_Drive(number + 1, frames, size, seed, lidar) for number in range(drives)]
+    with _appearing(out) as partial:
+        date = partial / DATE
+        date.mkdir()
+        for name, text in Rig(size).calibration_files().items():
+            (date / name).write_text(text)
+        for drive in jobs:
+            _write_small_files(date / drive.name, drive)
+        _render(date, jobs, workers, progress)
+        split = partial / "splits" / SPLIT
+        split.mkdir(parents=True)
+        for part, lines in split_lines([drive.name for drive in jobs], frames).items():
+            (split / f"{part}_files.txt").write_text("".join(f"{line}\n" for line in lines))
+    return SyntheticRaw(out, tuple(drive.name for drive in jobs), out / "splits" / SPLIT, frames)
+
+
+def split_lines(drives: list[str], frames: int) -> dict[str, list[str]]:
+    """Split lines per part, for frames that have both neighbours: train and val on both sides, test on the left.
+
+    With more than one drive the last is held out: its first half validates, its second half tests. A single
+    drive is cut 70 : 15 : 15, and the frame at each cut is left out, so that no image is in two parts' targets.
+    """
+    usable = range(1, frames - 1)
+    if len(drives) > 1:
+        half = (len(usable) + 1) // 2
+        parts = {
+            "train": [(drive, usable) for drive in drives[:-1]],
+            "val": [(drives[-1], usable[:half])],
+            "test": [(drives[-1], usable[half:] or usable)],
+        }
+    else:
+        held = max(1, round(0.15 * len(usable)))
+        cuts = len(usable) - 2 * held, len(usable) - held
+        parts = {
+            "train": [(drives[0], usable[: cuts[0] - 1] or usable[:1])],
+            "val": [(drives[0], usable[cuts[0] : cuts[1]])],
+            "test": [(drives[0], usable[cuts[1] :])],
+        }
+    return {
+        part: [
+            f"{DATE}/{drive} {frame} {side}"
+            for drive, chosen in runs
+            for frame in chosen
+            for side in (("l",) if part == "test" else ("l", "r"))
+        ]
+        for part, runs in parts.items()
+    }
+
+
+def _check(drives: int, frames: int, size: tuple[int, int], seed: int, workers: int) -> None:
+    limits = [("drives", drives, 1, 9999), ("frames", frames, 5, 100_000), ("seed", seed, 0, 2**63 - 1)]
+    limits += [("width", size[0], 32, 8192), ("height", size[1], 32, 8192), ("workers", workers, 1, 1024)]
+    for name, value, low, high in limits:
+        if not low <= value <= high:
+            raise UsageError(f"{name} is {value}; it must be from {low} to {high}")
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, which becomes `out` at the end and vanishes on an error."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: is there already; remove it or choose another folder")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _render(date: Path, jobs: list[_Drive], workers: int, progress: Callable[[int, int], None] | None) -> None:
+    total = sum(drive.frames for drive in jobs)
+    work = [(date / drive.name, drive, frame) for drive in jobs for frame in range(drive.frames)]
+    if workers == 1:
+        for done, item in enumerate(work, 1):
+            _write_frame(*item)
+            if progress:
+                progress(done, total)
+        return
+    # Spawned, not forked: the caller may have threads (torch, DALI) that a fork would freeze.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_write_frame, *item) for item in work]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                if progress:
+                    progress(done, total)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@lru_cache(maxsize=2)
+def _renderer(drive: _Drive) -> Renderer:
+    return Renderer(build_street(drive.seed, drive.number, drive.frames), Rig(drive.size))
+
+
+def _write_frame(folder: Path, drive: _Drive, frame: int) -> None:
+    renderer = _renderer(drive)
+    for camera in COLOUR_CAMERAS:
+        image, depth = renderer.image(frame, camera)
+        Image.fromarray(image).save(folder / f"image_{camera:02d}" / "data" / f"{frame:010d}.png")
+        np.save(folder / f"true_depth_{camera:02d}" / "data" / f"{frame:010d}.npy", depth)
+    if drive.lidar:
+        renderer.scan(frame).tofile(folder / "velodyne_points" / "data" / f"{frame:010d}.bin")
+
+
+def _write_small_files(folder: Path, drive: _Drive) -> None:
+    """Folders, time stamps, oxts and poses of a drive."""
+    renderer, rig = _renderer(drive), Rig(drive.size)
+    sensors = ["oxts", "image_02", "image_03"] + (["velodyne_points"] if drive.lidar else [])
+    for name in [*sensors, "true_depth_02", "true_depth_03"]:
+        (folder / name / "data").mkdir(parents=True)
+    for name in sensors:
+        (folder / name / "timestamps.txt").write_text(_time_stamps(drive.frames, 0.0))
+    if drive.lidar:
+        for name, shift in (("start", -FRAME_SECONDS / 2), ("end", FRAME_SECONDS / 2)):
+            (folder / "velodyne_points" / f"timestamps_{name}.txt").write_text(_time_stamps(drive.frames, shift))
+    (folder / "oxts" / "dataformat.txt").write_text(FORMAT)
+    for frame in range(drive.frames):
+        record = oxts_line(renderer.street.trajectory, rig, frame)
+        (folder / "oxts" / "data" / f"{frame:010d}.txt").write_text(record)
+    start = inverse(renderer.pose(0, 2))
+    for camera in COLOUR_CAMERAS:
+        poses = [(start @ renderer.pose(frame, camera))[:3].ravel() for frame in range(drive.frames)]
+        lines = [" ".join(f"{value:.9e}" for value in pose) for pose in poses]
+        (folder / f"true_pose_{camera:02d}.txt").write_text("\n".join(lines) + "\n")
+
+
+def _time_stamps(frames: int, shift: float) -> str:
+    start = np.datetime64("2011-09-26T13:00:00", "ns")
+    step = np.timedelta64(round(FRAME_SECONDS * 1e9), "ns")
+    times = start + np.timedelta64(round(shift * 1e9), "ns") + step * np.arange(frames)
+    return "".join(f"{str(time).replace('T', ' ')}\n" for time in times)
