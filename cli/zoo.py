@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from cli.console import console
 
@@ -18,7 +18,15 @@ def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full
 
     found = list_recipes()
     if name is None:
-        table = Table("recipe (md2 train NAME)", "abs_rel", "rmse", "a1", box=None, pad_edge=False, header_style="bold")
+        table = Table(
+            Column("recipe (md2 train NAME)", no_wrap=True, min_width=max(len(r.name) for r in found)),
+            "abs_rel",
+            "rmse",
+            "a1",
+            box=None,
+            pad_edge=False,
+            header_style="bold",
+        )
         for recipe in found:
             figures = [f"{recipe.published[key]:.3f}" if recipe.published else "" for key in ("abs_rel", "rmse", "a1")]
             table.add_row(recipe.name, *figures)
@@ -30,10 +38,10 @@ def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full
     chosen = next((recipe for recipe in found if recipe.name == name), None)
     if chosen is None:
         raise UsageError(f"no recipe {name!r}: md2 zoo lists them")
-    console.print(recipes()[name].rstrip(), highlight=False, markup=False)
+    console.print(recipes()[name].rstrip(), highlight=False, markup=False, soft_wrap=True)
     if chosen.published:
         row = "  ".join(f"{key} {value:.3f}" for key, value in chosen.published.items())
-        console.print(f"\npublished: {row}", highlight=False)
+        console.print(f"\npublished: {row}", highlight=False, soft_wrap=True)
     if chosen.note:
         console.print(f"published: {chosen.note}", highlight=False)
     console.print(f"\n{chosen.prep_command}\n{chosen.train_command}", highlight=False, soft_wrap=True)
