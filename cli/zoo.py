@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Column, Table
 
 from cli.console import console
+
+SHOWN = ("abs_rel", "rmse", "a1")
 
 
 def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full.")] = None) -> None:
@@ -18,19 +19,11 @@ def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full
 
     found = list_recipes()
     if name is None:
-        table = Table(
-            Column("recipe (md2 train NAME)", no_wrap=True, min_width=max(len(r.name) for r in found)),
-            "abs_rel",
-            "rmse",
-            "a1",
-            box=None,
-            pad_edge=False,
-            header_style="bold",
-        )
+        width = max(len(recipe.name) for recipe in found)
+        console.print(f"{'recipe':{width}}  " + "  ".join(f"{key:>7}" for key in SHOWN), style="bold", soft_wrap=True)
         for recipe in found:
-            figures = [f"{recipe.published[key]:.3f}" if recipe.published else "" for key in ("abs_rel", "rmse", "a1")]
-            table.add_row(recipe.name, *figures)
-        console.print(table)
+            figures = "  ".join(f"{recipe.published[key]:7.3f}" for key in SHOWN if recipe.published)
+            console.print(f"{recipe.name:{width}}  {figures}".rstrip(), highlight=False, soft_wrap=True)
         console.print(
             "\nFigures are the paper's (ICCV 2019, Tables 1 and 2). md2 zoo NAME shows one with its commands."
         )
