@@ -1,0 +1,254 @@
+"""The DALI graph: tar shards -> decoded, resized images and the draws of augmentation. One for CPU and GPU.
+
+`plan` says what to read and checks it against the manifest; `build` makes the pipeline. What the draws do
+to the images is in `md2.augment`, since the whole batch's arithmetic is cheaper in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import nvidia.dali.fn
+import nvidia.dali.types
+
+from md2.augment import (
+    BRIGHTNESS,
+    CONTRAST,
+    FLIP_PROBABILITY,
+    HUE,
+    JITTER_PROBABILITY,
+    SATURATION,
+)
+from md2.config import DataConfig
+from shards.dataset import LocalDataset
+from shards.errors import UsageError
+from shards.manifest import Manifest
+from shards.sample import DEPTH, INTRINSICS, STEREO_TRANSLATION, Offset
+
+# DALI's stubs leave out half of what it exports.
+dali: Any = nvidia.dali
+fn, types = dali.fn, dali.types
+
+READER = "shards"
+Device = Literal["cpu", "gpu"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one pipeline reads and does; the same on every rank and device.
+
+    Attributes:
+        tars, indexes: paths of the part's shards.
+        offsets: images to decode; `images` are their components, in the same order.
+        stereo: read the stereo translation.
+        depth: `always` and `sometimes` (not in every sample), or None.
+        stored: width and height of the stored images, None where it differs from sample to sample.
+        size: width and height of the batch's images.
+        flip, jitter: draw them.
+        shuffle: reorder shards and samples; None: read in order.
+    """
+
+    tars: tuple[str, ...]
+    indexes: tuple[str, ...]
+    offsets: tuple[Offset, ...]
+    images: tuple[str, ...]
+    stereo: bool
+    depth: Literal["always", "sometimes"] | None
+    stored: tuple[int, int] | None
+    size: tuple[int, int]
+    flip: bool
+    jitter: bool
+    shuffle: int | None
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the pipeline's outputs, in order."""
+        names = [f"image {offset}" for offset in self.offsets]
+        names += ["source", "intrinsics"]
+        names += ["translation"] if self.stereo else []
+        names += ["stored"] if self.stored is None else []
+        names += ["flip"] if self.flip else []
+        names += ["jitter", "factors"] if self.jitter else []
+        return names + (["depth", "depth_size"] if self.depth else [])
+
+
+def plan(dataset: LocalDataset, part: str, config: DataConfig, *, train: bool, depth: bool) -> Plan:
+    """Check what the configuration asks for against what the dataset has.
+
+    Raises:
+        UsageError: frames, the stereo partner or depth that the dataset does not have.
+        DatasetError: no such part, or its files are not what the manifest says.
+    """
+    manifest = dataset.manifest
+    offsets: list[Offset] = [*config.frames, *(["s"] if config.stereo else [])]  # type: ignore[list-item]
+    images = [manifest.image_component(offset) for offset in offsets]
+    wanted = [*images, INTRINSICS, *([STEREO_TRANSLATION] if config.stereo else [])]
+    if missing := [name for name in wanted if name not in manifest.components]:
+        raise UsageError(
+            f"{dataset.url}: not every sample has {', '.join(missing)}, which data.frames {config.frames} and "
+            f"data.stereo {str(config.stereo).lower()} ask for; the dataset has {_contents(manifest)}"
+        )
+    if depth and DEPTH not in [*manifest.components, *manifest.optional_components]:
+        raise UsageError(f"{dataset.url}: has no ground truth depth; the dataset has {_contents(manifest)}")
+    return Plan(
+        tars=tuple(str(path) for path in dataset.tars(part)),
+        indexes=tuple(str(path) for path in dataset.indexes(part)),
+        offsets=tuple(offsets),
+        images=tuple(images),
+        stereo=config.stereo,
+        depth=None if not depth else "always" if DEPTH in manifest.components else "sometimes",
+        stored=manifest.size,
+        size=(config.width, config.height),
+        flip=train and config.flip,
+        jitter=train and config.color_jitter,
+        shuffle=config.shuffle_buffer if train else None,
+    )
+
+
+def _contents(manifest: Manifest) -> str:
+    sometimes = [f"{name} in {count} of them" for name, count in manifest.optional_components.items()]
+    return ", ".join([*manifest.components, *sometimes])
+
+
+def build(
+    plan: Plan,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world: int,
+    threads: int,
+    prefetch: int,
+    decode: Device,
+    target: Device,
+    device_id: int | None,
+    checkpoint: bytes | None,
+) -> Any:
+    """Build the pipeline and start it.
+
+    `seed` fixes the order of the shards, the same for all ranks; each rank draws its own numbers otherwise.
+
+    Raises:
+        RuntimeError: DALI cannot, e.g. a file is missing.
+    """
+    own_seed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    pipeline = _graph(
+        plan,
+        _reader_arguments(plan, seed, own_seed, rank, world),
+        decode,
+        target,
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device_id,
+        seed=own_seed,
+        prefetch_queue_depth=prefetch,
+        enable_checkpointing=True,
+        checkpoint=checkpoint,
+    )
+    pipeline.build()
+    return pipeline
+
+
+def _reader_arguments(plan: Plan, seed: int, own_seed: int, rank: int, world: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"num_shards": world, "shard_id": rank, "pad_last_batch": True, "name": READER}
+    if plan.shuffle is None:
+        return {**arguments, "stick_to_shard": True}
+    return {
+        **arguments,
+        "random_shuffle": True,
+        "initial_fill": plan.shuffle,
+        "seed": own_seed,
+        "shuffle_after_epoch": True,
+        "shuffle_after_epoch_seed": seed,
+    }
+
+
+@dali.pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
+def _graph(plan: Plan, reader: dict[str, Any], decode: Device, target: Device) -> tuple[Any, ...]:
+    """Outputs as `Plan.outputs` names them: images uint8 (H, W, 3) on `target`, the rest on the host."""
+    read = _read(plan, reader)
+    encoded = [read[name] for name in plan.images]
+    flip = fn.random.coin_flip(probability=FLIP_PROBABILITY) if plan.flip else None
+    outputs: list[Any] = _images(plan, encoded, flip, decode, target)
+    outputs += [fn.pad(fn.get_property(encoded[0], key="source_info")), read[INTRINSICS]]
+    if plan.stereo:
+        outputs.append(read[STEREO_TRANSLATION])
+    if plan.stored is None:
+        outputs.append(fn.peek_image_shape(encoded[0]))
+    if plan.flip:
+        outputs.append(flip)
+    if plan.jitter:
+        outputs += [fn.random.coin_flip(probability=JITTER_PROBABILITY), _jitter_factors()]
+    if plan.depth == "always":
+        outputs += _depth(read[DEPTH], flip)
+    elif plan.depth == "sometimes":
+        if read[DEPTH].shape()[0] > 0:
+            depth, size = _depth(read[DEPTH], flip)
+        else:
+            depth, size = _no_depth()
+        outputs += [depth, size]
+    if plan.depth:
+        outputs[-2] = fn.pad(outputs[-2])
+    return tuple(outputs)
+
+
+def _read(plan: Plan, reader: dict[str, Any]) -> dict[str, Any]:
+    """Component name -> its bytes or numbers; an empty tensor where a sample does not have it."""
+    names = [*plan.images, INTRINSICS]
+    kinds = [types.UINT8] * len(plan.images) + [types.FLOAT]
+    if plan.stereo:
+        names, kinds = [*names, STEREO_TRANSLATION], [*kinds, types.FLOAT]
+    if plan.depth:
+        names, kinds = [*names, DEPTH], [*kinds, types.UINT8]
+    tars, indexes = list(plan.tars), list(plan.indexes)
+    read = fn.readers.webdataset(paths=tars, index_paths=indexes, ext=names, dtypes=kinds, **reader)
+    return {name: read[place] for place, name in enumerate(names)}
+
+
+def _images(plan: Plan, encoded: list[Any], flip: Any, decode: Device, target: Device) -> list[Any]:
+    """Decode, resize only where the size differs, flip all frames of a sample alike."""
+    images = fn.decoders.image(
+        encoded,
+        device="mixed" if decode == "gpu" else "cpu",
+        output_type=types.RGB,
+        jpeg_fancy_upsampling=True,
+    )
+    if plan.stored != plan.size:
+        width, height = plan.size
+        # Lanczos with antialiasing is what prep resizes with.
+        images = fn.resize(images, size=[height, width], interp_type=types.INTERP_LANCZOS3, antialias=True)
+    if flip is not None:
+        images = fn.flip(images, horizontal=flip)
+    if decode == "cpu" and target == "gpu":
+        images = [image.gpu() for image in images]
+    return list(images)
+
+
+def _jitter_factors() -> Any:
+    """(4,) brightness, contrast, saturation, hue."""
+    ranges = [(1 - spread, 1 + spread) for spread in (BRIGHTNESS, CONTRAST, SATURATION)] + [(-HUE, HUE)]
+    return fn.stack(*[fn.random.uniform(range=list(limits)) for limits in ranges])
+
+
+def _depth(encoded: Any, flip: Any) -> list[Any]:
+    """(h, w, 1) float in units of the file, and its shape."""
+    depth = fn.decoders.image(encoded, device="cpu", output_type=types.ANY_DATA, dtype=types.UINT16)
+    depth = fn.cast(depth, dtype=types.FLOAT)
+    if flip is not None:
+        depth = fn.flip(depth, horizontal=flip)
+    return [depth, depth.shape()]
+
+
+def _no_depth() -> list[Any]:
+    """A single pixel without a measurement, of size 0 x 0."""
+    nothing = types.Constant(np.zeros((1, 1, 1), dtype=np.float32), layout="HWC", device="cpu")
+    return [nothing, fn.cast(types.Constant([0, 0, 0], device="cpu"), dtype=types.INT64)]
+
+
+def source_strings(padded: np.ndarray[Any, np.dtype[np.uint8]]) -> Sequence[bytes]:
+    """Rows of zero-padded bytes -> the strings."""
+    rows: list[bytes] = np.ascontiguousarray(padded).view(f"S{padded.shape[1]}")[:, 0].tolist()
+    return rows
