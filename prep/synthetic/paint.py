@@ -147,7 +147,7 @@ def _rubber(surface: Surface, noise: Noise) -> Floats:
 
 
 def _leaves(surface: Surface, noise: Noise) -> Floats:
-    texture = noise.octaves(surface.moved, surface.spread, {0.8: 0.3, 0.35: 0.35, 0.16: 0.35, 0.07: 0.3, 0.03: 0.2})
+    texture = noise.octaves(surface.moved, surface.spread, {0.8: 0.3, 0.35: 0.4, 0.16: 0.5, 0.07: 0.5, 0.03: 0.4})
     colour = surface.base * np.clip(1 + texture, 0.15, 2.2)[:, None]
     return _mix(colour, colour * np.array([1.5, 1.25, 0.8], np.float32), np.clip(texture, 0, 1))
 
@@ -187,38 +187,48 @@ PAINTERS: dict[Material, Painter] = {
 }
 
 
-def paint_ground(street: Street, point: Floats, footprint: Floats, slant: Floats, noise: Noise) -> Floats:
-    """Albedo (n,3) of the ground at points (n,3): asphalt with markings, pavement, then grass."""
+def paint_ground(street: Street, point: Floats, view: Floats, footprint: Floats, slant: Floats, noise: Noise) -> Floats:
+    """Albedo (n,3) of the ground at points (n,3) seen along view (n,3): asphalt with markings, pavement, then grass."""
     x, z = point[:, 0], point[:, 2]
     heading = street.road.heading(z)
     lateral = ((x - street.road.centre(z)) * np.cos(heading)).astype(np.float32)
     spread = footprint * slant
+    # A pixel is an ellipse on the ground: long along the view, a footprint wide across it.
+    turned = np.arctan2(view[:, 0], view[:, 2]) - heading
+    across = np.hypot(spread * np.sin(turned), footprint * np.cos(turned)).astype(np.float32)
+    along = np.hypot(spread * np.cos(turned), footprint * np.sin(turned)).astype(np.float32)
     # Wheels and rain draw roads out lengthwise: that texture is resolved by the pixel's width, not its length.
     drawn = np.stack([lateral, np.zeros_like(z), z * 0.06], axis=1).astype(np.float32)
-    streaks = noise.octaves(
-        drawn, np.maximum(footprint, spread * 0.06), {1.3: 0.12, 0.45: 0.12, 0.16: 0.10, 0.06: 0.08}
-    )
-    patches = noise.octaves(point, spread, {6.0: 0.16, 2.1: 0.16, 0.7: 0.16, 0.24: 0.14, 0.08: 0.12, 0.03: 0.1})
+    streaks = noise.octaves(drawn, np.maximum(across, along * 0.06), {1.3: 0.15, 0.45: 0.16, 0.16: 0.14, 0.06: 0.08})
+    patches = noise.octaves(point, spread, {6.0: 0.2, 2.1: 0.22, 0.7: 0.22, 0.24: 0.16, 0.08: 0.12, 0.03: 0.1})
     grain = (1 + streaks + patches)[:, None]
     side = np.abs(lateral)
     colour = np.array([0.36, 0.36, 0.37], np.float32) * grain
-    white = _band(side, 3.28, 3.42, footprint)
-    dash = _band(z % 9.0, 0.0, 4.0, np.minimum(spread, 9.0)) * resolved(9.0, spread) + 0.44 * (
-        1 - resolved(9.0, spread)
-    )
-    white = np.maximum(white, _band(lateral, -0.07, 0.07, footprint) * dash)
-    for crossing in street.crossings:
-        stripes = _band(lateral % 1.0, 0.0, 0.5, footprint) * _band(side, 0, 5.0, footprint)
-        white = np.maximum(white, stripes * _band(z, crossing - 1.6, crossing + 1.6, spread))
+    white = _markings(street, lateral, z, across, along)
     colour = _mix(colour, np.array([0.80, 0.80, 0.78], np.float32) * (0.75 + 0.25 * grain), white * 0.85)
     slabs = np.array([0.58, 0.56, 0.53], np.float32) * grain
-    lines = np.maximum(_joints(lateral, 0.7, 0.04, footprint), _joints(z, 1.05, 0.05, spread))
-    colour = _mix(colour, slabs * (1 - 0.35 * lines)[:, None], _band(side, ROAD_HALF_WIDTH, 1e3, footprint))
-    kerb = _band(side, ROAD_HALF_WIDTH, ROAD_HALF_WIDTH + 0.22, footprint)
+    lines = np.maximum(_joints(lateral, 0.7, 0.04, across), _joints(z, 1.05, 0.05, along))
+    colour = _mix(colour, slabs * (1 - 0.35 * lines)[:, None], _band(side, ROAD_HALF_WIDTH, 1e3, across))
+    kerb = _band(side, ROAD_HALF_WIDTH, ROAD_HALF_WIDTH + 0.22, across)
     colour = _mix(colour, np.array([0.68, 0.67, 0.65], np.float32) * (1 + patches)[:, None], kerb)
     tufts = noise.octaves(point, spread, {1.5: 0.2, 0.5: 0.3, 0.17: 0.3, 0.06: 0.25})
     grass = np.array([0.28, 0.36, 0.16], np.float32) * (1 + tufts)[:, None]
-    return _mix(colour, grass, _band(side, PAVEMENT_EDGE, 1e3, footprint))
+    return _mix(colour, grass, _band(side, PAVEMENT_EDGE, 1e3, across))
+
+
+def _markings(street: Street, lateral: Floats, z: Floats, across: Floats, along: Floats) -> Floats:
+    """Share of white paint: parking lines, the dashed centre line, zebra crossings."""
+    side, period, dash = np.abs(lateral), 9.0, 4.0
+    seen = resolved(period, along)
+    dashes = _band((z + period / 2) % period, (period - dash) / 2, (period + dash) / 2, np.minimum(along, period))
+    white = _band(lateral, -0.07, 0.07, across) * (dashes * seen + dash / period * (1 - seen))
+    white = np.maximum(white, _band(side, 3.28, 3.42, across))
+    seen = resolved(1.0, across)
+    stripes = _band(lateral % 1.0, 0.25, 0.75, across) * seen + 0.5 * (1 - seen)
+    for crossing in street.crossings:
+        zebra = _band(z, crossing - 1.6, crossing + 1.6, along) * _band(side, 0, 5.0, across)
+        white = np.maximum(white, stripes * zebra)
+    return white
 
 
 def paint_sky(direction: Floats, noise: Noise) -> Floats:

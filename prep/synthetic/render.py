@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 
 import numpy as np
@@ -12,9 +11,12 @@ from prep.synthetic.cast import GROUND, QUADRIC_FACE, SKY, Array, Hits, Pinhole,
 from prep.synthetic.noise import Floats, Noise
 from prep.synthetic.paint import PAINTERS, Surface, paint_ground, paint_sky
 from prep.synthetic.rig import Rig, inverse
+from prep.synthetic.shadow import GroundShadow
 from prep.synthetic.street import Street
 
 _LIDAR_RANGE = 120.0
+# The shadow map is as fine as pixels 20 m away, within reason.
+_SHADOW_TEXELS, _FINEST_SHADOW = 20.0, 0.06
 _UPPER, _LOWER = np.linspace(2.0, -8.33, 32), np.linspace(-8.83, -24.33, 32)
 # Revolutions are sampled as finely, compared with the picture's columns, as KITTI's HDL-64E is.
 _AZIMUTHS_PER_COLUMN, _MOST_AZIMUTHS = 1.7, 2083
@@ -33,10 +35,8 @@ class Renderer:
         self.rig = rig
         self.solids = [thing.solid for thing in street.things]
         self.noise = Noise.seeded(street.seed)
-        height, around = math.radians(38), street.seed % 628 / 100
-        self.sun = np.array(
-            [math.cos(height) * math.sin(around), -math.sin(height), math.cos(height) * math.cos(around)]
-        )
+        spacing = max(_FINEST_SHADOW, _SHADOW_TEXELS / float(rig.intrinsics[0, 0]))
+        self.shadow = GroundShadow.cast(self.solids, street.sun, street.path(), spacing)
 
     def pose(self, frame: float, camera: int) -> Array:
         """(4,4) pose of a rectified camera: camera -> world."""
@@ -143,11 +143,12 @@ class Renderer:
         direction = grid.rows[row] + grid.cols[column]
         distance = 1.0 / hits.inverse[ground]
         point = grid.origin + direction * distance[:, None]
-        slant = np.linalg.norm(direction, axis=1) / direction[:, 1]
-        albedo = paint_ground(
-            self.street, point.astype(np.float32), self._footprint(distance), slant.astype(np.float32), self.noise
-        )
-        light = self._light(np.array([[0.0, -1.0, 0.0]]))
+        slant = (np.linalg.norm(direction, axis=1) / direction[:, 1]).astype(np.float32)
+        footprint = self._footprint(distance)
+        view = direction.astype(np.float32)
+        albedo = paint_ground(self.street, point.astype(np.float32), view, footprint, slant, self.noise)
+        shadow = self.shadow.at(point[:, 0].astype(np.float32), point[:, 2].astype(np.float32), footprint * slant)
+        light = self._light(np.array([[0.0, -1.0, 0.0]]), shadow)
         return albedo * light[:, None]
 
     def _surface(self, grid: RayGrid, hits: Hits, at: tuple[npt.NDArray[np.intp], ...]) -> tuple[Surface, Floats]:
@@ -175,11 +176,11 @@ class Renderer:
         )
         return surface, self._light(normal)
 
-    def _light(self, normal: Array) -> Floats:
+    def _light(self, normal: Array, shadow: Floats | float = 0.0) -> Floats:
         """Diffuse light (n,) on surfaces with outward normals (n,3): sun, sky from above, ground from below."""
-        sun = np.clip(normal @ self.sun, 0, 1)
+        sun = np.clip(np.sum(normal * self.street.sun, axis=1), 0, 1) * (1 - shadow)
         sky = 0.5 - 0.5 * normal[:, 1]
-        return np.asarray(0.42 + 0.22 * sky + 0.55 * sun, dtype=np.float32)
+        return np.asarray(0.38 + 0.20 * sky + 0.64 * sun, dtype=np.float32)
 
 
 def _is_edge(middle: Hits, around: Hits) -> npt.NDArray[np.bool_]:

@@ -64,6 +64,8 @@ class Street:
         trajectory: how the car moves.
         things: all solids.
         crossings: z of the middle of each zebra crossing.
+        sun: unit vector (3,) towards it.
+        end: z where the street is closed.
         seed: for textures.
     """
 
@@ -71,7 +73,14 @@ class Street:
     trajectory: Trajectory
     things: list[Thing]
     crossings: tuple[float, ...]
+    sun: Array
+    end: float
     seed: int
+
+    def path(self) -> Array:
+        """Points (n,2) x, z along the whole centre line, metres."""
+        z = np.arange(-_BEHIND, self.end, 5.0)
+        return np.stack([self.road.centre(z), z], axis=1)
 
 
 @dataclass(frozen=True)
@@ -344,4 +353,8 @@ def build_street(seed: int, drive: int, frames: int) -> Street:
         builder.side(side, end)
     builder.distance(end)
     crossings = np.arange(rng.uniform(8, 30), end, rng.uniform(45, 70))
-    return Street(road, trajectory, builder.things, tuple(float(z) for z in crossings), int(rng.integers(1 << 31)))
+    # The sun stands high enough over the street's ends to reach the road between the buildings.
+    height, around = math.radians(rng.uniform(38, 58)), rng.choice([0, math.pi]) + math.radians(rng.uniform(-40, 40))
+    sun = np.array([math.cos(height) * math.sin(around), -math.sin(height), math.cos(height) * math.cos(around)])
+    stripes = tuple(float(z) for z in crossings)
+    return Street(road, trajectory, builder.things, stripes, sun, end, int(rng.integers(1 << 31)))
