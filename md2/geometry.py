@@ -25,7 +25,7 @@ def disparity_to_depth(disparity: Tensor, min_depth: float, max_depth: float) ->
     """
     nearest, farthest = 1 / min_depth, 1 / max_depth
     scaled: Tensor = farthest + (nearest - farthest) * disparity
-    return scaled.reciprocal()
+    return torch.reciprocal(scaled)
 
 
 def rotation_from_axis_angle(axis_angle: Tensor) -> Tensor:
@@ -41,7 +41,8 @@ def rotation_from_axis_angle(axis_angle: Tensor) -> Tensor:
     cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=1).view(-1, 3, 3)
     outer = axis.unsqueeze(2) * axis.unsqueeze(1)
     identity = torch.eye(3, dtype=axis.dtype, device=axis.device)
-    return cos.unsqueeze(2) * identity + (1 - cos).unsqueeze(2) * outer + cross
+    rotation: Tensor = cos.unsqueeze(2) * identity + (1 - cos).unsqueeze(2) * outer + cross
+    return rotation
 
 
 def transform_from_axis_angle(axis_angle: Tensor, translation: Tensor, invert: bool = False) -> Tensor:

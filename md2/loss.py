@@ -7,7 +7,8 @@
 
 Source: Godard et al., ICCV 2019, section 3; the options are the ones of its official implementation. What
 does not depend on the scale is computed once: the unwarped sources' error, the target's window statistics,
-the stacking of the sources. Everything is float32, whatever autocast is on.
+the stacking of the sources. Everything is float32 (or
+float64, if the inputs are), whatever autocast is on.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def reprojection_loss(
         for scale, disparity in prediction.disparities.items():
             given = noise[scale] if isinstance(noise, Mapping) else noise
             loss, look = context.scale_loss(scale, levels[scale if config.v1_multiscale else 0], given)
-            smooth = smoothness(disparity.float(), pyramids[0][scale])
+            smooth = smoothness(_full(disparity), pyramids[0][scale])
             per_scale[scale] = loss + config.disparity_smoothness / 2**scale * smooth
             if look is not None:
                 looks[scale] = look
@@ -208,27 +209,27 @@ class _Context:
             K = scale_intrinsics(self.intrinsics, size) if size else self.intrinsics
         else:
             K = self.intrinsics[size]
-        target = Target.of(self.pyramids[0][size].float())
-        stacked = torch.cat([self.pyramids[source][size] for source in self.sources]).float()
+        target = Target.of(_full(self.pyramids[0][size]))
+        stacked = _full(torch.cat([self.pyramids[source][size] for source in self.sources]))
         identity = None
         if not self.config.disable_automasking:
             with torch.no_grad():
                 identity = photometric_error(stacked, target, self.config.no_ssim)
                 if self.config.avg_reprojection:
                     identity = identity.mean(dim=1, keepdim=True)
-        return _Level(target, stacked, K.float(), identity)
+        return _Level(target, stacked, _full(K), identity)
 
     def scale_loss(self, scale: int, level: _Level, noise: Tensor | None) -> tuple[Tensor, Panels | None]:
         """Reprojection part of one scale's loss."""
         height, width = level.stacked.shape[2:]
-        depth = disparity_to_depth(_resize(self.prediction.disparities[scale].float(), height, width), *self.depths)
+        depth = disparity_to_depth(_resize(_full(self.prediction.disparities[scale]), height, width), *self.depths)
         transforms = torch.cat([self.transform(source, depth) for source in self.sources])
         count = len(self.sources)
         warped = warp(level.stacked, depth.repeat(count, 1, 1, 1), level.K.repeat(count, 1, 1), transforms)
         errors = photometric_error(warped, level.target, self.config.no_ssim)
         loss = errors.new_zeros(())
         if self.config.predictive_mask:
-            mask = _resize(self.prediction.masks[scale].float(), height, width)
+            mask = _resize(_full(self.prediction.masks[scale]), height, width)
             errors = errors * mask
             loss = loss + MASK_WEIGHT * F.binary_cross_entropy(mask, torch.ones_like(mask))
         average = self.config.avg_reprojection
@@ -247,13 +248,18 @@ class _Context:
 
     def transform(self, source: Offset, depth: Tensor) -> Tensor:
         if source != "s":
-            return self.prediction.poses[source].transform(depth).float()
+            return _full(self.prediction.poses[source].transform(depth))
         if self.stereo is None:
             raise ValueError('the source "s" needs the stereo transform')
-        return self.stereo.float()
+        return _full(self.stereo)
 
 
 def _resize(maps: Tensor, height: int, width: int) -> Tensor:
     if maps.shape[2:] == (height, width):
         return maps
     return F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)
+
+
+def _full(values: Tensor) -> Tensor:
+    """float32 where autocast left less; float64 stays."""
+    return values if values.dtype == torch.float64 else values.float()
