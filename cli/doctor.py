@@ -61,7 +61,7 @@ def _dali() -> str:
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)
     def decode() -> object:
-        return fn.decoders.image(fn.external_source(lambda: [encoded], num_outputs=None))
+        return fn.decoders.image(fn.external_source(lambda: [encoded]))
 
     (images,) = decode().run()
     height, width, _ = np.asarray(images[0]).shape

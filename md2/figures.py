@@ -71,4 +71,5 @@ def _newest_panel(run: Path, kind: str) -> tuple[str, np.ndarray[Any, np.dtype[n
 
 def _inches(panel: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
     """Height at the figure's full width of 12 inches."""
-    return 12 * panel.shape[0] / panel.shape[1] + 0.3
+    height, width = panel.shape[:2]
+    return float(12 * height / width + 0.3)

@@ -103,7 +103,7 @@ class FiniteGuard:
         optimizer.step()
         host = torch.empty((), dtype=torch.bool, pin_memory=True)
         host.copy_(bad, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._pending.append((NotFinite(step, keys), host, event))
 

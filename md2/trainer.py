@@ -101,7 +101,9 @@ class Trainer:
         self.networks = self.switches.prepare(networks.to(ranks.device))
         self.loss = ReprojectionLoss(config.loss, config.model)
         self.optimizer = torch.optim.Adam(
-            self.networks.parameters(), lr=config.train.learning_rate, fused=ranks.device.type == "cuda"
+            [p for p in self.networks.parameters() if p.requires_grad],
+            lr=config.train.learning_rate,
+            fused=ranks.device.type == "cuda",
         )
         self.schedule = torch.optim.lr_scheduler.StepLR(
             self.optimizer, config.train.lr_step_epochs, config.train.lr_gamma
@@ -180,10 +182,6 @@ class Trainer:
                 return True
             if self.step % self.config.train.checkpoint_every == 0 and self.step_in_epoch < self.steps_per_epoch:
                 self._save({})
-        # The reader learns that its epoch is over only when it is asked for more.
-        for _ in batches:
-            if self.step_in_epoch < self.steps_per_epoch:
-                break
         return False
 
     def _step(self, group: list[Batch]) -> tuple[Prediction, LossOutput]:
@@ -224,7 +222,7 @@ class Trainer:
         if self.log is not None and due:
             values = {f"loss/{scale}": float(value) for scale, value in output[1].per_scale.items()}
             values = {"loss": float(output[1].total), **values}
-            rates = {"lr": self.schedule.get_last_lr()[0], **self.window.rates()}
+            rates = {"lr": float(self.schedule.get_last_lr()[0]), **self.window.rates()}
             self.log.scalars("train", self.step, self.epoch, {**values, **rates})
             self.reporter.step(self.step, self.epoch, values["loss"], rates["images_per_second"])
         elif self.ranks.main:
@@ -266,6 +264,7 @@ class Trainer:
             world=self.ranks.world,
             device=self.ranks.device,
             depth=not train and self.dataset.manifest.depth is not None,
+            accumulate=self.config.train.accumulate if train else 1,
             state=state,
         )
 

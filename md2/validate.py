@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ def _metric_sums(prediction: Prediction, batch: Batch, config: Config) -> torch.
     """Number of images with a measurement, then the sums of their metrics."""
     assert batch.depth is not None
     depth = disparity_to_depth(prediction.disparities[0].float(), config.model.min_depth, config.model.max_depth)
-    scaling = config.metres_per_unit if config.metres_per_unit is not None else "median"
+    scaling: Literal["median"] | float = config.metres_per_unit if config.metres_per_unit is not None else "median"
     values = evaluate_batch(depth.reciprocal(), batch.depth, batch.depth_size, scaling=scaling).values
     values = values[~values.isnan().any(dim=1)]
     return torch.cat([values.new_tensor([len(values)]), values.sum(dim=0)])

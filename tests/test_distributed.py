@@ -1,0 +1,119 @@
+"""Two gloo ranks on the CPU, started by torchrun as a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from md2.checkpoint import load_checkpoint
+
+LIMIT = 150
+SETTINGS = [
+    "model.weights=scratch",
+    "data.width=128",
+    "data.height=64",
+    "data.threads=1",
+    "train.device=cpu",
+    "train.batch_size=1",
+    "train.log_every=1",
+    "train.image_every=1000",
+]
+
+
+def torchrun(ranks: int, *arguments: str) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [*launcher, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    try:
+        output, _ = process.communicate(timeout=LIMIT)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return output
+
+
+def test_gradients_of_two_ranks_are_those_of_one_with_twice_the_batch(tmp_path: Path) -> None:
+    script = str(Path(__file__).with_name("ranks_gradient.py"))
+    results = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.pt"
+        process = torchrun(world, script, str(out))
+        output = finish(process)
+        assert process.returncode == 0, output
+        results.append(torch.load(out, weights_only=True))
+    one, two = results
+    assert (one["world"], two["world"]) == (1, 2)
+    assert two["loss"].item() == pytest.approx(one["loss"].item(), rel=1e-6)
+    assert one["gradients"].keys() == two["gradients"].keys()
+    for name, expected in one["gradients"].items():
+        scale = expected.abs().max().clamp(min=1e-12)
+        assert ((two["gradients"][name] - expected).abs().max() / scale).item() < 1e-3, name
+    flat = [torch.cat([g.flatten() for g in r["gradients"].values()]) for r in results]
+    assert ((flat[0] - flat[1]).norm() / flat[0].norm()).item() < 1e-5
+
+
+def test_two_ranks_train_write_once_and_resume(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["-m", "md2.train", "mono_stereo", f"data.url={dataset}", *SETTINGS, "train.epochs=1"]
+    process = torchrun(2, *arguments, "--run", str(run))
+    output = finish(process)
+    assert process.returncode == 0, output
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    manifest = json.loads((dataset / "dataset.json").read_text())
+    count = sum(shard["samples"] for shard in manifest["shards"] if shard["name"].startswith("train/"))
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, count // 2 + 1))
+    assert sum(line["kind"] == "val" for line in lines) == 1
+    checkpoint = load_checkpoint(run / "checkpoints/last.pt")
+    assert len(checkpoint.training["loaders"]) == 2
+    alone = subprocess.run(
+        [sys.executable, "-m", "md2.train", "--resume", str(run), "train.epochs=2"],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert alone.returncode == 6
+    assert "the run had 2 ranks" in alone.stderr
+
+
+def test_a_rank_that_dies_ends_the_job(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["-m", "md2.train", "mono_stereo", f"data.url={dataset}", *SETTINGS, "train.epochs=1000"]
+    process = torchrun(2, *arguments, "--run", str(run))
+    try:
+        deadline = time.monotonic() + LIMIT
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(max(workers(process.pid)), signal.SIGKILL)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    output = finish(process)
+    assert process.returncode not in (0, None)
+    assert "Signal 9" in output or "SIGKILL" in output
+
+
+def workers(parent: int) -> list[int]:
+    """Child processes of torchrun that train."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(pid) for pid in children if b"md2.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]

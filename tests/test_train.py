@@ -1,0 +1,170 @@
+"""`md2 train` in this process: what a run writes, each mode learns, steps that are not finite."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from md2.checkpoint import load_checkpoint
+from md2.config import Config, load_config
+from md2.runlog import read_metrics
+from md2.train import Outcome, resume_run, start_run
+from shards.errors import InputError, TrainingError, UsageError
+
+SMALL = [
+    "model.weights=scratch",
+    "data.width=128",
+    "data.height=64",
+    "data.threads=2",
+    "train.device=cpu",
+    "train.batch_size=2",
+    "train.epochs=1",
+    "train.log_every=1",
+    "train.image_every=2",
+]
+
+
+class Silent:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def start(self, total: int, done: int) -> None:
+        self.total = total
+
+    def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None:
+        self.last = step
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def config(dataset: Path, recipe: str = "mono_stereo", extra: Sequence[str] = ()) -> Config:
+    return load_config(recipe, [f"data.url={dataset}", *SMALL, *extra])
+
+
+def train(dataset: Path, run: Path, recipe: str = "mono_stereo", extra: Sequence[str] = ()) -> tuple[Outcome, Silent]:
+    reporter = Silent()
+    return start_run(config(dataset, recipe, extra), run, reporter), reporter
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run) if line["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    train(dataset, run, extra=["train.max_steps=4"])
+    return run
+
+
+def test_a_run_folder_holds_what_is_promised(finished: Path, dataset: Path) -> None:
+    assert load_config(finished / "config.yaml") == config(dataset, extra=["train.max_steps=4"])
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert len(environment["dataset"]["manifest_sha256"]) == 64
+    lines = read_metrics(finished)
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    for line in steps:
+        scales = [line[f"loss/{scale}"] for scale in range(4)]
+        assert line["loss"] == pytest.approx(sum(scales) / 4, rel=1e-6)
+        assert line["lr"] == 1e-4
+        assert 0 <= line["data_wait"] <= 1
+        assert line["images_per_second"] > 0
+    (val,) = (line for line in lines if line["kind"] == "val")
+    assert {"loss", "abs_rel", "sq_rel", "rmse", "rmse_log", "a1", "a2", "a3"} <= set(val)
+    assert {"last.pt", "best.pt"} <= {path.name for path in (finished / "checkpoints").iterdir()}
+    assert list((finished / "tensorboard").iterdir())
+
+
+def test_panels_and_summary_are_pictures(finished: Path) -> None:
+    with Image.open(finished / "panels" / "train-00000002.png") as panel:
+        # Two samples; target, three warped sources, disparity, auto-mask.
+        assert panel.size == (6 * 128, 2 * 64)
+        target = panel.crop((0, 0, 128, 64))
+        assert len(target.getcolors(100_000) or []) > 50
+    with Image.open(finished / "summary.png") as summary:
+        assert summary.width > 1000
+
+
+def test_tensorboard_has_the_same_losses(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(finished), rel=1e-6)
+    assert events.Tags()["images"] == ["train/panel", "val/panel"]
+
+
+@pytest.mark.parametrize(("recipe", "unit"), [("mono", None), ("stereo", 5.4), ("mono_stereo", 5.4)])
+def test_each_mode_learns(dataset: Path, tmp_path: Path, recipe: str, unit: float | None) -> None:
+    quiet = ["data.color_jitter=false", "data.flip=false", "train.learning_rate=3e-4", "train.max_steps=24"]
+    train(dataset, tmp_path / "run", recipe, [*quiet, "train.epochs=40", "train.image_every=1000"])
+    values = losses(tmp_path / "run")
+    assert sum(values[-4:]) < 0.93 * sum(values[:4])
+    assert load_checkpoint(tmp_path / "run/checkpoints/last.pt").metres_per_unit == unit
+
+
+def test_the_learning_rate_drops_where_the_schedule_says(dataset: Path, tmp_path: Path) -> None:
+    extra = ["train.epochs=3", "train.lr_step_epochs=2", "train.lr_gamma=0.5", "train.batch_size=4"]
+    train(dataset, tmp_path / "run", "stereo", extra)
+    rates = {line["epoch"]: line["lr"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"}
+    assert rates == {0: 1e-4, 1: 1e-4, 2: 0.5e-4}
+
+
+def test_accumulated_batches_make_one_step(dataset: Path, tmp_path: Path) -> None:
+    one, _ = train(dataset, tmp_path / "one", "stereo")
+    two, _ = train(dataset, tmp_path / "two", "stereo", ["train.accumulate=2"])
+    assert two.stopped.step == one.stopped.step // 2
+
+
+def weights(run: Path, name: str) -> dict[str, Any]:
+    return load_checkpoint(run / "checkpoints" / name).networks["depth"]
+
+
+def test_a_step_that_is_not_finite_stops_and_names_its_samples(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"step \d+: the gradient is not finite; samples 2011_09_26"):
+        train(dataset, tmp_path / "run", "stereo", ["train.learning_rate=1e38"])
+
+
+def test_or_is_skipped_and_leaves_the_weights_alone(dataset: Path, tmp_path: Path) -> None:
+    extra = ["train.learning_rate=1e38", "train.on_nan=skip", "train.max_steps=4"]
+    outcome, reporter = train(dataset, tmp_path / "run", "stereo", extra)
+    assert outcome.stopped.step == 4
+    skipped = [message for message in reporter.messages if "skipped" in message]
+    assert skipped
+    assert all(weight.isfinite().all() for weight in weights(tmp_path / "run", "last.pt").values())
+
+
+def test_a_used_run_folder_is_not_overwritten(finished: Path, dataset: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(dataset, finished)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_refuses_what_would_change_the_numbers(finished: Path) -> None:
+    with pytest.raises(UsageError, match=r"train\.batch_size cannot change"):
+        resume_run(finished, ["train.batch_size=3"], Silent())
+
+
+def test_resume_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run to resume"):
+        resume_run(tmp_path, [], Silent())
+    (tmp_path / "config.yaml").write_text("train: {device: cpu}\n")
+    with pytest.raises(InputError, match="no checkpoint"):
+        resume_run(tmp_path, [], Silent())
+
+
+def test_more_batch_than_data(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="fewer training samples"):
+        train(dataset, tmp_path / "run", extra=["train.batch_size=5000"])
