@@ -141,7 +141,7 @@ class Monodepth2:
         """
         if "pose" not in self.networks and not self.stereo:
             raise InputError(f"{where}: pose.pth is missing, and encoder.pth says that this is no stereo model")
-        pose, frames = _pose_of(self.networks)
+        pose, frames = _pose_of(self.networks, where)
         scales = [WIDTHS.index(weight.shape[1]) for weight in _heads(self.networks["depth"], where)]
         encoder = _encoder_of(self.networks["encoder"], where)
         masked = "predictive_mask" in self.networks
@@ -265,21 +265,29 @@ def _heads(state: StateDict, where: str) -> list[Tensor]:
     return heads
 
 
-def _pose_of(networks: Mapping[str, StateDict]) -> tuple[dict[str, str], list[int]]:
+def _pose_of(networks: Mapping[str, StateDict], where: str) -> tuple[dict[str, str], list[int]]:
     """`pose_network` and `pose_input`, and frame offsets with as many sources as the weights expect."""
     pose = networks.get("pose")
     if pose is None:
         return {}, [0]
     if "pose_conv.weight" in pose:
-        kind, images = "posecnn", pose["net.0.weight"].shape[1] // 3
+        kind, images = "posecnn", _shape(pose, "net.0.weight", where)[1] // 3
     elif "pose_encoder" in networks:
-        kind, images = "separate_resnet", networks["pose_encoder"]["encoder.conv1.weight"].shape[1] // 3
+        kind, images = "separate_resnet", _shape(networks["pose_encoder"], "encoder.conv1.weight", where)[1] // 3
     else:
-        kind, images = "shared", pose["net.1.weight"].shape[1] // 256
+        kind, images = "shared", _shape(pose, "net.1.weight", where)[1] // 256
+        if images == 1:
+            raise InputError(f"{where}: pose_encoder.pth is missing, which pose.pth needs")
     offsets = [sign * step for step in range(1, 1 + max(1, images // 2)) for sign in (-1, 1)]
     if images == 2:
         return {"pose_network": kind, "pose_input": "pairs"}, [0, -1, 1]
     return {"pose_network": kind, "pose_input": "all"}, [0, *offsets[: images - 1]]
+
+
+def _shape(state: StateDict, key: str, where: str) -> torch.Size:
+    if key not in state:
+        raise InputError(f"{where}: a pose file is not Monodepth2's: missing key {key}")
+    return state[key].shape
 
 
 def _first_line(error: Exception) -> str:
