@@ -6,6 +6,7 @@ import sys
 from typing import NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shards.errors import Md2Error
@@ -29,5 +30,5 @@ def progress_bar(unit: str) -> Progress:
 
 def fail(error: Md2Error) -> NoReturn:
     """Print the error's one line and end with its exit code."""
-    errors.print(f"[bold red]md2:[/] {error}", highlight=False, soft_wrap=True, markup=True)
+    errors.print(f"[bold red]md2:[/] {escape(str(error))}", highlight=False, soft_wrap=True, markup=True)
     sys.exit(error.exit_code)

@@ -8,6 +8,9 @@ import typer
 
 from cli.console import errors, fail
 from cli.doctor import doctor
+from cli.eval import evaluate
+from cli.predict import predict
+from cli.prep import PrepCommand, prep
 from cli.sample import sample
 from cli.train import train
 from cli.zoo import zoo
@@ -22,7 +25,10 @@ app = typer.Typer(
 )
 
 app.command()(sample)
+app.command(cls=PrepCommand)(prep)
 app.command()(train)
+app.command("eval")(evaluate)
+app.command()(predict)
 app.command()(zoo)
 app.command()(doctor)
 

@@ -38,3 +38,26 @@ def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from prep.synthetic import write_drives
 
     return write_drives(tmp_path_factory.mktemp("synthetic") / "raw", drives=2, frames=8, size=(192, 64)).root
+
+
+@pytest.fixture(scope="session")
+def dataset(drive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `drive` fixture packed as `md2 prep` does: parts train and val, 96x32, frames 0 -1 1, stereo, velodyne depth.
+
+    Read-only: made once for the whole session.
+    """
+    from prep.drives import Kitti
+    from prep.options import make_content
+    from prep.pack import pack
+    from prep.plan import make_plan
+    from prep.sources import RawData
+    from prep.splits import read_split
+    from prep.workers import start_workers
+
+    folder = tmp_path_factory.mktemp("dataset")
+    lists = read_split(str(drive / "splits" / "sample"))
+    content = make_content(lists, size="96x32")
+    plan = make_plan(lists, Kitti(RawData([str(drive)]), content.depth), content, parts=["train", "val"])
+    with start_workers(1) as workers:
+        pack(plan, lists, str(folder / "sample"), folder / "scratch", workers, kitti=False)
+    return folder / "sample"

@@ -1,0 +1,185 @@
+"""`md2 prep`: raw KITTI, or your own drives, to tar shards."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.progress import TaskID
+from typer.core import TyperCommand
+
+from cli.console import console, progress_bar
+from shards.errors import INCOMPLETE
+from shards.manifest import REPORT
+
+if TYPE_CHECKING:
+    from prep.pack import Packed
+
+PUBLIC = "public"
+
+
+class PrepCommand(TyperCommand):
+    """`--download` stands alone (the public archive) or has a base URL after it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        args = list(args)
+        for i, word in enumerate(args):
+            if word == "--download" and (i + 1 == len(args) or args[i + 1].startswith("-")):
+                args[i] = f"--download={PUBLIC}"
+        return super().parse_args(ctx, args)
+
+
+def prep(
+    split: Annotated[str, typer.Option(help="eigen_zhou, eigen_full, eigen, eigen_benchmark, odom; a file; a folder.")],
+    raw: Annotated[
+        list[str], typer.Option(help="Folder of drives, folder of KITTI's zips, or base URL; repeat to mix.")
+    ] = ["./kitti_data"],  # noqa: B006  (typer copies it)
+    out: Annotated[
+        str | None, typer.Option(help="Folder or URL of the dataset.  [default: ./kitti_shards/<split>]")
+    ] = None,
+    size: Annotated[str, typer.Option(metavar="WxH|native", help="Size of the stored images.")] = "640x192",
+    frames: Annotated[str | None, typer.Option(help="Frame offsets.  [default: 0,-1,1; 0 for eigen's test]")] = None,
+    stereo: Annotated[
+        bool | None, typer.Option("--stereo/--no-stereo", help="The other camera's image.  [default: on]")
+    ] = None,
+    depth: Annotated[bool, typer.Option("--depth/--no-depth", help="Ground truth where there is some.")] = True,
+    depth_source: Annotated[
+        Literal["velodyne", "improved"] | None,
+        typer.Option(help="Scans, or the depth benchmark's maps.  [default: velodyne; improved for eigen_benchmark]"),
+    ] = None,
+    depth_convention: Annotated[
+        Literal["camera_z", "lidar_x"] | None,
+        typer.Option(help="Which depth of a lidar point.  [default: camera_z; lidar_x for eigen, as published]"),
+    ] = None,
+    codec: Annotated[
+        Literal["jpeg", "png"], typer.Option(help="png is lossless, and about five times the size.")
+    ] = "jpeg",
+    quality: Annotated[int, typer.Option(help="JPEG quality, 1 to 100.")] = 95,
+    part: Annotated[list[str] | None, typer.Option(help="Only this part of the split; repeat for several.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many lines of each part.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    splits: Annotated[Path | None, typer.Option(help="Folder that holds splits by name.")] = None,
+    download: Annotated[
+        str | None,
+        typer.Option(metavar="[URL]", help="Read drives that --raw lacks from KITTI's public archive, or from URL."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes on this machine; 0: one per core.")] = 0,
+    scheduler: Annotated[str | None, typer.Option(metavar="tcp://HOST:PORT", help="Work on a dask cluster.")] = None,
+    scratch: Annotated[
+        Path | None, typer.Option(help="Folder for unfinished work.  [default: beside the dataset]")
+    ] = None,
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="At broken input: stop, or leave its samples out and list them.")
+    ] = "stop",
+) -> None:
+    """Pack raw KITTI into tar shards, each frame decoded and resized once. Run it again after a crash: it goes on.
+
+    Exit code 4: done, but some of the split's lines gave no sample (missing frames); report.json lists them.
+    """
+    from prep.drives import Kitti
+    from prep.options import make_content, refuse_empty
+    from prep.pack import default_scratch, pack
+    from prep.plan import make_plan
+    from prep.sources import PUBLIC_ARCHIVE, RawData
+    from prep.splits import read_split
+    from prep.workers import start_workers
+
+    lists = read_split(split, splits)
+    content = make_content(
+        lists,
+        size=size,
+        frames=frames,
+        stereo=stereo,
+        depth=depth,
+        depth_source=depth_source,
+        depth_convention=depth_convention,
+        codec=codec,
+        quality=quality,
+        seed=seed,
+        limit=limit,
+    )
+    urls = list(raw)
+    if download is not None:
+        urls.append(PUBLIC_ARCHIVE if download == PUBLIC else download)
+    out = out or f"./kitti_shards/{lists.name}"
+    layout = Kitti(RawData(urls), content.depth)
+    with _bar() as bar:
+        bar.phase("looking at drives", len({line.drive for lines in lists.parts.values() for line in lines}), "drives")
+        plan = make_plan(lists, layout, content, on_error, part, progress=lambda drive: bar.advance(1))
+        refuse_empty(plan, urls)
+        with start_workers(workers or len(os.sched_getaffinity(0)), scheduler) as pool:
+            packed = pack(
+                plan,
+                lists,
+                out,
+                scratch or default_scratch(out),
+                pool,
+                skip_broken=on_error == "skip",
+                progress=bar,
+            )
+    _tell(packed)
+    if packed.skipped:
+        sys.exit(INCOMPLETE)
+
+
+class _Bar:
+    """One line a phase: how many a second, time left."""
+
+    def __init__(self) -> None:
+        self._progress = progress_bar("")
+        self._task = TaskID(0)
+        self._began = 0.0
+        self._done = 0
+
+    def phase(self, label: str, total: int, unit: str) -> None:
+        self.stop()
+        self._progress = progress_bar(unit)
+        self._task = self._progress.add_task(label, total=total, rate=0.0, note="")
+        self._began, self._done = time.monotonic(), 0
+        self._progress.start()
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        rate = self._done / max(time.monotonic() - self._began, 1e-3)
+        self._progress.update(self._task, advance=count, rate=rate)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+@contextmanager
+def _bar() -> Iterator[_Bar]:
+    bar = _Bar()
+    try:
+        yield bar
+    finally:
+        bar.stop()
+
+
+def _tell(packed: Packed) -> None:
+    from prep.pack import summary
+
+    manifest = packed.manifest
+    parts = ", ".join(f"{manifest.samples(part)} {part}" for part in manifest.parts)
+    size = sum(shard.bytes for shard in manifest.shards) / 1e6
+    state = "was there already" if packed.already else "packed"
+    console.print(
+        f"{packed.url}: {state}: {parts} samples, {len(manifest.shards)} shards, {size:.1f} MB",
+        highlight=False,
+        soft_wrap=True,
+    )
+    optional = ", ".join(f"{count} with {name}" for name, count in manifest.optional_components.items())
+    if optional:
+        console.print(f"not in every sample: {optional}", highlight=False, soft_wrap=True)
+    if packed.skipped:
+        console.print(
+            f"{len(packed.skipped)} lines left out: {summary(packed.skipped)}; all of them in {packed.url}/{REPORT}",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,17 @@
+"""Versions of what decides a dataset's bytes: with others the same input is another dataset."""
+
+from __future__ import annotations
+
+import zlib
+from functools import cache
+from importlib.metadata import version
+
+from PIL import features
+
+
+@cache
+def versions() -> str:
+    """`md2 0.1.0, pillow 12.0, zlib 1.3, …`."""
+    codecs = {name: features.version(name) for name in ("libjpeg_turbo", "zlib", "zlib_ng")}
+    words = [f"md2 {version('md2')}", f"pillow {version('pillow')}", f"zlib {zlib.ZLIB_RUNTIME_VERSION}"]
+    return ", ".join(words + [f"pillow's {name} {number}" for name, number in codecs.items() if number])

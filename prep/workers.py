@@ -1,0 +1,128 @@
+"""Who does the work: this process, a process pool, or a dask cluster; all behind `concurrent.futures.Executor`.
+
+with start_workers(4) as workers: ...
+with start_workers(scheduler="tcp://host:8786") as workers: ...
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_handles
+from typing import Any, TypeVar
+
+from shards.errors import Md2Error, UsageError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+_AHEAD = 2
+"""Jobs under way or waiting for each worker: none ever waits for the main process, and few are in memory."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """An executor and how many jobs it does at a time."""
+
+    executor: Executor
+    count: int
+
+
+class InProcess(Executor):
+    """Runs each job where it is submitted."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@contextmanager
+def start_workers(count: int = 1, scheduler: str | None = None) -> Iterator[Workers]:
+    """Workers for the time of a `with` block; they end with it, and with this process however it ends.
+
+    Args:
+        count: processes on this machine; 1 works in this process.
+        scheduler: address of a dask scheduler to use instead.
+
+    Raises:
+        UsageError: a count below 1; dask is not installed; no scheduler answers.
+    """
+    if scheduler is not None:
+        with _dask(scheduler) as workers:
+            yield workers
+    elif count < 1:
+        raise UsageError(f"--workers {count}: at least 1")
+    elif count == 1:
+        yield Workers(InProcess(), 1)
+    else:
+        # Not fork: the threads of fsspec's event loop would not come along, their locks would.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker) as pool:
+            yield Workers(pool, count)
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the main process, and end when it ends, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for_handles([parent.sentinel])
+        os._exit(1)
+
+
+@contextmanager
+def _dask(scheduler: str) -> Iterator[Workers]:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UsageError("--scheduler needs dask: pip install 'md2[dask]'") from error
+    try:
+        client: Any = Client(scheduler, timeout=10)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, TimeoutError) as error:
+        raise UsageError(f"--scheduler {scheduler}: no dask scheduler answers there ({error})") from error
+    with client:
+        count = sum(client.nthreads().values())
+        if count == 0:
+            raise UsageError(f"--scheduler {scheduler}: it has no workers; start some: dask worker {scheduler}")
+        with client.get_executor(pure=False) as executor:
+            yield Workers(executor, count)
+
+
+def run(workers: Workers, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+    """Results of `work` over the jobs, as they come; few jobs are taken from `jobs` ahead of time.
+
+    An error of a job stops it: what was not begun is cancelled, and the error raised.
+
+    Raises:
+        Md2Error: a worker process died.
+    """
+    pending: set[Future[Result]] = set()
+    try:
+        for job in jobs:
+            pending.add(workers.executor.submit(work, job))
+            while len(pending) >= workers.count * _AHEAD:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    except BrokenExecutor as error:
+        raise Md2Error(
+            "a worker process died (out of memory?); try fewer --workers; run the same command again: it goes on"
+        ) from error
+    finally:
+        for future in pending:
+            future.cancel()
