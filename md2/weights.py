@@ -16,6 +16,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,8 @@ def download_imagenet(encoder: str) -> StateDict:
                 url, map_location="cpu", progress=sys.stderr.isatty(), check_hash=True, weights_only=True
             )
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, HTTPError):
+            error.close()
         raise InputError(
             f"cannot get the ImageNet weights {url}: {_first_line(error)}; download the file elsewhere and give its "
             "path as model.weights, or use model.weights=scratch"

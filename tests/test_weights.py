@@ -83,7 +83,32 @@ def test_imagenet_download_fills_both_encoders(
     assert torch.equal(pose["encoder.layer3.0.conv1.weight"], state["layer3.0.conv1.weight"])
     half = state["conv1.weight"] / 2
     assert torch.equal(pose["encoder.conv1.weight"], torch.cat([half, half], dim=1))
-    assert all(map(torch.equal, networks.depth.parameters(), stereo_only.depth.parameters()))
+    assert all(map(torch.equal, networks.depth.parameters(), untouched.depth.parameters()))
+    assert [path.name for path in hub.iterdir()] == [imagenet_file.name]
+    assert capsys.readouterr().out == ""
+    # From the cache, without the server's file.
+    imagenet_file.unlink()
+    again = build()
+    weights.initialise(again, "imagenet")
+    assert same(again, networks)
+
+
+def test_two_equal_images_give_the_features_of_one(imagenet_file: Path) -> None:
+    networks = build()
+    weights.initialise(networks, str(imagenet_file))
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        one, two = networks.encoder(image), networks.pose_encoder(torch.cat([image, image], dim=1))
+    torch.testing.assert_close(one[-1], two[-1], rtol=1e-3, atol=1e-4)
+
+
+def test_three_images_and_shared_encoder(imagenet_file: Path) -> None:
+    three = build(pose_input="all")
+    weights.initialise(three, str(imagenet_file))
+    first = torch.load(imagenet_file, weights_only=True)["conv1.weight"]
+    torch.testing.assert_close(three.pose_encoder.encoder.conv1.weight, torch.cat([first / 3] * 3, dim=1))
+    shared = build(pose_network="shared")
+    weights.initialise(shared, str(imagenet_file))
     assert torch.equal(shared.encoder.encoder.conv1.weight, first)
 
 
@@ -195,10 +220,7 @@ def test_fine_tuning_takes_what_both_have(tmp_path: Path) -> None:
     folder = official(stereo_only, tmp_path / "weights", stereo=True)
     networks, fresh = build(stereo=True), build(stereo=True)
     weights.initialise(networks, str(folder))
-    assert torch.equal(
-        networks.depth.state_dict()["decoder.3.conv.conv.bias"],
-        stereo_only.depth.state_dict()["decoder.3.conv.conv.bias"],
-    )
+    assert all(map(torch.equal, networks.depth.parameters(), stereo_only.depth.parameters()))
     assert all(map(torch.equal, networks.pose.parameters(), fresh.pose.parameters()))
 
 
