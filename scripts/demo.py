@@ -1,0 +1,109 @@
+"""`make demo`: the whole way on a synthetic drive, from raw frames to pictures, on the CPU.
+
+    python scripts/demo.py FOLDER
+
+Runs the commands that a user would, then measures three depth maps of every test image against the
+scene's exact depth: a constant one, the untrained network's, the trained network's.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from md2.metrics import evaluate_batch
+from md2.model import Networks
+from md2.predict import Predictor, load
+
+Predict = Callable[[Image.Image], np.ndarray]
+
+
+def run(*command: str) -> None:
+    """Run a command, show it, stop at its failure."""
+    print(f"\n$ {' '.join(command)}", flush=True)
+    subprocess.run(command, check=True)
+
+
+def test_images(raw: Path) -> Iterator[tuple[Path, Path]]:
+    """Image and exact depth of every test line."""
+    for line in (raw / "splits/sample/test_files.txt").read_text().splitlines():
+        drive, frame, side = line.split()
+        camera = "02" if side == "l" else "03"
+        stem = f"data/{int(frame):010d}"
+        yield raw / drive / f"image_{camera}" / f"{stem}.png", raw / drive / f"true_depth_{camera}" / f"{stem}.npy"
+
+
+def score(raw: Path, predict: Predict, scaling: str) -> tuple[float, float, float]:
+    """Mean abs_rel, rmse (metres) and a1 over the test images; pixels up to 80 m, Garg crop."""
+    rows = []
+    for image, depth in test_images(raw):
+        truth = torch.from_numpy(np.nan_to_num(np.load(depth), posinf=0.0)).float()[None, None]
+        with Image.open(image) as picture:
+            disparity = torch.from_numpy(1 / predict(picture.convert("RGB")))[None, None]
+        factor = 1.0 if scaling == "metres" else "median"
+        rows.append(evaluate_batch(disparity, truth, scaling=factor).values[0])
+    abs_rel, _, rmse, _, a1, *_ = torch.stack(rows).mean(dim=0).tolist()
+    return abs_rel, rmse, a1
+
+
+def table(raw: Path, trained: Predictor) -> bool:
+    """Print the three side by side; whether the trained one is the best by far."""
+    torch.manual_seed(0)
+    config = trained.config
+    blank = Predictor(Networks(config.model, config.data, config.loss).eval(), config, trained.metres_per_unit)
+    rows = {
+        "constant depth (median-scaled)": score(raw, lambda image: np.ones(image.size[::-1], np.float32), "median"),
+        "untrained network (median-scaled)": score(raw, lambda image: blank.predict(image).depth, "median"),
+        "trained network (median-scaled)": score(raw, lambda image: trained.predict(image).depth, "median"),
+        "trained network (its own metres)": score(raw, lambda image: trained.predict(image).depth, "metres"),
+    }
+    print(f"\n{'against the exact depth of the test drive':36} abs_rel    rmse      a1")
+    for name, (abs_rel, rmse, a1) in rows.items():
+        print(f"{name:36} {abs_rel:7.3f} {rmse:7.2f} {a1:7.3f}")
+    constant, untrained, median, metres = (row[0] for row in rows.values())
+    return max(median, metres) < 0.7 * min(constant, untrained)
+
+
+def main(folder: Path) -> int:
+    began = time.monotonic()
+    raw, shards, trained, pictures = (folder / name for name in ("kitti_data", "shards", "run", "pictures"))
+    if folder.exists():
+        print(f"{folder} exists: remove it, or name another (make demo DEMO=...)", file=sys.stderr)
+        return 2
+    run("md2", "sample", str(raw), "--drives", "3", "--frames", "50", "--size", "416x128")
+    run(
+        "md2",
+        "prep",
+        "--split",
+        str(raw / "splits/sample"),
+        "--raw",
+        str(raw),
+        "--out",
+        str(shards),
+        "--size",
+        "192x64",
+    )
+    run("md2", "train", "demo", f"data.url={shards}", "--run", str(trained))
+    run("md2", "eval", str(trained), str(shards), "--part", "test", "--json", str(folder / "metrics.json"))
+    images = [str(image) for image, _ in test_images(raw)][::10]
+    run("md2", "predict", str(trained), *images, "--out", str(pictures))
+    learned = table(raw, load(trained))
+    print(
+        f"\n{'It learned.' if learned else 'It has NOT learned: this should not happen.'}\n"
+        f"  pictures   {pictures}\n"
+        f"  run        {trained} (summary.png; tensorboard --logdir {trained})\n"
+        f"  metrics    {folder / 'metrics.json'}, {trained / 'metrics.jsonl'}\n"
+        f"  {time.monotonic() - began:.0f} s"
+    )
+    return 0 if learned else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
