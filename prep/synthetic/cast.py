@@ -189,15 +189,20 @@ class Spinning(RayGrid):
         distance = np.hypot(middle[:, 0], middle[:, 1])
         radius = np.hypot(corners[..., 0] - middle[:, None, 0], corners[..., 1] - middle[:, None, 1]).max(axis=1)
         closest = (distance - radius).clip(_NEAR)
+        around = distance <= radius  # may stand above, below or beside the lidar: no bounds
         height = -corners[..., 2]
         # The slope's extremes need not be at corners, so the nearest and farthest distances bound them.
         low, high = height.min(axis=1), height.max(axis=1)
-        first = np.searchsorted(self.slope, np.where(low < 0, low / closest, low / (distance + radius)) - _SLACK)
-        last = np.searchsorted(self.slope, np.where(high > 0, high / closest, high / (distance + radius)) + _SLACK)
+        lowest = np.where(around, -np.inf, np.where(low < 0, low / closest, low / (distance + radius)))
+        highest = np.where(around, np.inf, np.where(high > 0, high / closest, high / (distance + radius)))
+        first = np.searchsorted(self.slope, lowest - _SLACK)
+        last = np.searchsorted(self.slope, highest + _SLACK)
         centre = np.arctan2(middle[:, 1], middle[:, 0])
         angles = np.arctan2(corners[..., 1], corners[..., 0]) - centre[:, None]
         angles = (angles + np.pi) % (2 * np.pi) - np.pi
-        start, stop = centre + angles.min(axis=1) - _SLACK, centre + angles.max(axis=1) + _SLACK
+        start = np.where(around, -np.pi, centre + angles.min(axis=1) - _SLACK)
+        stop = np.where(around, np.pi, centre + angles.max(axis=1) + _SLACK)
+        nearest = np.where(around, np.inf, 1 / closest + _SLACK)
         for index in np.argsort(closest, kind="stable"):
             if first[index] >= last[index]:
                 continue
@@ -205,7 +210,7 @@ class Spinning(RayGrid):
                 left, right = np.searchsorted(self.azimuth, [start[index] + turn, stop[index] + turn])
                 if left < right:
                     rows = slice(int(first[index]), int(last[index]))
-                    yield Window(int(index), rows, slice(int(left), int(right)), 1 / float(closest[index]) + _SLACK)
+                    yield Window(int(index), rows, slice(int(left), int(right)), float(nearest[index]))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,6 @@ from prep.synthetic.street import build_street
 from shards.errors import InputError, UsageError
 
 SPLIT = "sample"
-_SIDES = {2: "l", 3: "r"}
 
 
 @dataclass(frozen=True)
@@ -113,37 +113,35 @@ def split_lines(drives: list[str], frames: int) -> dict[str, list[str]]:
     """Split lines per part, for frames that have both neighbours: train and val on both sides, test on the left.
 
     With more than one drive the last is held out: its first half validates, its second half tests. A single
-    drive is cut 70 : 15 : 15, and the frame at each cut is left out, so that no image is in two parts' targets.
+    drive is cut 70 : 15 : 15.
     """
     usable = range(1, frames - 1)
+    runs: dict[str, list[tuple[str, range]]]
     if len(drives) > 1:
-        half = (len(usable) + 1) // 2
-        parts = {
-            "train": [(drive, usable) for drive in drives[:-1]],
-            "val": [(drives[-1], usable[:half])],
-            "test": [(drives[-1], usable[half:] or usable)],
-        }
+        val, test = _cut(usable, [0.5, 0.5])
+        runs = {"train": [(drive, usable) for drive in drives[:-1]], "val": [(drives[-1], val)]}
     else:
-        held = max(1, round(0.15 * len(usable)))
-        cuts = len(usable) - 2 * held, len(usable) - held
-        parts = {
-            "train": [(drives[0], usable[: cuts[0] - 1] or usable[:1])],
-            "val": [(drives[0], usable[cuts[0] : cuts[1]])],
-            "test": [(drives[0], usable[cuts[1] :])],
-        }
+        train, val, test = _cut(usable, [0.7, 0.15, 0.15])
+        runs = {"train": [(drives[0], train)], "val": [(drives[0], val)]}
+    runs["test"] = [(drives[-1], test)]
+    sides = {"train": "lr", "val": "lr", "test": "l"}
     return {
-        part: [
-            f"{DATE}/{drive} {frame} {side}"
-            for drive, chosen in runs
-            for frame in chosen
-            for side in (("l",) if part == "test" else ("l", "r"))
-        ]
-        for part, runs in parts.items()
+        part: [f"{DATE}/{drive} {frame} {side}" for drive, chosen in run for frame in chosen for side in sides[part]]
+        for part, run in runs.items()
     }
 
 
+def _cut(usable: range, shares: list[float]) -> list[range]:
+    """Consecutive runs of frames; long ones lose their last two, so that no image serves two parts as a neighbour."""
+    lengths = [max(1, round(share * len(usable))) for share in shares[1:]]
+    ends = np.cumsum([0, len(usable) - sum(lengths), *lengths])
+    gap = 2 if len(usable) >= 20 else 0
+    runs = [usable[start:stop] for start, stop in pairwise(ends)]
+    return [run[: len(run) - gap] for run in runs[:-1]] + [runs[-1]]
+
+
 def _check(drives: int, frames: int, size: tuple[int, int], seed: int, workers: int) -> None:
-    limits = [("drives", drives, 1, 9999), ("frames", frames, 5, 100_000), ("seed", seed, 0, 2**63 - 1)]
+    limits = [("drives", drives, 1, 9999), ("frames", frames, 6, 100_000), ("seed", seed, 0, 2**63 - 1)]
     limits += [("width", size[0], 32, 8192), ("height", size[1], 32, 8192), ("workers", workers, 1, 1024)]
     for name, value, low, high in limits:
         if not low <= value <= high:
