@@ -26,7 +26,7 @@ from torch import Tensor
 from md2.augment import camera_matrices, jittered, sample_keys, stereo_transforms
 from md2.batch import Batch, Offset
 from md2.config import DataConfig
-from md2.reader import READER, Device, build, plan, source_strings
+from md2.reader import READER, Device, build, explain, plan, source_strings
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError, UsageError
 from shards.sample import DEPTH_SCALE
@@ -163,8 +163,10 @@ class Loader:
             )
         except RuntimeError as error:
             if checkpoint is not None:
-                raise UsageError(f"the loader's state does not fit this set-up: {_reason(error)}") from error
-            raise DatasetError(f"{self.dataset.url}: part {self.part!r} cannot be read: {_reason(error)}") from error
+                raise UsageError(f"the loader's state does not fit this set-up: {explain(error, None)}") from error
+            raise DatasetError(
+                f"{self.dataset.url}: part {self.part!r} cannot be read: {explain(error, None)}"
+            ) from error
         found = pipeline.reader_meta(READER)["epoch_size"]
         if found != self.samples:
             raise DatasetError(
@@ -186,7 +188,7 @@ class Loader:
         except (RuntimeError, StopIteration) as error:
             self._failed = DatasetError(
                 f"{self.dataset.url}: part {self.part!r}, epoch {self.epoch}, batch {self.step}: "
-                f"{_reason(error)}; verify it with md2 shards verify"
+                f"{explain(error, self._plan)}; verify it with md2 shards verify"
             )
             raise self._failed from error
         return dict(zip(self._plan.outputs, outputs, strict=True))
@@ -199,10 +201,9 @@ class Loader:
 
     def _batch(self, outputs: dict[str, Any]) -> Batch:
         count = self._valid()
-        host = {name: _tensor(value)[:count] for name, value in outputs.items() if not name.startswith("image")}
-        images: dict[Offset, Tensor] = {
-            offset: _floats(_tensor(outputs[f"image {offset}"])[:count]) for offset in self._plan.offsets
-        }
+        keys = sample_keys(source_strings(_tensor(outputs["source"]).numpy()[:count]))
+        host = {name: self._dense(name, value, keys) for name, value in outputs.items()}
+        images: dict[Offset, Tensor] = {offset: _floats(host[f"image {offset}"]) for offset in self._plan.offsets}
         flipped = host["flip"].bool().flatten() if self._plan.flip else None
         size = self._plan.size
         stored = host["stored"][:, [1, 0]] if self._plan.stored is None else torch.tensor([self._plan.stored])
@@ -221,8 +222,25 @@ class Loader:
             metres_per_unit=self.metres_per_unit,
             depth=depth,
             depth_size=depth_size,
-            keys=sample_keys(source_strings(host["source"].numpy())),
+            keys=keys,
         )
+
+    def _dense(self, name: str, output: Any, keys: list[str]) -> Tensor:
+        """An output of the batch's samples as one tensor.
+
+        Raises:
+            DatasetError: a sample's image, intrinsics or translation is not of the size that the manifest promises.
+        """
+        expected = self._plan.shapes.get(name)
+        if expected is not None and (not output.is_dense_tensor() or tuple(output[0].shape()) != expected):
+            for key, array in zip(keys, output, strict=False):
+                if tuple(array.shape()) != expected:
+                    self._failed = DatasetError(
+                        f"{self.dataset.url}: part {self.part!r}: {key}: {name} has the shape {tuple(array.shape())}, "
+                        f"the manifest promises {expected}; pull or pack the dataset again"
+                    )
+                    raise self._failed
+        return _tensor(output)[: len(keys)]
 
     def _valid(self) -> int:
         """Samples of the batch just taken that are no padding."""
@@ -295,11 +313,3 @@ def _tensor(output: Any) -> Tensor:
 def _floats(images: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1], channels_last in memory."""
     return images.permute(0, 3, 1, 2).float().div_(255)
-
-
-def _reason(error: BaseException) -> str:
-    """What happened, out of DALI's pages of context: the line that names the sample, else what was "encountered"."""
-    text = str(error)
-    named = [line.strip() for line in text.splitlines() if "ailed to decode" in line]
-    told = text.rpartition("encountered:")[2].strip().splitlines()
-    return (named or told or [type(error).__name__])[0]

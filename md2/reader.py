@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import nvidia.dali.fn
 import nvidia.dali.types
+from PIL import Image
 
 from md2.augment import (
     BRIGHTNESS,
@@ -27,12 +30,14 @@ from shards.dataset import LocalDataset
 from shards.errors import UsageError
 from shards.manifest import Manifest
 from shards.sample import DEPTH, INTRINSICS, STEREO_TRANSLATION, Offset
+from shards.tar import parse_index
 
 # DALI's stubs leave out half of what it exports.
 dali: Any = nvidia.dali
 fn, types = dali.fn, dali.types
 
 READER = "shards"
+HEADER_BYTES = 4096
 Device = Literal["cpu", "gpu"]
 
 
@@ -73,6 +78,13 @@ class Plan:
         names += ["flip"] if self.flip else []
         names += ["jitter", "factors"] if self.jitter else []
         return names + (["depth", "depth_size"] if self.depth else [])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one sample of those outputs that the manifest promises one for."""
+        width, height = self.size
+        images = {f"image {offset}": (height, width, 3) for offset in self.offsets}
+        return {**images, "intrinsics": (4,), "translation": (1,)}
 
 
 def plan(dataset: LocalDataset, part: str, config: DataConfig, *, train: bool, depth: bool) -> Plan:
@@ -252,3 +264,34 @@ def source_strings(padded: np.ndarray[Any, np.dtype[np.uint8]]) -> Sequence[byte
     """Rows of zero-padded bytes -> the strings."""
     rows: list[bytes] = np.ascontiguousarray(padded).view(f"S{padded.shape[1]}")[:, 0].tolist()
     return rows
+
+
+def explain(error: BaseException, plan: Plan | None) -> str:
+    """What happened, out of DALI's pages of context.
+
+    DALI names the sample that it cannot decode, but not one that it does not even recognise as an image: with a `plan`
+    its shards are searched for that one.
+    """
+    text = str(error)
+    for line in text.splitlines():
+        if "Failed to decode" in line:
+            return line.strip()
+    found = find_broken(plan) if plan is not None else None
+    told = text.rpartition("encountered:")[2].strip().splitlines()
+    return found or (told[0] if told else type(error).__name__)
+
+
+def find_broken(plan: Plan) -> str | None:
+    """The first image whose header cannot be parsed: tar, file name and reason. Reads only the heads of the images."""
+    for tar, index in zip(plan.tars, plan.indexes, strict=True):
+        with Path(tar).open("rb") as file:
+            for entries in parse_index(Path(index).read_bytes(), index):
+                for entry in entries:
+                    if entry.component not in plan.images:
+                        continue
+                    file.seek(entry.offset)
+                    try:
+                        Image.open(BytesIO(file.read(min(entry.size, HEADER_BYTES)))).close()
+                    except (OSError, SyntaxError):
+                        return f"{tar}: {entry.name} is not a readable image"
+    return None

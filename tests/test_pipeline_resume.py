@@ -1,0 +1,125 @@
+"""A loader's state, taken anywhere, goes on bit for bit in another process; where it would not, it is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipeline_data import config, loader, make_samples, pack
+
+from md2.batch import Batch
+from md2.pipeline import Loader
+from shards.dataset import LocalDataset, open_dataset
+from shards.errors import UsageError
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> LocalDataset:
+    return pack(tmp_path_factory.mktemp("resume") / "data", make_samples(23, stereo=True), stereo=True)
+
+
+def make(dataset: LocalDataset, *, state: Any = None, **changes: Any) -> Loader:
+    settings = {"stereo": True, "flip": True, "color_jitter": True, "shuffle_buffer": 8}
+    arguments = {name: changes.pop(name) for name in ("batch_size", "seed", "rank", "world") if name in changes}
+    return loader(dataset, config(**{**settings, **changes}), state=state, **arguments)
+
+
+def digest(batch: Batch) -> str:
+    """Of everything in a batch: keys, pixels of every image, jittered ones too, camera and baseline."""
+    found = hashlib.sha256(" ".join(batch.keys).encode())
+    assert batch.stereo is not None
+    for tensor in (*batch.images.values(), *batch.augmented.values(), batch.intrinsics, batch.stereo):
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def take(batches: Loader, count: int) -> list[str]:
+    """The next batches, over the ends of epochs."""
+    found: list[str] = []
+    while len(found) < count:
+        for batch in batches:
+            found.append(digest(batch))
+            if len(found) == count:
+                break
+    return found
+
+
+def test_another_process_goes_on_with_the_same_batches(dataset: LocalDataset, tmp_path: Path) -> None:
+    """World 2: two steps an epoch, so that 1 and 5 are in the middle of one, 0, 2 and 4 at its end."""
+    expected = []
+    for rank in (0, 1):
+        for taken in (0, 1, 2, 4, 5):
+            here = make(dataset, rank=rank, world=2)
+            take(here, taken)
+            torch.save(here.state(), tmp_path / f"{rank}-{taken}.pt")
+            expected += take(here, 6)
+    assert len(set(expected)) > 20
+    command = [sys.executable, __file__, str(dataset.folder), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == expected
+
+
+def test_state_does_not_depend_on_what_is_prefetched_and_threads_may_change(dataset: LocalDataset) -> None:
+    here = make(dataset, threads=1, prefetch=1)
+    take(here, 3)
+    state = here.state()
+    assert take(make(dataset, threads=2, prefetch=4, state=state), 7) == take(here, 7)
+
+
+def test_state_is_small_and_loads_without_running_code(dataset: LocalDataset) -> None:
+    here = make(dataset)
+    take(here, 3)
+    buffer = BytesIO()
+    torch.save(here.state(), buffer)
+    assert buffer.tell() < 10_000
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True) == here.state()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 3}, "batch_size was 4, is 3"),
+        ({"shuffle_buffer": 9}, "shuffle_buffer was 8, is 9"),
+        ({"world": 2}, "world was 1, is 2"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"flip": False}, "flip was True, is False"),
+        ({"color_jitter": False}, "color_jitter was True, is False"),
+        ({"frames": [0, 1]}, "components was"),
+    ],
+)
+def test_a_state_that_would_give_another_order_is_refused(
+    dataset: LocalDataset, changes: dict[str, Any], message: str
+) -> None:
+    state = make(dataset).state()
+    with pytest.raises(UsageError, match=message):
+        make(dataset, state=state, **changes)
+
+
+def test_another_dataset_is_refused(dataset: LocalDataset, tmp_path: Path) -> None:
+    other = pack(tmp_path / "other", make_samples(23, seed=1, stereo=True), stereo=True)
+    with pytest.raises(UsageError, match="shards was"):
+        make(other, state=make(dataset).state())
+
+
+def test_the_same_dataset_elsewhere_is_not_refused(dataset: LocalDataset, tmp_path: Path) -> None:
+    here = make(dataset)
+    take(here, 2)
+    moved = pack(tmp_path / "moved", make_samples(23, stereo=True), stereo=True)
+    assert take(make(moved, state=here.state()), 4) == take(here, 4)
+
+
+if __name__ == "__main__":
+    for file in sorted(Path(sys.argv[2]).glob("*.pt")):
+        saved = torch.load(file, weights_only=True)
+        restored = make(open_dataset(sys.argv[1]), state=saved, rank=int(file.name[0]), world=2)
+        print("\n".join(take(restored, 6)))
