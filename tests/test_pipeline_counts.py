@@ -1,0 +1,116 @@
+"""Work per batch, counted and not timed, so that it cannot creep up: decodes, Python calls, tensor operations."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from pipeline_data import config, loader, make_samples, pack
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from md2.batch import Batch
+from md2.config import DataConfig
+from md2.pipeline import Loader
+from shards.dataset import LocalDataset
+
+MODES = {
+    "mono": (config(), 3),
+    "stereo": (config(frames=[0], stereo=True), 2),
+    "mono+stereo": (config(stereo=True), 4),
+    "augmented": (config(stereo=True, flip=True, color_jitter=True), 4),
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> LocalDataset:
+    return pack(tmp_path_factory.mktemp("counts") / "data", make_samples(96, stereo=True), stereo=True)
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the tensor operations that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[str(func).split(".")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def third_batch(batches: Loader) -> tuple[Batch, int]:
+    """A batch after the first ones, and the Python calls that it took on this thread."""
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    iterator = iter(batches)
+    next(iterator)
+    next(iterator)
+    sys.setprofile(count)
+    try:
+        batch = next(iterator)
+    finally:
+        sys.setprofile(None)
+    return batch, calls
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_image_of_a_sample_is_decoded_once_and_nothing_else_is(
+    dataset: LocalDataset, mode: str, tmp_path: Path
+) -> None:
+    settings, images = MODES[mode]
+    graph = _graph(loader(dataset, settings), tmp_path)
+    assert graph["Image"] == images
+    assert graph["Resize"] == 0
+
+
+def test_native_images_are_resized_once_each(tmp_path: Path) -> None:
+    native = pack(tmp_path / "native", make_samples(4, stereo=True), stereo=True, size=None)
+    graph = _graph(loader(native, config(stereo=True)), tmp_path)
+    assert (graph["Image"], graph["Resize"]) == (4, 4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_python_calls_and_tensor_operations_do_not_grow_with_the_batch(dataset: LocalDataset, mode: str) -> None:
+    settings: DataConfig = MODES[mode][0]
+    calls, operations = {}, {}
+    for size in (8, 24):
+        batches = loader(dataset, settings, batch_size=size)
+        batch, calls[size] = third_batch(batches)
+        assert batch.size == size
+        with _Operations() as counted:
+            next(iter(batches))
+        operations[size] = counted.names
+    # Each sample may cost a few calls for its key, and no more.
+    assert calls[24] - calls[8] <= 16 * 4
+    assert calls[24] < 600
+    assert operations[24] == operations[8]
+
+
+@pytest.mark.gpu
+def test_only_small_tensors_are_copied_to_the_gpu(dataset: LocalDataset) -> None:
+    """Images are decoded there: what torch copies is intrinsics, baseline, and the draws of jitter."""
+    settings, _ = MODES["augmented"]
+    iterator = iter(loader(dataset, settings, device=torch.device("cuda")))
+    next(iterator)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        next(iterator)
+    copies = [event for event in profile.events() if "Memcpy HtoD" in event.name]
+    assert len(copies) <= 4 + 4  # images' bytes for nvJPEG, and ours
+
+
+def _graph(batches: Loader, folder: Path) -> Counter[str]:
+    """Operators of the pipeline's graph, by kind; each runs once per sample."""
+    file = folder / "graph.dot"
+    batches._pipeline.save_graph_to_dot_file(str(file))
+    nodes = set(re.findall(r"(?<!\w)__([A-Za-z]+)_(\d+)", file.read_text()))
+    return Counter(kind for kind, _ in nodes)

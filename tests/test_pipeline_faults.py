@@ -1,0 +1,124 @@
+"""Broken datasets end the epoch with an error that names the sample, and never look like an epoch's end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pipeline_data import Array, encode, loader, make_samples, pack, smooth
+
+from shards.dataset import LocalDataset
+from shards.errors import DatasetError
+from shards.manifest import Manifest
+from shards.sample import Sample
+
+BROKEN = "drive_009"
+
+
+def with_component(name: str, change: Callable[[bytes], bytes]) -> list[Sample]:
+    """23 samples of which one, in the second of five shards, has a changed component."""
+    return [
+        Sample(sample.key, {**sample.components, name: change(sample.components[name])})
+        if sample.key == BROKEN
+        else sample
+        for sample in make_samples(23)
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda data: b"\x17" * 500, lambda data: data[: len(data) // 2], lambda data: data[:30], lambda data: data[:1]],
+    ids=["garbage", "cut in half", "cut in its header", "one byte"],
+)
+@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
+def test_an_image_that_cannot_be_decoded_is_named_with_its_shard(
+    tmp_path: Path, change: Callable[[bytes], bytes], train: bool
+) -> None:
+    batches = loader(pack(tmp_path / "data", with_component("m1.jpg", change)), train=train)
+    taken = 0
+    named = rf"000001\.tar.*{BROKEN}\.m1\.jpg.*md2 shards verify"
+    with pytest.raises(DatasetError, match=named):
+        for _ in batches:
+            taken += 1
+    assert taken < len(batches)
+    # It stays broken: another pass must not begin as if nothing had been.
+    with pytest.raises(DatasetError, match=named):
+        next(iter(batches))
+    with pytest.raises(DatasetError, match=named):
+        batches.state()
+
+
+def test_an_image_of_another_size_than_the_manifest_says_is_named(tmp_path: Path) -> None:
+    small: Array = smooth(np.random.default_rng(0), 48, 64)
+    dataset = pack(tmp_path / "data", with_component("p1.jpg", lambda _: encode(small)))
+    with pytest.raises(DatasetError, match=rf"{BROKEN}: image 1 has the shape \(64, 48, 3\).*\(64, 96, 3\)"):
+        list(loader(dataset))
+
+
+def test_all_images_of_a_batch_having_another_size_is_no_way_round_that(tmp_path: Path) -> None:
+    dataset = pack(tmp_path / "data", make_samples(4, size=lambda number: (48, 64)))
+    with pytest.raises(DatasetError, match=r"image 0 has the shape \(64, 48, 3\)"):
+        list(loader(dataset))
+
+
+def test_intrinsics_cut_short_are_named(tmp_path: Path) -> None:
+    dataset = pack(tmp_path / "data", with_component("k.f32", lambda data: data[:8]))
+    with pytest.raises(DatasetError, match=rf"{BROKEN}: intrinsics has the shape \(2,\)"):
+        list(loader(dataset))
+
+
+def test_a_grey_image_becomes_rgb(tmp_path: Path) -> None:
+    grey = smooth(np.random.default_rng(0))[..., 0]
+    dataset = pack(tmp_path / "data", with_component("0.jpg", lambda _: encode(grey, quality=95)))
+    batch = [batch for batch in loader(dataset, train=False) if BROKEN in batch.keys][0]  # noqa: RUF015
+    image = batch.images[0][batch.keys.index(BROKEN)]
+    assert (image[0] == image[1]).all()
+    assert (image[0] == image[2]).all()
+
+
+def test_an_index_with_fewer_samples_than_the_manifest_is_refused(tmp_path: Path) -> None:
+    dataset = pack(tmp_path / "data", make_samples(10))
+    index = dataset.indexes("train")[0]
+    lines = index.read_text().splitlines(keepends=True)
+    index.write_text(re.sub(r" \d+", " 4", lines[0]) + "".join(lines[1:-1]))
+    with pytest.raises(DatasetError, match=r"000000\.idx"):
+        loader(dataset)
+
+
+def test_a_manifest_that_counts_more_than_the_reader_finds_is_refused(tmp_path: Path) -> None:
+    """Sizes and hashes may all be right, and the reader still group files into fewer samples than were written."""
+    dataset = pack(tmp_path / "data", make_samples(10))
+    unchecked = _Unchecked(dataset.url, dataset.folder, _with_more_samples(dataset), dataset.manifest_sha256)
+    with pytest.raises(DatasetError, match="has 10 readable samples, its manifest says 12"):
+        loader(unchecked)
+
+
+def test_a_shard_that_is_gone_is_named(tmp_path: Path) -> None:
+    dataset = pack(tmp_path / "data", make_samples(10))
+    dataset.tars("train")[1].unlink()
+    with pytest.raises(DatasetError, match=r"000001\.tar: missing"):
+        loader(dataset)
+
+
+def test_a_tar_that_became_garbage_at_its_size_is_no_silent_epoch(tmp_path: Path) -> None:
+    dataset = pack(tmp_path / "data", make_samples(10))
+    tar = dataset.tars("train")[1]
+    tar.write_bytes(b"\x17" * tar.stat().st_size)
+    with pytest.raises(DatasetError, match=r"000001\.tar"):
+        list(loader(dataset))
+
+
+class _Unchecked(LocalDataset):
+    """Hands out its files without looking at them."""
+
+    def tars(self, part: str) -> list[Path]:
+        return [self.folder / shard.name for shard in self.manifest.part(part)]
+
+
+def _with_more_samples(dataset: LocalDataset) -> Manifest:
+    manifest = dataset.manifest
+    shards = [shard.model_copy(update={"samples": shard.samples + 1}) for shard in manifest.shards]
+    return manifest.model_copy(update={"shards": shards})
