@@ -18,10 +18,10 @@ _TURN = rotation(0.5, 0.9, 0.3).astype(np.float32)  # keeps the lattices of the 
 def resolved(spacing: float, footprint: Floats) -> Floats:
     """Weight in [0,1] of detail `spacing` metres apart seen with a pixel footprint in metres: 0 where it would alias.
 
-    Detail vanishes once two pixels no longer fit between neighbours and is whole from four pixels on, so
-    that a frame holds next to nothing above the sampling limit and does not shimmer as the camera moves.
+    Detail vanishes where a pixel is wider than the spacing and is whole where two pixels fit between neighbours,
+    so that a frame holds next to nothing above the sampling limit and does not shimmer as the camera moves.
     """
-    ramp = np.clip((np.float32(spacing) / footprint - 1.0) * 0.5, 0.0, 1.0)
+    ramp = np.clip(np.float32(spacing) / footprint - 0.9, 0.0, 1.0)
     return np.asarray(ramp * ramp * (3.0 - 2.0 * ramp), dtype=np.float32)
 
 

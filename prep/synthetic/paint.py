@@ -50,6 +50,9 @@ class Surface:
         return np.asarray(self.local + np.stack([key, key * 0.37, -key], axis=1), dtype=np.float32)
 
 
+_Length = float | Floats
+
+
 def _mix(first: Floats, second: npt.ArrayLike, share: Floats) -> Floats:
     return np.asarray(first + share[:, None] * (np.asarray(second, np.float32) - first), dtype=np.float32)
 
@@ -61,48 +64,55 @@ def _band(value: Floats, low: float, high: float, blur: Floats) -> Floats:
     return np.asarray(np.clip(inside / blur, 0.0, 1.0), dtype=np.float32)
 
 
+def _repeated(value: Floats, period: _Length, low: _Length, high: _Length, blur: Floats) -> Floats:
+    """Share of a pixel `blur` wide around `value` that lies in [low, high] + k · period, for any blur."""
+    blur = np.maximum(blur, np.float32(1e-3))
+
+    def covered(end: Floats) -> Floats:
+        turns = np.floor(end / period)
+        return np.asarray(turns * (high - low) + np.clip(end - turns * period - low, 0.0, high - low))
+
+    return np.asarray((covered(value + 0.5 * blur) - covered(value - 0.5 * blur)) / blur, dtype=np.float32)
+
+
 def _joints(value: Floats, period: float, width: float, blur: Floats) -> Floats:
     """Share of a pixel that lines `width` wide every `period` metres cover."""
-    offset = np.abs((value / period + 0.5) % 1.0 - 0.5) * period
-    sharp = _band(offset, -width / 2, width / 2, blur)
-    seen = resolved(period, blur)
-    return np.asarray(seen * sharp + (1 - seen) * (width / period), dtype=np.float32)
+    return _repeated(value + period / 2, period, (period - width) / 2, (period + width) / 2, blur)
+
+
+_STOREY = 3.0
 
 
 def _facade(surface: Surface, noise: Noise) -> Floats:
     sideways = surface.face < _SIDES
-    across = np.where(sideways, surface.local[:, 2], surface.local[:, 0])
+    across: Floats = np.where(sideways, surface.local[:, 2], surface.local[:, 0])
     up, spread = -surface.local[:, 1], surface.spread
     colour = surface.base.copy()
     # Plaster, stains that run down, and courses of stone.
     scales = {3.1: 0.10, 0.9: 0.10, 0.31: 0.10, 0.11: 0.08, 0.045: 0.06}
     colour *= 1 + noise.octaves(surface.moved, spread, scales)[:, None]
     runs = surface.moved * np.array([1, 0.12, 1], np.float32)
-    colour *= 1 + noise.octaves(runs, surface.footprint, {0.6: 0.10, 0.17: 0.06})[:, None]
+    colour *= 1 + noise.octaves(runs, spread, {0.6: 0.10, 0.17: 0.06})[:, None]
     colour *= 1 - 0.25 * _joints(up, 0.31, 0.04, surface.footprint)[:, None]
     colour = _mix(colour, surface.base * 0.55, _band(up, -1.0, 0.55, surface.footprint) * 0.8)
-    width = 2.4 + 0.9 * ((surface.key * 31) % 97 / 97.0).astype(np.float32)
-    column, storey = np.floor(across / width), np.floor(up / 3.0)
-    u, v = (across / width - column) * width, (up / 3.0 - storey) * 3.0
-    whole = (np.abs((column + 0.5) * width) + 0.5 * width < 0.5 * np.where(sideways, surface.size[:, 2], 1e9)) & (
-        (storey + 1) * 3.0 < surface.size[:, 1] + 0.3
-    )
-    seen = resolved(2.0, spread) * whole
-    frame = _box_share(u, v, (0.52, 0.62, 2.68), width, spread) * seen
-    glass = _box_share(u, v, (0.62, 0.74, 2.56), width, spread) * seen
-    bar = _band(u - width / 2, -0.04, 0.04, spread)
-    colour = _mix(colour, surface.accent, frame)
-    lit = noise.cell(column.astype(np.int64), storey.astype(np.int64), surface.key)
+    width: Floats = np.asarray(2.4 + 0.9 * ((surface.key * 31) % 97 / 97.0), dtype=np.float32)
+    column, storey = np.floor(across / width), np.floor(up / _STOREY)
+    extent = np.where(sideways, surface.size[:, 2], surface.size[:, 0])
+    whole = (np.abs(column + 0.5) * width + 0.5 * width < 0.5 * extent) & (surface.face < 4)
+    whole &= (storey + 1) * _STOREY < surface.size[:, 1] + 0.3
+
+    def opening(side: float, low: float, high: float) -> Floats:
+        """Share of window-like rectangles, one in each storey of each column."""
+        columns = _repeated(across, width, side, width - side, spread)
+        return np.asarray(columns * _repeated(up, _STOREY, low, high, surface.footprint) * whole, dtype=np.float32)
+
+    bar = _repeated(across, width, 0.5 * width - 0.02, 0.5 * width + 0.02, spread) * (spread < 0.3)
+    colour = _mix(colour, surface.accent, opening(0.52, 0.62, 2.68))
+    lit = noise.cell(column.astype(np.int64), storey.astype(np.int64), surface.key) * resolved(2.0, spread)
     pane = np.stack([0.16 + 0.12 * lit, 0.19 + 0.13 * lit, 0.24 + 0.15 * lit], axis=1).astype(np.float32)
-    curtain = _band(v, 0.74, 1.4, spread) * (lit > 0.3)
+    curtain = _repeated(up, _STOREY, 0.74, 1.4, surface.footprint) * (lit > 0.3)
     pane = _mix(pane, (0.72, 0.68, 0.60), curtain * 0.7)
-    return _mix(colour, pane, glass * (1 - bar))
-
-
-def _box_share(u: Floats, v: Floats, margin: tuple[float, float, float], width: Floats, blur: Floats) -> Floats:
-    side, low, high = margin
-    inner = np.minimum(u, width - u)
-    return np.asarray(_band(inner, side, 1e3, blur) * _band(v, low, high, blur), dtype=np.float32)
+    return _mix(colour, pane, opening(0.62, 0.74, 2.56) * (1 - bar))
 
 
 def _roof(surface: Surface, noise: Noise) -> Floats:
@@ -218,13 +228,10 @@ def paint_ground(street: Street, point: Floats, view: Floats, footprint: Floats,
 
 def _markings(street: Street, lateral: Floats, z: Floats, across: Floats, along: Floats) -> Floats:
     """Share of white paint: parking lines, the dashed centre line, zebra crossings."""
-    side, period, dash = np.abs(lateral), 9.0, 4.0
-    seen = resolved(period, along)
-    dashes = _band((z + period / 2) % period, (period - dash) / 2, (period + dash) / 2, np.minimum(along, period))
-    white = _band(lateral, -0.07, 0.07, across) * (dashes * seen + dash / period * (1 - seen))
+    side = np.abs(lateral)
+    white: Floats = _band(lateral, -0.07, 0.07, across) * _repeated(z, 9.0, 0.0, 4.0, along)
     white = np.maximum(white, _band(side, 3.28, 3.42, across))
-    seen = resolved(1.0, across)
-    stripes = _band(lateral % 1.0, 0.25, 0.75, across) * seen + 0.5 * (1 - seen)
+    stripes = _repeated(lateral, 1.0, 0.25, 0.75, across)
     for crossing in street.crossings:
         zebra = _band(z, crossing - 1.6, crossing + 1.6, along) * _band(side, 0, 5.0, across)
         white = np.maximum(white, stripes * zebra)
