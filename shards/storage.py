@@ -5,16 +5,20 @@ Names are relative to the storage's URL, with `/` between parts, and may not lea
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from shards.errors import StorageError, UsageError
 from shards.files import create_from, temporary, write_atomic
+from shards.retry import MissingError
 
+_CHUNK = 8 << 20
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -30,6 +34,14 @@ def check_name(name: str) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class Stat:
+    """Size in bytes, and a tag that changes when the content does ("" where the storage has none)."""
+
+    size: int
+    tag: str
+
+
 class Storage(Protocol):
     """A folder or prefix. Every failure but absence is a `StorageError` with the URL and the cause."""
 
@@ -38,8 +50,14 @@ class Storage(Protocol):
     def read(self, name: str, limit: int) -> bytes | None:
         """Whole content, None if absent; a StorageError beyond `limit` bytes."""
 
-    def size(self, name: str) -> int | None:
-        """Bytes, None if absent."""
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        """At most `size` bytes from `start` on; MissingError if absent."""
+
+    def stream(self, name: str, start: int = 0) -> Iterator[bytes]:
+        """The content from `start` on, in pieces of some MiB; MissingError if absent."""
+
+    def stat(self, name: str) -> Stat | None:
+        """None if absent."""
 
     def write(self, name: str, data: bytes) -> None:
         """Create or replace, in one step."""
@@ -47,14 +65,20 @@ class Storage(Protocol):
     def create(self, name: str, data: bytes) -> bool:
         """Create in one step unless present; False if it is present."""
 
-    def create_file(self, name: str, path: Path) -> bool:
-        """As `create`, with a local file's content."""
+    def create_file(self, name: str, path: Path, move: bool = False) -> bool:
+        """As `create`, with a local file's content; with `move` the local file is given up."""
 
     def names(self, prefix: str) -> list[str]:
-        """All names below the folder `prefix`, sorted."""
+        """All names below the folder `prefix` ("" for all), sorted."""
+
+    def children(self, prefix: str) -> tuple[list[str], list[str]]:
+        """Names of the files and of the folders right in the folder `prefix`, each sorted."""
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete those that are present."""
+
+    def cancel(self) -> None:
+        """End every call that other threads are waiting in, and every later one, with CancelledError."""
 
 
 def is_local(url: str) -> bool:
@@ -80,7 +104,13 @@ def open_storage(url: str) -> Storage:
     """
     if is_local(url):
         return LocalStorage(local_path(url))
-    raise UsageError(f"{url}: no such kind of storage")
+    if re.match(r"https?://", url, re.IGNORECASE):
+        from shards.http import HttpStorage
+
+        return HttpStorage(url)
+    from shards.remote import RemoteStorage
+
+    return RemoteStorage(url)
 
 
 class LocalStorage:
@@ -106,14 +136,31 @@ class LocalStorage:
             raise StorageError(f"{path}: larger than {limit} bytes, refused")
         return data
 
-    def size(self, name: str) -> int | None:
+    def read_range(self, name: str, start: int, size: int) -> bytes:
         path = self._path(name)
         try:
-            return path.stat().st_size
+            with path.open("rb") as file:
+                file.seek(start)
+                return file.read(size)
+        except FileNotFoundError as error:
+            raise MissingError(str(path)) from error
+        except OSError as error:
+            raise _local_error(path, error) from error
+
+    def stream(self, name: str, start: int = 0) -> Iterator[bytes]:
+        while data := self.read_range(name, start, _CHUNK):
+            start += len(data)
+            yield data
+
+    def stat(self, name: str) -> Stat | None:
+        path = self._path(name)
+        try:
+            found = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise _local_error(path, error) from error
+        return Stat(found.st_size, f"{found.st_ino}-{found.st_mtime_ns}")
 
     def write(self, name: str, data: bytes) -> None:
         path = self._path(name)
@@ -126,8 +173,15 @@ class LocalStorage:
         path = self._path(name)
         return self._create(path, lambda tmp: tmp.write_bytes(data))
 
-    def create_file(self, name: str, path: Path) -> bool:
-        return self._create(self._path(name), lambda tmp: shutil.copyfile(path, tmp))
+    def create_file(self, name: str, path: Path, move: bool = False) -> bool:
+        def fill(tmp: Path) -> None:
+            if not move or not _linked(path, tmp):
+                shutil.copyfile(path, tmp)
+
+        created = self._create(self._path(name), fill)
+        if created and move:
+            path.unlink()
+        return created
 
     def _create(self, path: Path, fill: Callable[[Path], object]) -> bool:
         tmp = temporary(path)
@@ -151,6 +205,19 @@ class LocalStorage:
             raise _local_error(folder, error) from error
         return sorted(path.relative_to(self.folder).as_posix() for path in files)
 
+    def children(self, prefix: str) -> tuple[list[str], list[str]]:
+        folder = self._path(prefix) if prefix else self.folder
+        try:
+            entries = sorted(folder.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return [], []
+        except OSError as error:
+            raise _local_error(folder, error) from error
+        return [e.name for e in entries if e.is_file()], [e.name for e in entries if e.is_dir()]
+
+    def cancel(self) -> None:
+        """Nothing here waits."""
+
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
             path = self._path(name)
@@ -165,6 +232,15 @@ class LocalStorage:
         while folder != self.folder and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
+
+
+def _linked(path: Path, tmp: Path) -> bool:
+    """Whether `tmp` is now another name of `path`: not across file systems, nor where there are no hard links."""
+    try:
+        os.link(path, tmp)
+    except OSError:
+        return False
+    return True
 
 
 def _local_error(path: Path, error: OSError) -> StorageError:

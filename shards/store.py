@@ -24,9 +24,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,8 @@ Plan = Mapping[str, Any]
 
 MAX_MANIFEST_BYTES = 64 << 20
 _MAX_RECEIPT_BYTES = 1 << 20
+_PARALLEL = 8
+_log = logging.getLogger(__name__)
 _FOLDER = ".publish"
 _CLAIM = f"{_FOLDER}/claim.json"
 _MAX_VERSIONS = 1000
@@ -55,6 +59,8 @@ class Receipt(BaseModel):
 
     shard: Shard
     note: dict[str, Any] = {}
+    tags: tuple[str, str] = ("", "")
+    """The storage's own tags of tar and index when they arrived: they tell whether someone wrote over them since."""
 
 
 class Claim(BaseModel):
@@ -110,7 +116,7 @@ class Store:
         self.published: Manifest | None = None
         self.resumed = False
         self._plan_sha256: str | None = None
-        self._copying = False
+        self._copied: Manifest | None = None
         self._storage: Storage = open_storage(self.asked_url)
 
     @property
@@ -127,11 +133,11 @@ class Store:
 
     def begin_copy(self, manifest: Manifest) -> dict[str, Receipt]:
         """As `begin`, for a finished dataset that is copied from elsewhere with its manifest unchanged."""
-        self._copying = True
+        self._copied = manifest
         plan = {"manifest_sha256": hashlib.sha256(manifest.to_json().encode()).hexdigest()}
-        return self._begin(plan, plan_sha256(plan), manifest)
+        return self._begin(plan, plan_sha256(plan))
 
-    def _begin(self, plan: Plan, digest: str, copied: Manifest | None = None) -> dict[str, Receipt]:
+    def _begin(self, plan: Plan, digest: str) -> dict[str, Receipt]:
         self._plan_sha256 = digest
         for version in range(1, _MAX_VERSIONS):
             url = self.asked_url if version == 1 else f"{self.asked_url}-v{version}"
@@ -139,11 +145,16 @@ class Store:
             found = read_manifest(self._storage)
             if found is None:
                 return self._claim(plan, digest)
-            committed = found[0]
-            if committed == copied or (copied is None and committed.plan_sha256 == digest):
-                self.published = committed
-                return {shard.name: Receipt(shard=shard) for shard in committed.shards}
+            if self._is_planned(found[0]):
+                self.published = found[0]
+                return {shard.name: Receipt(shard=shard) for shard in self.published.shards}
         raise StorageError(f"{self.asked_url}: {_MAX_VERSIONS} versions are published already; use another name")
+
+    def _is_planned(self, committed: Manifest) -> bool:
+        """Whether what is committed is what this publication would commit."""
+        if self._copied is not None:
+            return committed == self._copied
+        return committed.plan_sha256 == self._plan_sha256
 
     def _claim(self, plan: Plan, digest: str) -> dict[str, Receipt]:
         claim = Claim(
@@ -153,20 +164,27 @@ class Store:
             process=os.getpid(),
             since=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        if self._storage.create(_CLAIM, claim.model_dump_json(indent=1).encode()):
-            return {}
+        self.resumed = not self._storage.create(_CLAIM, claim.model_dump_json(indent=1).encode())
+        # Also after creating it: two writers may both have created it where the storage cannot exclude that.
         self._check_claim()
-        self.resumed = True
-        receipts = (self._receipt(name) for name in self._storage.names(_FOLDER) if name != _CLAIM)
-        return {receipt.shard.name: receipt for receipt in receipts if receipt and self._arrived(receipt.shard)}
+        if not self.resumed:
+            return {}
+        if self.published is not None:
+            return {shard.name: Receipt(shard=shard) for shard in self.published.shards}
+        names = [name for name in self._storage.names(_FOLDER) if name.endswith(".json") and name != _CLAIM]
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            receipts = pool.map(lambda name: self._arrived(self._receipt(name)), names)
+            return {receipt.shard.name: receipt for receipt in receipts if receipt is not None}
 
     def _check_claim(self) -> None:
-        """Refuse where the claim is another plan's."""
+        """Refuse where the claim is another plan's; note where another writer has committed this plan meanwhile."""
         data = self._storage.read(_CLAIM, _MAX_RECEIPT_BYTES)
         if data is None:
-            raise StorageError(
-                f"{self.url}: the claim on this publication is gone: another process finished or removed it"
-            )
+            found = read_manifest(self._storage)
+            if found is None or not self._is_planned(found[0]):
+                raise StorageError(f"{self.url}: the claim on this publication is gone: someone removed it")
+            self.published = found[0]
+            return
         try:
             claim = Claim.model_validate_json(data)
         except ValidationError as error:
@@ -186,15 +204,18 @@ class Store:
         if self.published is not None:
             return shard in self.published.shards
         receipt = self._receipt(_receipt_name(shard.name))
-        return receipt is not None and receipt.shard == shard and self._arrived(shard)
+        return receipt is not None and receipt.shard == shard and self._arrived(receipt) is not None
 
-    def put_shard(self, shard: Shard, tar: Path, index: Path, note: Mapping[str, Any] | None = None) -> bool:
+    def put_shard(
+        self, shard: Shard, tar: Path, index: Path, note: Mapping[str, Any] | None = None, *, move: bool = False
+    ) -> bool:
         """Publish one shard's two files; False if exactly this shard was there already.
 
         Args:
             shard: what the manifest will say of it.
-            tar, index: local files; they are left as they are.
+            tar, index: local files.
             note: JSON values to find again in the receipt when the publication is resumed.
+            move: give the local files up once they are published (a folder on the same disk links them, no copy).
 
         Raises:
             DatasetError: the local files are not what `shard` says.
@@ -202,27 +223,47 @@ class Store:
         """
         self._check_begun()
         _check_local(shard, tar, index)
-        if self.has_shard(shard):
-            return False
+        if self.published is None:
+            self._check_claim()
+        new = not self.has_shard(shard)
+        if new:
+            self._refuse_other(shard)
+            tar_tag = self._put_file(shard.name, tar, shard.bytes, shard.sha256, move)
+            index_tag = self._put_file(shard.index_name, index, shard.index_bytes, shard.index_sha256, move)
+            receipt = Receipt(shard=shard, note=dict(note or {}), tags=(tar_tag, index_tag))
+            self._storage.write(_receipt_name(shard.name), receipt.model_dump_json(indent=1).encode())
+        if move:
+            tar.unlink(missing_ok=True)
+            index.unlink(missing_ok=True)
+        return new
+
+    def _refuse_other(self, shard: Shard) -> None:
+        """Raise if another shard was published under that name."""
         receipt = self._receipt(_receipt_name(shard.name))
         if self.published is not None or (receipt is not None and receipt.shard != shard):
             raise StorageError(
                 f"{self.url}/{shard.name}: published already with other bytes though the plan is the same (has the raw "
                 "data or a codec changed?); never overwritten: publish under another name"
             )
-        self._put_file(shard.name, tar, shard.bytes, shard.sha256)
-        self._put_file(shard.index_name, index, shard.index_bytes, shard.index_sha256)
-        content = Receipt(shard=shard, note=dict(note or {})).model_dump_json(indent=1).encode()
-        self._storage.write(_receipt_name(shard.name), content)
-        return True
 
-    def _put_file(self, name: str, path: Path, size: int, sha256: str) -> None:
-        if self._storage.create_file(name, path):
-            return
-        # There without a receipt: an earlier run was stopped in between, or someone else put it there.
-        data = self._storage.read(name, max(size, 1)) if self._storage.size(name) == size else None
-        if data is None or hashlib.sha256(data).hexdigest() != sha256:
-            raise StorageError(f"{self.url}/{name}: there with other bytes; never overwritten: use another name")
+    def _put_file(self, name: str, path: Path, size: int, sha256: str, move: bool) -> str:
+        """The storage's tag of the file as it is there now."""
+        if not self._storage.create_file(name, path, move):
+            # There without a receipt: an earlier run was stopped in between, or someone else put it there.
+            self._compare(name, size, sha256)
+        found = self._storage.stat(name)
+        if found is None or found.size != size:
+            raise StorageError(f"{self.url}/{name}: did not arrive whole; publish again")
+        return found.tag
+
+    def _compare(self, name: str, size: int, sha256: str) -> None:
+        found = self._storage.stat(name)
+        digest = hashlib.sha256()
+        if found is not None and found.size == size:
+            for piece in self._storage.stream(name):
+                digest.update(piece)
+        if digest.hexdigest() != sha256:
+            raise StorageError(f"{self.url}/{name}: there with other bytes; never overwritten: use another URL")
 
     def put_text(self, name: str, text: str) -> None:
         """Write a small file such as README.md beside the manifest; a resumed run may replace it until the commit.
@@ -244,20 +285,33 @@ class Store:
             StorageError: another dataset was committed meanwhile; or the storage fails.
         """
         self._check_begun()
-        if not self._copying:
+        if self._copied is None:
             manifest = manifest.model_copy(update={"plan_sha256": self._plan_sha256})
         if self.published is None:
             self._check_claim()
-            for shard in manifest.shards:
-                if not self.has_shard(shard):
-                    raise DatasetError(f"{self.url}/{shard.name}: not published, or changed since; run it again")
+        if self.published is None:
+            self._check_shards(manifest)
             self._storage.create(MANIFEST, manifest.to_json().encode())
         found = read_manifest(self._storage)
         if found is None or found[0] != manifest:
             raise StorageError(f"{self.url}: another dataset is committed there; never overwritten: use another name")
         self.published = manifest
-        self._storage.delete(self._storage.names(_FOLDER))
+        self._tidy()
         return manifest
+
+    def _check_shards(self, manifest: Manifest) -> None:
+        """Every shard there, whole, and as it was when it arrived."""
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            for shard, there in zip(manifest.shards, pool.map(self.has_shard, manifest.shards), strict=True):
+                if not there:
+                    raise DatasetError(f"{self.url}/{shard.name}: not published, or changed since; run it again")
+
+    def _tidy(self) -> None:
+        """Remove claim and receipts; the dataset is committed whether or not this is allowed."""
+        try:
+            self._storage.delete(self._storage.names(_FOLDER))
+        except StorageError as error:
+            _log.warning("%s: committed, but %s/ cannot be removed (%s)", self.url, _FOLDER, error)
 
     def _check_begun(self) -> None:
         if self._plan_sha256 is None:
@@ -270,10 +324,18 @@ class Store:
         except ValidationError as error:
             raise StorageError(f"{self.url}/{name}: not a receipt; remove it and publish again") from error
 
-    def _arrived(self, shard: Shard) -> bool:
-        return (
-            self._storage.size(shard.name) == shard.bytes and self._storage.size(shard.index_name) == shard.index_bytes
-        )
+    def _arrived(self, receipt: Receipt | None) -> Receipt | None:
+        """The receipt if its files are there as they were when they arrived."""
+        if receipt is None:
+            return None
+        shard = receipt.shard
+        for name, size, tag in zip(
+            (shard.name, shard.index_name), (shard.bytes, shard.index_bytes), receipt.tags, strict=True
+        ):
+            found = self._storage.stat(name)
+            if found is None or found.size != size or (tag and found.tag != tag):
+                return None
+        return receipt
 
 
 def _receipt_name(shard_name: str) -> str:

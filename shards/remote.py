@@ -1,0 +1,233 @@
+"""Object storage through fsspec: `s3://` (s3fs), `gs://` (gcsfs), and whatever else fsspec opens.
+
+Credentials and endpoint come from the standard chain alone (environment, profile, instance role;
+`AWS_ENDPOINT_URL`). One attempt is bounded in time; `shards.retry` decides about the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from shards.errors import StorageError, UsageError
+from shards.retry import BeyondEndError, CancelledError, ExistsError, MissingError, Retrier
+from shards.storage import Stat, check_name
+
+CHUNK = 8 << 20
+"""Bytes asked for by one request while an object is read through."""
+PART = 16 << 20
+"""Bytes in one part of a multipart upload; a smaller object goes up in one request."""
+_CONNECT_TIMEOUT, _READ_TIMEOUT = 5.0, 20.0
+_CALL_TIMEOUT = 60.0
+"""Seconds that one attempt may take, besides what the bytes need at the slowest rate that is not given up."""
+_SLOWEST = 100e3
+_POLL = 0.2
+
+_S3_OPTIONS = {
+    "config_kwargs": {
+        "connect_timeout": _CONNECT_TIMEOUT,
+        "read_timeout": _READ_TIMEOUT,
+        "retries": {"mode": "standard", "max_attempts": 2},
+        # Some servers hand back the whole object's checksum with a part of it. Every byte is checked against the
+        # manifest's sha256 anyway.
+        "response_checksum_validation": "when_required",
+        "max_pool_connections": 32,
+    },
+}
+_INSTALL = {"gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+
+
+class RemoteStorage:
+    """A prefix in object storage. Can be pickled; each process makes its own connections."""
+
+    def __init__(self, url: str, patience: float | None = None) -> None:
+        self.url = url.rstrip("/")
+        parts = urlsplit(self.url)
+        self.scheme = parts.scheme
+        self._root = self.url.split("://", 1)[1]
+        if "@" in parts.netloc:
+            raise UsageError(f"{self.scheme}://…: no credentials in a URL; they come from the environment or a profile")
+        if not parts.netloc:
+            raise UsageError(f"{url}: no bucket in it; the form is {self.scheme}://bucket/prefix")
+        self._patience = patience
+        self._retry = Retrier(patience)
+        self._filesystem: Any = None
+        self._process = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "patience": self._patience}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        RemoteStorage.__init__(self, state["url"], state["patience"])
+
+    def cancel(self) -> None:
+        """Make every call that is under way in other threads, and every later one, raise CancelledError."""
+        self._retry.cancelled.set()
+
+    def _fs(self) -> Any:
+        """fsspec's file system, made anew after a fork: its thread does not survive one."""
+        if self._filesystem is None or self._process != os.getpid():
+            self._filesystem = self._connect()
+            self._process = os.getpid()
+        return self._filesystem
+
+    def _connect(self) -> Any:
+        import fsspec
+
+        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        if self.scheme in ("s3", "s3a"):
+            options |= _S3_OPTIONS
+        try:
+            filesystem = fsspec.filesystem(self.scheme, **options)
+        except ValueError as error:
+            raise UsageError(f"{self.url}: no such kind of storage ({self.scheme}://)") from error
+        except ImportError as error:
+            package = _INSTALL.get(self.scheme, "its fsspec package")
+            raise UsageError(f"{self.url}: {self.scheme}:// needs a package: pip install {package}") from error
+        if self.scheme in ("s3", "s3a"):
+            filesystem.retries = 1  # retrying is this module's business, with one clock
+        return filesystem
+
+    def _call(self, name: str, method: str, *args: Any, size: int = 0, **options: Any) -> Any:
+        """`fs.method(path of name, *args)`, tried again where that helps, each try bounded in time."""
+        limit = _CALL_TIMEOUT + size / _SLOWEST
+
+        def attempt() -> Any:
+            fs = self._fs()
+            if not getattr(fs, "async_impl", False):
+                return getattr(fs, method)(*args, **options)
+            work = asyncio.wait_for(getattr(fs, f"_{method}")(*args, **options), limit)
+            return self._wait(asyncio.run_coroutine_threadsafe(work, fs.loop))
+
+        return self._retry.call(f"{self.url}/{name}" if name else self.url, attempt)
+
+    def _wait(self, future: concurrent.futures.Future[Any]) -> Any:
+        try:
+            while True:
+                try:
+                    return future.result(_POLL)
+                except concurrent.futures.TimeoutError:
+                    if future.done():  # the work's own timeout, or it ended just after the poll's
+                        return future.result()
+                    if self._retry.cancelled.is_set():
+                        raise CancelledError from None
+        finally:
+            future.cancel()
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{check_name(name)}"
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        try:
+            data = self.read_range(name, 0, limit + 1)
+        except MissingError:
+            return None
+        if len(data) > limit:
+            raise StorageError(f"{self.url}/{name}: larger than {limit} bytes, refused")
+        return data
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        """At most `size` bytes from `start`.
+
+        Raises:
+            MissingError: nothing has that name.
+        """
+        try:
+            data: bytes = self._call(name, "cat_file", self._path(name), start=start, end=start + size, size=size)
+        except BeyondEndError:
+            return b""
+        return data
+
+    def stream(self, name: str, start: int = 0) -> Iterator[bytes]:
+        """The content from `start` on, in pieces of at most `CHUNK` bytes.
+
+        Raises:
+            MissingError: nothing has that name.
+        """
+        while True:
+            data = self.read_range(name, start, CHUNK)
+            if data:
+                yield data
+            if len(data) < CHUNK:
+                return
+            start += len(data)
+
+    def stat(self, name: str) -> Stat | None:
+        try:
+            info = self._call(name, "info", self._path(name))
+        except MissingError:
+            return None
+        if info.get("type") != "file":
+            return None
+        return Stat(int(info["size"]), str(info.get("ETag") or info.get("etag") or ""))
+
+    def write(self, name: str, data: bytes) -> None:
+        self._call(name, "pipe_file", self._path(name), data, size=len(data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        # Servers that know no conditional write ignore the condition: look first.
+        if self.stat(name) is not None:
+            return False
+        try:
+            self._call(name, "pipe_file", self._path(name), data, size=len(data), **self._exclusive())
+        except ExistsError:
+            return False
+        return True
+
+    def create_file(self, name: str, path: Path, move: bool = False) -> bool:
+        if self.stat(name) is not None:
+            return False
+        size = path.stat().st_size
+        options = self._exclusive()
+        if self.scheme in ("s3", "s3a"):
+            options |= {"chunksize": PART}
+        try:
+            self._call(name, "put_file", str(path), self._path(name), size=size, **options)
+        except ExistsError:
+            return False
+        if move:
+            path.unlink()
+        return True
+
+    def _exclusive(self) -> dict[str, Any]:
+        """Options of a write that must not replace anything, where the file system knows such a thing."""
+        return {"mode": "create"} if self.scheme in ("s3", "s3a", "gs", "gcs") else {}
+
+    def sha256(self, name: str) -> str:
+        """Of the content, read through.
+
+        Raises:
+            MissingError: nothing has that name.
+        """
+        digest = hashlib.sha256()
+        for chunk in self.stream(name):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def names(self, prefix: str) -> list[str]:
+        try:
+            found = self._call(prefix, "find", self._path(prefix) if prefix else self._root)
+        except MissingError:
+            return []
+        return sorted(path.removeprefix(self._root + "/") for path in found)
+
+    def children(self, prefix: str) -> tuple[list[str], list[str]]:
+        try:
+            listed = self._call(prefix, "ls", self._path(prefix) if prefix else self._root, detail=True)
+        except MissingError:
+            return [], []
+        entries = [(entry["name"].rstrip("/").rpartition("/")[2], entry["type"]) for entry in listed]
+        return sorted(n for n, kind in entries if kind == "file"), sorted(n for n, kind in entries if kind != "file")
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                self._call(name, "rm_file", self._path(name))
+            except MissingError:
+                continue

@@ -1,0 +1,272 @@
+"""What a storage failure means, and for how long to go on trying.
+
+A server that is busy or away for a while (5xx, 429, timeouts, cut connections) is asked again, with growing pauses,
+until `patience` seconds have passed; what another try cannot help (credentials, missing bucket) fails at once. A
+server that was never reached at all gets a tenth of the patience: that is a wrong endpoint more often than an outage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from shards.errors import StorageError, UsageError
+
+PATIENCE_VARIABLE = "MD2_STORAGE_PATIENCE"
+"""Environment variable: seconds to go on trying a storage that fails for a while."""
+DEFAULT_PATIENCE = 120.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 8.0
+_SHORT_PATIENCE = 0.1
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+Kind = Literal["missing", "exists", "denied", "no_bucket", "beyond_end", "transient", "unreachable", "refused"]
+
+_CODES: dict[str, Kind] = {
+    "NoSuchBucket": "no_bucket",
+    "NoSuchKey": "missing",
+    "PreconditionFailed": "exists",
+    "InvalidRange": "beyond_end",
+    "SlowDown": "transient",
+    "RequestTimeout": "transient",
+    "Throttling": "transient",
+    "ConditionalRequestConflict": "transient",
+    "OperationAborted": "transient",
+}
+_STATUS: dict[int, Kind] = {
+    401: "denied",
+    403: "denied",
+    404: "missing",
+    408: "transient",
+    412: "exists",
+    416: "beyond_end",
+    425: "transient",
+    429: "transient",
+}
+_EXPLANATIONS = {
+    "RequestTimeTooSkewed": "this machine's clock is wrong",
+    "InvalidAccessKeyId": "the storage does not know the access key",
+    "SignatureDoesNotMatch": "the secret key is wrong",
+    "ExpiredToken": "the credentials have expired",
+    "NotImplemented": "the server cannot do that",
+}
+
+
+class MissingError(Exception):
+    """Nothing has that name."""
+
+
+class ExistsError(Exception):
+    """Something has that name already."""
+
+
+class BeyondEndError(Exception):
+    """A range that starts at or behind the object's end."""
+
+
+class CancelledError(Exception):
+    """The caller gave up; raised in its worker threads."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What an exception of a storage library means, in words for the user."""
+
+    kind: Kind
+    cause: str
+
+
+def patience_from_environment() -> float:
+    """Seconds; `MD2_STORAGE_PATIENCE` or the default.
+
+    Raises:
+        UsageError: the variable is not a number of seconds.
+    """
+    text = os.environ.get(PATIENCE_VARIABLE)
+    try:
+        seconds = DEFAULT_PATIENCE if text is None else float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise UsageError(f"{PATIENCE_VARIABLE}={text}: not a number of seconds")
+    return seconds
+
+
+class Retrier:
+    """Runs operations against one storage until they succeed, fail for good, or patience ends. Thread-safe."""
+
+    def __init__(self, patience: float | None = None) -> None:
+        self.patience = patience_from_environment() if patience is None else patience
+        self.cancelled = threading.Event()
+        self._reached = False
+
+    def call(self, url: str, operation: Callable[[], T]) -> T:
+        """The operation's result; `url` goes into messages.
+
+        Raises:
+            MissingError, ExistsError, BeyondEndError: the storage's answer.
+            CancelledError: `cancelled` was set.
+            StorageError: denied, or still failing at the end of patience.
+        """
+        start, attempts, pause = time.monotonic(), 0, _FIRST_PAUSE
+        while True:
+            if self.cancelled.is_set():
+                raise CancelledError
+            attempts += 1
+            try:
+                result = operation()
+            except Exception as error:
+                failure = classify(error)
+                if failure is None:
+                    raise
+                self._raise_answer(url, failure, error)
+                passed = time.monotonic() - start
+                if passed + pause > self._allowed(failure):
+                    raise StorageError(_gave_up(url, failure, attempts, passed)) from error
+                if attempts == 3:
+                    _log.warning("%s: %s; trying again for up to %.0f s", url, failure.cause, self._allowed(failure))
+                self.cancelled.wait(pause * random.uniform(0.7, 1.3))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                self._reached = True
+                return result
+
+    def _allowed(self, failure: Failure) -> float:
+        away = failure.kind == "unreachable" and not self._reached
+        return self.patience * _SHORT_PATIENCE if away else self.patience
+
+    def _raise_answer(self, url: str, failure: Failure, error: Exception) -> None:
+        """Raise unless another try may help."""
+        if failure.kind == "transient":
+            self._reached = True
+        if failure.kind in ("transient", "unreachable"):
+            return
+        self._reached = True
+        answers = {"missing": MissingError, "exists": ExistsError, "beyond_end": BeyondEndError}
+        if failure.kind in answers:
+            raise answers[failure.kind](url) from error
+        raise StorageError(f"{url}: {failure.cause}") from error
+
+
+def _gave_up(url: str, failure: Failure, attempts: int, passed: float) -> str:
+    advice = "check the address and AWS_ENDPOINT_URL" if failure.kind == "unreachable" else "try again later"
+    return f"{url}: {failure.cause}; gave up after {attempts} attempts in {passed:.0f} s, {advice}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what caused it, outermost first."""
+    seen: BaseException | None = error
+    for _ in range(10):
+        if seen is None:
+            return
+        yield seen
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+
+
+def classify(error: Exception) -> Failure | None:
+    """What an exception from fsspec, botocore, aiohttp or requests means; None if it is none of theirs."""
+    for link in _chain(error):
+        failure = _from_response(link) or _from_credentials(link)
+        if failure is not None:
+            return failure
+    for link in _chain(error):
+        failure = _from_network(link)
+        if failure is not None:
+            return failure
+    return _from_builtin(error)
+
+
+def _from_response(error: BaseException) -> Failure | None:
+    """From an HTTP status or an S3 error code."""
+    response = getattr(error, "response", None)
+    code, status = "", 0
+    if isinstance(response, dict):  # botocore
+        code = str(response.get("Error", {}).get("Code", ""))
+        status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    elif response is not None:  # requests
+        status = int(getattr(response, "status_code", 0))
+    else:  # gcsfs, aiohttp
+        value = getattr(error, "code", None) or getattr(error, "status", None)
+        status = int(value) if isinstance(value, int | str) and str(value).isdigit() else 0
+    if code.isdigit():  # HEAD has no body: botocore puts the status there
+        code, status = "", int(code)
+    if not code and status < 400:
+        return None
+    kind = _CODES.get(code) or _STATUS.get(status) or ("transient" if status >= 500 else "refused")
+    label = " ".join(str(word) for word in (status or "", code) if word)
+    return Failure(kind, _words(kind, code, label))
+
+
+def _words(kind: Kind, code: str, label: str) -> str:
+    if kind == "denied":
+        return _denied(label, _EXPLANATIONS.get(code, ""))
+    if kind == "no_bucket":
+        return "no such bucket"
+    if kind == "transient":
+        return f"the server answers {label}"
+    return f"the server refuses ({label}{': ' + _EXPLANATIONS[code] if code in _EXPLANATIONS else ''})"
+
+
+def _denied(label: str, explanation: str = "") -> str:
+    what = f"{label}: {explanation}" if explanation else label
+    return (
+        f"access denied ({what}); check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, instance role) and "
+        "AWS_ENDPOINT_URL; a public bucket can be read by its https:// address"
+    )
+
+
+def _from_credentials(error: BaseException) -> Failure | None:
+    """botocore found no usable credentials before it sent anything."""
+    name = type(error).__name__
+    if name in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"):
+        return Failure("denied", _denied(f"no credentials on this machine, {name}"))
+    if name in ("ProfileNotFound", "InvalidConfigError", "ConfigParseError", "InvalidRegionError", "NoRegionError"):
+        return Failure("refused", f"the AWS configuration of this machine is broken ({name})")
+    return None
+
+
+_UNREACHABLE = {
+    "EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "ClientConnectorError",
+    "ClientConnectorDNSError", "NewConnectionError", "ConnectTimeout", "NameResolutionError", "ConnectionRefusedError",
+    "gaierror",
+}  # fmt: skip
+_TRANSIENT = {
+    "ConnectionClosedError", "ReadTimeoutError", "HTTPClientError", "ResponseStreamingError", "IncompleteReadError",
+    "ResponseParserError", "ClientPayloadError", "ServerDisconnectedError", "ClientOSError", "ServerTimeoutError",
+    "SocketTimeoutError", "ChunkedEncodingError", "ReadTimeout", "ConnectionError", "ProtocolError", "IncompleteRead",
+    "ClientConnectionError", "ClientConnectionResetError", "RemoteDisconnected", "FSTimeoutError", "SSLError",
+}  # fmt: skip
+
+
+def _from_network(error: BaseException) -> Failure | None:
+    """By class name: importing botocore, aiohttp and requests just to name their exceptions takes a second."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "CERTIFICATE_VERIFY_FAILED" in str(error) or "CertificateError" in type(error).__name__:
+        return Failure("refused", f"the server's certificate is not accepted ({type(error).__name__})")
+    if names & _UNREACHABLE:
+        return Failure("unreachable", "cannot connect to the server")
+    if isinstance(error, TimeoutError | asyncio.TimeoutError) or names & {"ReadTimeoutError", "ReadTimeout"}:
+        return Failure("transient", "the server does not answer in time")
+    if isinstance(error, ConnectionError) or names & _TRANSIENT:
+        return Failure("transient", "the connection was cut")
+    return None
+
+
+def _from_builtin(error: Exception) -> Failure | None:
+    """fsspec raises Python's own exceptions where it can."""
+    if isinstance(error, FileNotFoundError):
+        return Failure("missing", "nothing there")
+    if isinstance(error, FileExistsError):
+        return Failure("exists", "there already")
+    if isinstance(error, PermissionError):
+        return Failure("denied", _denied(type(error).__name__))
+    if isinstance(error, OSError):
+        return Failure("refused", error.strerror or str(error) or type(error).__name__)
+    return None
