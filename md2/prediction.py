@@ -65,3 +65,8 @@ class Prediction:
             },
             {scale: mask.float() for scale, mask in self.masks.items()},
         )
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        motions = [part for pose in self.poses.values() for part in (pose.axis_angle, pose.translation)]
+        return [*self.disparities.values(), *motions, *self.masks.values()]

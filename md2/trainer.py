@@ -113,7 +113,7 @@ class Trainer:
         self.noise = torch.Generator(ranks.device)
         state = self._restore(resume) if resume is not None else None
         self.loader = self._loader("train", state)
-        self.log = RunLog(run, self.step) if ranks.main else None
+        self.log: RunLog | None = None
         self.model: nn.Module = self.switches.compiled(self.networks)
         if ranks.world > 1:
             self.model = DistributedDataParallel(self.model)
@@ -142,6 +142,8 @@ class Trainer:
                 f"({self.config.train.batch_size} x {self.config.train.accumulate} x {self.ranks.world} ranks); "
                 "lower train.batch_size or pack more"
             )
+        if self.ranks.main:
+            self.log = RunLog(self.run, self.step)
         self.reporter.start(self.total_steps, self.step)
         metrics: dict[str, float] = {}
         early = False
@@ -220,14 +222,14 @@ class Trainer:
     def _report(self, batch: Batch, output: tuple[Prediction, LossOutput]) -> None:
         due = self.step % self.config.train.log_every == 0 or self.step == self.total_steps
         if self.log is not None and due:
-            values = {f"loss/{scale}": float(value) for scale, value in output[1].per_scale.items()}
-            values = {"loss": float(output[1].total), **values}
+            values = {f"loss/{scale}": value.item() for scale, value in output[1].per_scale.items()}
+            values = {"loss": output[1].total.item(), **values}
             rates = {"lr": float(self.schedule.get_last_lr()[0]), **self.window.rates()}
             self.log.scalars("train", self.step, self.epoch, {**values, **rates})
             self.reporter.step(self.step, self.epoch, values["loss"], rates["images_per_second"])
         elif self.ranks.main:
             self.reporter.step(self.step, self.epoch, None, 0.0)
-        if self.log is not None and self.step % self.config.train.image_every == 0:
+        if self.log is not None and output[1].panels:
             self.log.panel("train", self.step, panel(batch, *output))
 
     def _told_to_stop(self) -> bool:

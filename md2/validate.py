@@ -50,7 +50,7 @@ def validate(
             prediction: Prediction = networks(switches.inputs(batch.augmented))
         wanted = picture is None and ranks.main
         losses = loss(batch, prediction, noise=noise, panels=wanted)
-        if wanted:
+        if losses.panels:
             picture = panel(batch, prediction, losses)
         sums[:2] += torch.stack([losses.total.double() * batch.size, losses.total.new_tensor(batch.size).double()])
         if batch.depth is not None:

@@ -18,7 +18,7 @@ from md2.checkpoint import load_checkpoint
 LIMIT = 150
 SETTINGS = [
     "model.weights=scratch",
-    "data.width=128",
+    "data.width=96",
     "data.height=64",
     "data.threads=1",
     "train.device=cpu",

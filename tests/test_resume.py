@@ -20,7 +20,7 @@ from md2.checkpoint import load_checkpoint
 
 SETTINGS = [
     "model.weights=scratch",
-    "data.width=128",
+    "data.width=96",
     "data.height=64",
     "data.threads=2",
     "train.device=cpu",

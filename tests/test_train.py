@@ -19,7 +19,7 @@ from shards.errors import InputError, TrainingError, UsageError
 
 SMALL = [
     "model.weights=scratch",
-    "data.width=128",
+    "data.width=96",
     "data.height=64",
     "data.threads=2",
     "train.device=cpu",
@@ -89,8 +89,8 @@ def test_a_run_folder_holds_what_is_promised(finished: Path, dataset: Path) -> N
 def test_panels_and_summary_are_pictures(finished: Path) -> None:
     with Image.open(finished / "panels" / "train-00000002.png") as panel:
         # Two samples; target, three warped sources, disparity, auto-mask.
-        assert panel.size == (6 * 128, 2 * 64)
-        target = panel.crop((0, 0, 128, 64))
+        assert panel.size == (6 * 96, 2 * 64)
+        target = panel.crop((0, 0, 96, 64))
         assert len(target.getcolors(100_000) or []) > 50
     with Image.open(finished / "summary.png") as summary:
         assert summary.width > 1000
@@ -107,10 +107,10 @@ def test_tensorboard_has_the_same_losses(finished: Path) -> None:
 
 @pytest.mark.parametrize(("recipe", "unit"), [("mono", None), ("stereo", 5.4), ("mono_stereo", 5.4)])
 def test_each_mode_learns(dataset: Path, tmp_path: Path, recipe: str, unit: float | None) -> None:
-    quiet = ["data.color_jitter=false", "data.flip=false", "train.learning_rate=3e-4", "train.max_steps=24"]
+    quiet = ["data.color_jitter=false", "data.flip=false", "train.learning_rate=3e-4", "train.max_steps=16"]
     train(dataset, tmp_path / "run", recipe, [*quiet, "train.epochs=40", "train.image_every=1000"])
     values = losses(tmp_path / "run")
-    assert sum(values[-4:]) < 0.93 * sum(values[:4])
+    assert sum(values[-4:]) < 0.95 * sum(values[:4])
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt").metres_per_unit == unit
 
 
@@ -133,11 +133,11 @@ def weights(run: Path, name: str) -> dict[str, Any]:
 
 def test_a_step_that_is_not_finite_stops_and_names_its_samples(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"step \d+: the gradient is not finite; samples 2011_09_26"):
-        train(dataset, tmp_path / "run", "stereo", ["train.learning_rate=1e38"])
+        train(dataset, tmp_path / "run", "stereo", ["train.learning_rate=1e36"])
 
 
 def test_or_is_skipped_and_leaves_the_weights_alone(dataset: Path, tmp_path: Path) -> None:
-    extra = ["train.learning_rate=1e38", "train.on_nan=skip", "train.max_steps=4"]
+    extra = ["train.learning_rate=1e36", "train.on_nan=skip", "train.max_steps=4"]
     outcome, reporter = train(dataset, tmp_path / "run", "stereo", extra)
     assert outcome.stopped.step == 4
     skipped = [message for message in reporter.messages if "skipped" in message]
