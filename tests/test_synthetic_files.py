@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,24 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_drives(tmp_path / "raw", drives=1, progress=interrupt, **TINY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The terminal sends SIGINT to the whole group: the command and its workers."""
+    line = [sys.executable, "-m", "cli.main", "sample", str(tmp_path / "raw"), "--frames", "200", "--size", "64x32"]
+    with subprocess.Popen([*line, "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        try:
+            deadline = time.monotonic() + 60
+            while not list(tmp_path.glob(".raw.*/*/*/*/data/*.png")):
+                assert run.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            os.killpg(run.pid, signal.SIGINT)
+            _, messages = run.communicate(timeout=60)
+        finally:
+            run.kill()
+    assert run.returncode == 130
+    assert "Traceback" not in messages
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -174,8 +175,10 @@ def _render(date: Path, jobs: list[_Drive], workers: int, progress: Callable[[in
             if progress:
                 progress(done, total)
         return
-    # Spawned, not forked: the caller may have threads (torch, DALI) that a fork would freeze.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # Spawned, not forked: the caller may have threads (torch, DALI) that a fork would freeze. Ctrl-C is the
+    # caller's to handle: it cancels what waits, and the frames in work end.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_ignore_interrupts) as pool:
         futures = [pool.submit(_write_frame, *item) for item in work]
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -184,6 +187,10 @@ def _render(date: Path, jobs: list[_Drive], workers: int, progress: Callable[[in
                     progress(done, total)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @lru_cache(maxsize=2)
