@@ -111,9 +111,7 @@ def evaluate(
         for watcher in watchers:
             watcher(batch, disparity, scores)
     if not any(image.pixels for image in images):
-        raise DatasetError(
-            f"none of {len(images)} images has a measurement that counts: look at its depth.png and crop"
-        )
+        raise DatasetError(f"no measurement counts in any of {len(images)} images: look at depth.png and the crop")
     return Evaluation(tuple(images), protocol, scaling)
 
 
@@ -189,12 +187,11 @@ def evaluation_batches(
     *,
     batch_size: int = 16,
     limit: int | None = None,
-    size: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:
     """Target images and ground truth of one part, once and in the dataset's order, at the networks' size.
 
     Args:
-        predictor: whose size and device to use; None: `size` (width, height) on the CPU.
+        predictor: whose size and device to use; None: the stored size (640x192 where native), on the CPU.
         limit: stop after so many samples.
 
     Raises:
@@ -206,7 +203,8 @@ def evaluation_batches(
     if dataset.manifest.depth is None:
         raise DatasetError(f"{dataset.url}: no ground truth in this dataset: pack it with md2 prep --depth")
     config = (predictor.config if predictor else Config()).data
-    width, height = (config.width, config.height) if size is None else size
+    stored = dataset.manifest.size if predictor is None else None
+    width, height = stored or (config.width, config.height)
     # Only the target is looked at, so nothing else is asked for (and decoded).
     plain = {"frames": [0], "stereo": False, "flip": False, "color_jitter": False, "device": "auto"}
     data = config.model_copy(update={**plain, "width": width, "height": height})

@@ -101,7 +101,7 @@ def resize_to(maps: Tensor, sizes: Tensor, padded: tuple[int, int]) -> Tensor:
 
     Args:
         maps: (B, 1, H, W).
-        sizes: (B, 2) height and width for each map.
+        sizes: (B, 2) height and width for each map; (0, 0) leaves it all padding.
         padded: height and width of the result.
 
     Returns:
@@ -111,6 +111,7 @@ def resize_to(maps: Tensor, sizes: Tensor, padded: tuple[int, int]) -> Tensor:
     groups: dict[tuple[int, int], list[int]] = {}
     for index, (height, width) in enumerate(sizes.tolist()):
         groups.setdefault((height, width), []).append(index)
+    groups.pop((0, 0), None)  # a sample without ground truth
     for (height, width), members in groups.items():
         resized = interpolate(maps[members], size=(height, width), mode="bilinear", align_corners=False)
         result[members, :, :height, :width] = resized

@@ -234,9 +234,10 @@ def _images(plan: Plan, encoded: list[Any], flip: Any, decode: Device, target: D
         images = fn.resize(images, size=[height, width], interp_type=types.INTERP_LANCZOS3, antialias=True)
     if flip is not None:
         images = fn.flip(images, horizontal=flip)
+    nodes = images if isinstance(images, list) else [images]  # DALI unpacks a list of one
     if decode == "cpu" and target == "gpu":
-        images = [image.gpu() for image in images]
-    return list(images)
+        nodes = [image.gpu() for image in nodes]
+    return nodes
 
 
 def _jitter_factors() -> Any:

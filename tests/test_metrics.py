@@ -132,6 +132,14 @@ def test_scaling_is_per_image_and_an_empty_image_is_left_out_of_the_mean() -> No
     assert math.isnan(mean_metrics(found.values[2:], found.pixels[2:])["abs_rel"])
 
 
+def test_a_sample_without_ground_truth_has_size_zero_and_counts_nothing() -> None:
+    depth = torch.zeros(2, 1, 4, 6)
+    depth[0] = 3.0
+    found = evaluate_batch(torch.ones(2, 1, 2, 3), depth, torch.tensor([[4, 6], [0, 0]]), crop="none")
+    assert found.pixels.tolist() == [24, 0]
+    assert found.ratios[0].item() == pytest.approx(3)
+
+
 def test_a_nan_prediction_is_not_averaged_away() -> None:
     disparity = torch.ones(2, 1, 2, 2)
     disparity[1, 0, 0, 0] = torch.nan
