@@ -10,17 +10,19 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from shards.cache import Cache
 from shards.card import card
 from shards.errors import DatasetError, StorageError
+from shards.fetch import disk_error
 from shards.files import write_atomic
+from shards.fill import Filler, Progress
 from shards.manifest import CARD, MANIFEST, DepthInfo, Manifest, Shard, Split
 from shards.sample import Codec, Sample
 from shards.storage import is_local, local_path, open_storage
-from shards.store import read_manifest
+from shards.store import require_manifest
 from shards.tar import MAX_INDEX_BYTES, ShardWriter, parse_index
 
 SAMPLES_PER_SHARD = 1000
@@ -135,40 +137,50 @@ def finish_shard(writer: ShardWriter, part: str, number: int) -> Shard:
     )
 
 
-@dataclass(frozen=True)
 class LocalDataset:
-    """A dataset whose files are on this machine.
+    """A dataset whose files are on this machine, or come to it when a part is asked for.
 
     Attributes:
         url: where it was asked for.
-        folder: where `manifest.shards`' names are to be found.
+        folder: where the names in `manifest.shards` are to be found.
+        manifest: what it holds.
         manifest_sha256: of the bytes of `dataset.json`; names exactly this dataset.
     """
 
-    url: str
-    folder: Path
-    manifest: Manifest
-    manifest_sha256: str
+    def __init__(
+        self, url: str, folder: Path, manifest: Manifest, manifest_sha256: str, filler: Filler | None = None
+    ) -> None:
+        self.url, self.folder = url, folder
+        self.manifest, self.manifest_sha256 = manifest, manifest_sha256
+        self._filler = filler
+        self._checked: set[str] = set()
 
     def tars(self, part: str) -> list[Path]:
         """The part's tars in reading order, after a check of sizes, indexes and sample counts.
 
+        The first call for a part of a remote dataset fetches what the cache lacks of it; every sha256 is checked then.
+
         Raises:
             DatasetError: no such part, a file is missing, or is not what the manifest says (DALI itself would
                 silently read fewer samples).
+            StorageError: the storage fails, or the cache has no room.
         """
         shards = self.manifest.part(part)
-        for shard in shards:
-            check_shard(self.folder, shard)
+        if part not in self._checked:
+            if self._filler is not None:
+                self._filler.fill(part, shards)
+            for shard in shards:
+                check_shard(self.folder, shard)
+            self._checked.add(part)
         return [self.folder / shard.name for shard in shards]
 
     def indexes(self, part: str) -> list[Path]:
         """The indexes, in the order of `tars`.
 
         Raises:
-            DatasetError: no such part.
+            DatasetError, StorageError: as `tars`.
         """
-        return [self.folder / shard.index_name for shard in self.manifest.part(part)]
+        return [tar.with_suffix(".idx") for tar in self.tars(part)]
 
 
 def check_shard(folder: Path, shard: Shard) -> None:
@@ -201,18 +213,29 @@ def check_shard(folder: Path, shard: Shard) -> None:
         raise DatasetError(f"{index}: points beyond the end of {tar.name}; {again}")
 
 
-def open_dataset(url: str) -> LocalDataset:
-    """Open a packed dataset: a folder in place.
+def open_dataset(url: str, *, cache: Cache | None = None, progress: Progress | None = None) -> LocalDataset:
+    """Open a packed dataset: a folder in place, anything else through the verified local cache.
+
+    Only the manifest is read here; `LocalDataset.tars` fetches a part when it is first asked for. From here on until
+    this process ends, the cache does not evict the dataset.
+
+    Args:
+        url: folder, `s3://`, `gs://` or `http(s)://`.
+        cache: where remote datasets are kept; None: as `MD2_CACHE` and `MD2_CACHE_LIMIT` say.
+        progress: told about the bytes that come.
 
     Raises:
         DatasetError: nothing is there, it is not committed, or its manifest is broken.
-        StorageError: the storage fails.
+        StorageError: the storage fails, or the cache cannot be written.
+        UsageError: a kind of URL that md2 does not know.
     """
     storage = open_storage(url)
-    found = read_manifest(storage)
-    if found is None:
-        raise DatasetError(f"{url}: no dataset there (no {MANIFEST}); pack one with md2 prep, or check the path")
-    manifest, sha256 = found
+    found = require_manifest(storage)
     if is_local(url):
-        return LocalDataset(url, local_path(url), manifest, sha256)
-    raise StorageError(f"{url}: only local folders can be opened")
+        return LocalDataset(url, local_path(url), found.manifest, found.sha256)
+    place = (cache or Cache.from_environment()).dataset(found.sha256)
+    try:
+        write_atomic(place.folder / MANIFEST, found.data)
+    except OSError as error:
+        raise disk_error(place.folder, error) from error
+    return LocalDataset(storage.url, place.folder, found.manifest, found.sha256, Filler(storage.url, place, progress))

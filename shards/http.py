@@ -12,7 +12,7 @@ from shards.errors import StorageError, UsageError
 from shards.retry import BeyondEndError, MissingError, Retrier
 from shards.storage import Stat, check_name
 
-CHUNK = 8 << 20
+CHUNK = 1 << 20
 _TIMEOUTS = (5.0, 20.0)
 """Seconds to connect, and to wait for the next bytes."""
 _SLOWEST = 100e3

@@ -29,6 +29,7 @@ import os
 import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -80,16 +81,39 @@ def plan_sha256(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(storage: Storage) -> tuple[Manifest, str] | None:
-    """The committed manifest and the sha256 of its bytes; None where nothing is committed.
+@dataclass(frozen=True)
+class Committed:
+    """A dataset's manifest as it lies in its storage."""
+
+    manifest: Manifest
+    data: bytes
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes of `dataset.json`; names exactly this dataset."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def read_manifest(storage: Storage) -> Committed | None:
+    """The committed manifest; None where nothing is committed.
 
     Raises:
         DatasetError: it is there and broken, or the storage fails.
     """
     data = storage.read(MANIFEST, MAX_MANIFEST_BYTES)
-    if data is None:
-        return None
-    return Manifest.from_json(data, f"{storage.url}/{MANIFEST}"), hashlib.sha256(data).hexdigest()
+    return None if data is None else Committed(Manifest.from_json(data, f"{storage.url}/{MANIFEST}"), data)
+
+
+def require_manifest(storage: Storage) -> Committed:
+    """As `read_manifest`, for a dataset that has to be there.
+
+    Raises:
+        DatasetError: nothing is committed there.
+    """
+    found = read_manifest(storage)
+    if found is None:
+        raise DatasetError(f"{storage.url}: no dataset there (no {MANIFEST}); md2 prep packs one, or check the path")
+    return found
 
 
 def open_store(url: str) -> Store:
@@ -116,7 +140,7 @@ class Store:
         self.published: Manifest | None = None
         self.resumed = False
         self._plan_sha256: str | None = None
-        self._copied: Manifest | None = None
+        self._copied: Committed | None = None
         self._storage: Storage = open_storage(self.asked_url)
 
     @property
@@ -131,10 +155,10 @@ class Store:
         """
         return self._begin(plan, plan_sha256(plan))
 
-    def begin_copy(self, manifest: Manifest) -> dict[str, Receipt]:
-        """As `begin`, for a finished dataset that is copied from elsewhere with its manifest unchanged."""
-        self._copied = manifest
-        plan = {"manifest_sha256": hashlib.sha256(manifest.to_json().encode()).hexdigest()}
+    def begin_copy(self, source: Committed) -> dict[str, Receipt]:
+        """As `begin`, for a finished dataset that is copied from elsewhere, its manifest byte for byte."""
+        self._copied = source
+        plan = {"manifest_sha256": source.sha256}
         return self._begin(plan, plan_sha256(plan))
 
     def _begin(self, plan: Plan, digest: str) -> dict[str, Receipt]:
@@ -145,16 +169,16 @@ class Store:
             found = read_manifest(self._storage)
             if found is None:
                 return self._claim(plan, digest)
-            if self._is_planned(found[0]):
-                self.published = found[0]
+            if self._is_planned(found):
+                self.published = found.manifest
                 return {shard.name: Receipt(shard=shard) for shard in self.published.shards}
         raise StorageError(f"{self.asked_url}: {_MAX_VERSIONS} versions are published already; use another name")
 
-    def _is_planned(self, committed: Manifest) -> bool:
+    def _is_planned(self, committed: Committed) -> bool:
         """Whether what is committed is what this publication would commit."""
         if self._copied is not None:
-            return committed == self._copied
-        return committed.plan_sha256 == self._plan_sha256
+            return committed.data == self._copied.data
+        return committed.manifest.plan_sha256 == self._plan_sha256
 
     def _claim(self, plan: Plan, digest: str) -> dict[str, Receipt]:
         claim = Claim(
@@ -181,9 +205,9 @@ class Store:
         data = self._storage.read(_CLAIM, _MAX_RECEIPT_BYTES)
         if data is None:
             found = read_manifest(self._storage)
-            if found is None or not self._is_planned(found[0]):
+            if found is None or not self._is_planned(found):
                 raise StorageError(f"{self.url}: the claim on this publication is gone: someone removed it")
-            self.published = found[0]
+            self.published = found.manifest
             return
         try:
             claim = Claim.model_validate_json(data)
@@ -287,13 +311,16 @@ class Store:
         self._check_begun()
         if self._copied is None:
             manifest = manifest.model_copy(update={"plan_sha256": self._plan_sha256})
+            data = manifest.to_json().encode()
+        else:
+            manifest, data = self._copied.manifest, self._copied.data
         if self.published is None:
             self._check_claim()
         if self.published is None:
             self._check_shards(manifest)
-            self._storage.create(MANIFEST, manifest.to_json().encode())
+            self._storage.create(MANIFEST, data)
         found = read_manifest(self._storage)
-        if found is None or found[0] != manifest:
+        if found is None or found.data != data:
             raise StorageError(f"{self.url}: another dataset is committed there; never overwritten: use another name")
         self.published = manifest
         self._tidy()
