@@ -74,6 +74,9 @@ def prep(
     scratch: Annotated[
         Path | None, typer.Option(help="Folder for unfinished work.  [default: beside the dataset]")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Report what is there and what is missing; pack nothing.")
+    ] = False,
     on_error: Annotated[
         Literal["stop", "skip"], typer.Option(help="At broken input: stop, or leave its samples out and list them.")
     ] = "stop",
@@ -82,6 +85,8 @@ def prep(
 
     Exit code 4: done, but some of the split's lines gave no sample (missing frames); report.json lists them.
     """
+    from prep.check import check as check_plan
+    from prep.check import format_check
     from prep.drives import Kitti
     from prep.options import make_content, refuse_empty
     from prep.pack import default_scratch, pack
@@ -112,6 +117,11 @@ def prep(
     with _bar() as bar:
         bar.phase("looking at drives", len({line.drive for lines in lists.parts.values() for line in lines}), "drives")
         plan = make_plan(lists, layout, content, on_error, part, progress=lambda drive: bar.advance(1))
+        if check:
+            bar.stop()
+            report = check_plan(plan, lists)
+            console.print(format_check(report), highlight=False, soft_wrap=True)
+            sys.exit(0 if report.complete else INCOMPLETE)
         refuse_empty(plan, urls)
         with start_workers(workers or len(os.sched_getaffinity(0)), scheduler) as pool:
             packed = pack(

@@ -18,6 +18,8 @@ _IMAGE = re.compile(r"(\d+)\.(png|jpg|jpeg)", re.IGNORECASE)
 _SCAN = re.compile(r"(\d+)\.bin")
 _DEPTH = re.compile(r"(\d+)\.png")
 _RAW_DRIVE = re.compile(r"(\d{4}_\d\d_\d\d)/(\1_drive_\d{4}_(?:sync|extract))")
+_NOT_KITTI = "true_pose_02.txt"
+"""A file that `md2 sample` puts into its drives, and KITTI never does."""
 _SEQUENCE = re.compile(r"\d{1,2}")
 
 
@@ -32,6 +34,7 @@ class Drive:
         scans: lidar scans by frame; empty where depth was not asked for.
         depth_maps: side -> ground-truth PNGs by frame (improved or dense); empty where not asked for.
         rig: the cameras.
+        kitti: whether the images are KITTI's, whose licence goes with them.
         poses: (N, 3, 4) camera-to-world poses by frame, metres, where the sequence has them.
     """
 
@@ -41,6 +44,7 @@ class Drive:
     scans: Frames
     depth_maps: dict[Side, Frames]
     rig: Rig
+    kitti: bool = True
     poses: Matrix | None = None
 
 
@@ -92,7 +96,7 @@ class Kitti:
         rig = self._rigs.get((date, bool(scans)))
         if rig is None:
             rig = self._rigs[date, bool(scans)] = read_raw_rig(date, self._raw.read, depth=bool(scans))
-        return Drive(folder, drive, images, scans, maps, rig)
+        return Drive(folder, drive, images, scans, maps, rig, kitti=_NOT_KITTI not in self._raw.files(folder))
 
     def _improved(self, date: str, drive: str, camera: str) -> Frames:
         """The depth benchmark's maps, as its zip has them or moved into the raw folders."""
@@ -122,7 +126,7 @@ class Kitti:
         poses_folder = folder.replace(f"sequences/{number}", "poses")
         poses = self._raw.files(poses_folder).get(f"{number}.txt")
         matrices = None if poses is None else read_poses(poses.path, self._raw.read(poses.path))
-        return Drive(name, f"odom_{number}", images, scans, {"l": {}, "r": {}}, rig, matrices)
+        return Drive(name, f"odom_{number}", images, scans, {"l": {}, "r": {}}, rig, poses=matrices)
 
 
 def numbered(files: dict[str, Ref], pattern: re.Pattern[str]) -> Frames:

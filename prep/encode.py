@@ -14,13 +14,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from prep.calibration import Rig
 from prep.chunks import ChunkWriter
 from prep.sources import Ref, read_many
 from prep.splits import Side
-from prep.velodyne import Convention, check_depth_png, encode_depth, project, read_scan
+from prep.velodyne import Convention, check_depth_png, encode_depth, points_in_view, project, read_scan
 from prep.versions import versions
 from shards.errors import SampleError, StorageError, UsageError
 from shards.sample import Codec
@@ -145,13 +147,29 @@ def _encode_instant(
             data, sizes[side] = encode_image(_whole(files[ref]), ref, job.rig.size, job.format)
             blob = writer.add(data)
             index["images"][f"{instant.frame} {side}"] = [blob.offset, blob.size, blob.crc, *sizes[side]]
+    points: npt.NDArray[np.float64] | None = None
     for side in (*instant.depth_sides, *instant.depth_maps):
         if side not in sizes:
             continue  # its image is broken, and so is every sample that would have this depth
         with _Broken(job, index, f"depth {instant.frame} {side}"):
-            data = _depth(job, instant, side, files, sizes[side])
+            ready = instant.depth_maps.get(side)
+            if ready is not None:
+                data = _whole(files[ready])
+                check_depth_png(data, sizes[side], ready.place)
+            else:
+                points = _points(job, instant, files, sizes[side]) if points is None else points
+                data = encode_depth(project(points, job.rig.lidar_projection(side), sizes[side], job.convention))
             blob = writer.add(data)
             index["depth"][f"{instant.frame} {side}"] = [blob.offset, blob.size, blob.crc]
+
+
+def _points(
+    job: ChunkJob, instant: Instant, files: dict[Ref, bytes | SampleError], size: tuple[int, int]
+) -> npt.NDArray[np.float64]:
+    """The scan's points that the cameras may see; both have images of one size."""
+    assert instant.scan is not None
+    scan = read_scan(_whole(files[instant.scan]), instant.scan.place)
+    return points_in_view(scan, [job.rig.lidar_projection(side) for side in instant.depth_sides], size[0])
 
 
 class _Broken:
@@ -223,16 +241,3 @@ def encode_image(
     else:
         picture.save(buffer, "PNG")
     return buffer.getvalue(), native
-
-
-def _depth(
-    job: ChunkJob, instant: Instant, side: Side, files: dict[Ref, bytes | SampleError], size: tuple[int, int]
-) -> bytes:
-    ready = instant.depth_maps.get(side)
-    if ready is not None:
-        data = _whole(files[ready])
-        check_depth_png(data, size, ready.place)
-        return data
-    assert instant.scan is not None
-    scan = read_scan(_whole(files[instant.scan]), instant.scan.place)
-    return encode_depth(project(scan, job.rig.lidar_projection(side), size, job.convention))

@@ -95,7 +95,7 @@ def refuse_empty(plan: Plan, urls: list[str]) -> None:
     Raises:
         InputError: that message.
     """
-    if plan.drives or not plan.missing_drives:
+    if plan.found or not plan.missing_drives:
         return
     missing = plan.missing_drives
     raise InputError(

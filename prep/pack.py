@@ -93,7 +93,6 @@ def pack(
     *,
     skip_broken: bool = False,
     progress: Progress | None = None,
-    kitti: bool = True,
 ) -> Packed:
     """Pack the plan's samples and publish them at `out`.
 
@@ -102,7 +101,6 @@ def pack(
         out: folder or URL.
         scratch: folder for unfinished work, of this dataset alone; with workers on other machines they must see it.
         skip_broken: leave samples with broken raw files out and list them, instead of stopping.
-        kitti: whether KITTI's licence goes into the card.
 
     Raises:
         InputError: no sample can be made; or a raw file is broken, unless `skip_broken`.
@@ -123,7 +121,7 @@ def pack(
         for job in jobs:
             encoded.add(job.drive, scratch, job.name)
         manifest, skipped = _assemble(plan, lists, encoded, store, receipts, scratch, workers, progress)
-        store.put_text(CARD, card(manifest, kitti=kitti))
+        store.put_text(CARD, card(manifest, kitti=any(drive.kitti for drive in plan.drives.values())))
         store.put_text(REPORT, report(manifest, skipped))
         manifest = store.commit(manifest)
         shutil.rmtree(scratch, ignore_errors=True)

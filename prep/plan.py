@@ -86,6 +86,7 @@ class Plan:
         samples: part -> samples, in the lists' order.
         skipped: lines that give no sample.
         drives: by name as in the lists; those that samples come from.
+        found: all drives of the lists that are there.
         missing_drives: names without data.
         instants: drive -> moments needed, by frame number.
     """
@@ -94,6 +95,7 @@ class Plan:
     samples: dict[str, list[PlannedSample]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     drives: dict[str, Drive] = field(default_factory=dict)
+    found: dict[str, Drive] = field(default_factory=dict)
     missing_drives: list[str] = field(default_factory=list)
     instants: dict[str, list[Instant]] = field(default_factory=dict)
 
@@ -176,7 +178,7 @@ def make_plan(
         if drive is None:
             plan.missing_drives.append(name)
         else:
-            plan.drives[name] = drive
+            plan.found[name] = drive
     for part, rows in lines.items():
         plan.samples[part] = []
         for line in rows:
@@ -193,7 +195,7 @@ def _note_bad_lines(plan: Plan, part: str, bad: list[BadLine], on_error: OnError
 
 
 def _plan_line(plan: Plan, part: str, line: SplitLine, broken: dict[str, str]) -> None:
-    drive = plan.drives.get(line.drive)
+    drive = plan.found.get(line.drive)
     if drive is None:
         reason = "broken drive" if line.drive in broken else "missing drive"
         plan.skipped.append(Skipped(part, line.text, reason, broken.get(line.drive, line.drive)))
@@ -233,9 +235,9 @@ def _collect_instants(plan: Plan) -> None:
         if sample.depth:
             depth.setdefault(sample.drive, set()).add((sample.frame, sample.side))
     for name, wanted in images.items():
-        drive, with_depth = plan.drives[name], depth.get(name, set())
+        drive, with_depth = plan.found[name], depth.get(name, set())
+        plan.drives[name] = drive
         plan.instants[name] = [_instant(drive, frame, wanted, with_depth) for frame in sorted({f for f, _ in wanted})]
-    plan.drives = {name: drive for name, drive in plan.drives.items() if name in plan.instants}
 
 
 def _instant(drive: Drive, frame: int, images: set[tuple[int, Side]], depth: set[tuple[int, Side]]) -> Instant:

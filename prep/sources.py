@@ -15,6 +15,7 @@ needed (the grey cameras, half of every zip) is never read.
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import time
@@ -161,8 +162,9 @@ class FolderSource:
 
     def _ls(self, folder: str) -> list[dict[str, Any]]:
         path = f"{self._root}/{folder}" if folder else self._root
+        call = partial(_scan_folder, path) if self._local else partial(self._fs.ls, path, detail=True)
         try:
-            entries: list[dict[str, Any]] = retry(lambda: self._fs.ls(path, detail=True), f"{self.url}/{folder}")
+            entries: list[dict[str, Any]] = retry(call, f"{self.url}/{folder}")
         except (FileNotFoundError, NotADirectoryError):
             return []
         return [entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/")]
@@ -195,6 +197,18 @@ class FolderSource:
 
     def _url(self, path: str) -> str:
         return path if self._local else str(self._fs.unstrip_protocol(path))
+
+
+def _scan_folder(path: str) -> list[dict[str, Any]]:
+    """As fsspec's `ls`, but links are what they point to: raw data is often linked together from several disks."""
+    found: list[dict[str, Any]] = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                found.append({"name": entry.path, "type": "directory", "size": 0})
+            elif entry.is_file():
+                found.append({"name": entry.path, "type": "file", "size": entry.stat().st_size})
+    return found
 
 
 class HttpSource:

@@ -59,5 +59,5 @@ def dataset(drive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = make_content(lists, size="96x32")
     plan = make_plan(lists, Kitti(RawData([str(drive)]), content.depth), content, parts=["train", "val"])
     with start_workers(1) as workers:
-        pack(plan, lists, str(folder / "sample"), folder / "scratch", workers, kitti=False)
+        pack(plan, lists, str(folder / "sample"), folder / "scratch", workers)
     return folder / "sample"

@@ -13,12 +13,19 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from prep.calibration import read_raw_rig
-from prep.velodyne import check_depth_png, encode_depth, project, read_scan
+from prep.velodyne import Convention, check_depth_png, encode_depth, points_in_view, read_scan
+from prep.velodyne import project as project_points
 from shards.errors import SampleError
 
 SIZE = (40, 20)
 # Lidar x forward, y left, z up: camera x = -y, camera y = -z, camera z = x - 0.5. Focal length 10, centre (20, 10).
 P = np.array([[20, -10, 0, -10], [10, 0, -10, -5], [1, 0, 0, -0.5]], dtype=np.float64)
+
+
+def project(
+    points: np.ndarray, projection: np.ndarray, size: tuple[int, int], convention: Convention = "camera_z"
+) -> np.ndarray:
+    return project_points(points_in_view(points, [projection], size[0]), projection, size, convention)
 
 
 def scan(*points: tuple[float, float, float]) -> np.ndarray:
@@ -81,7 +88,8 @@ def test_a_loop_over_points_gives_the_same_map_in_any_order(points: np.ndarray, 
         v = np.rint((P[1, 0] * x + P[1, 1] * y + P[1, 2] * z + P[1, 3]) / depth) - 1
         if 0 <= u < SIZE[0] and 0 <= v < SIZE[1]:
             old, new = expected[int(v), int(u)], np.rint(depth * 256)
-            expected[int(v), int(u)] = new if old == 0 else min(old, new)
+            if new > 0:
+                expected[int(v), int(u)] = new if old == 0 else min(old, new)
     shuffled = np.random.default_rng(seed).permutation(points)
     np.testing.assert_array_equal(project(shuffled, P, SIZE), expected)
 

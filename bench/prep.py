@@ -1,0 +1,140 @@
+"""md2 prep against its floor: decode + resize + encode of every unique frame once, and nothing else.
+
+    python -m bench.prep RAW [--instants 480] [--workers 2] [--repeats 3]
+
+RAW holds drives in KITTI's raw layout with velodyne (real ones, or `md2 sample --size 1242x375`). Their instants are
+repeated under new frame numbers, through links, until there are enough. Mono+stereo with depth: every image of both
+cameras is a target. Floor and prep take turns on the same cores, and files are read once before. The ratio
+floor / prep is the share of prep's time that is the unavoidable work; 1 would be free reading, lidar and shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from PIL import Image
+
+from prep.drives import Kitti
+from prep.options import make_content
+from prep.pack import pack
+from prep.plan import make_plan
+from prep.sources import RawData
+from prep.splits import read_split
+from prep.workers import start_workers
+
+SIZE = (640, 192)
+QUALITY = 95
+DATE = "2011_09_26"
+DRIVE = f"{DATE}_drive_0001_sync"
+
+
+def link_drive(raw: Path, root: Path, instants: int) -> list[Path]:
+    """One long drive of links to RAW's instants that have both images and a scan; the images' paths, each once."""
+    found = [
+        (left, left.parents[2] / "image_03" / "data" / left.name, scan)
+        for left in sorted(raw.glob("*/*_sync/image_02/data/*.png"))
+        if (scan := left.parents[2] / "velodyne_points" / "data" / f"{left.stem}.bin").exists()
+    ]
+    if not found:
+        raise SystemExit(f"{raw}: no drive with images and velodyne")
+    date = root / DATE
+    folders = [date / DRIVE / name / "data" for name in ("image_02", "image_03", "velodyne_points")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for calibration in found[0][0].parents[3].glob("calib_*.txt"):
+        (date / calibration.name).symlink_to(calibration)
+    for number in range(instants):
+        for folder, source in zip(folders, found[number % len(found)], strict=True):
+            (folder / f"{number:010d}{source.suffix}").symlink_to(source)
+    lines = [f"{DATE}/{DRIVE} {number} {side}" for number in range(1, instants - 1) for side in "lr"]
+    (root / "train_files.txt").write_text("\n".join(lines) + "\n")
+    return [image for left, right, _ in found for image in (left, right)]
+
+
+def bare(images: list[bytes], count: int) -> None:
+    """The floor's work: `count` frames, taken in turn from memory."""
+    for number in range(count):
+        with Image.open(io.BytesIO(images[number % len(images)])) as image:
+            small = image.convert("RGB").resize(SIZE, Image.Resampling.LANCZOS)
+        small.save(io.BytesIO(), "JPEG", quality=QUALITY, subsampling="4:2:0")
+
+
+_images: list[bytes] = []
+
+
+def load(paths: list[Path]) -> None:
+    _images.extend(path.read_bytes() for path in paths)
+
+
+def bare_loaded(count: int) -> None:
+    bare(_images, count)
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def run_prep(root: Path, out: Path, workers: int) -> None:
+    """What `md2 prep` does, from the split's file to the committed dataset."""
+    lists = read_split(str(root / "train_files.txt"))
+    content = make_content(lists, size=f"{SIZE[0]}x{SIZE[1]}", quality=QUALITY)
+    plan = make_plan(lists, Kitti(RawData([str(root)]), content.depth), content)
+    with start_workers(workers) as pool:
+        packed = pack(plan, lists, str(out), out.with_name("scratch"), pool)
+    assert not packed.skipped
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("raw", type=Path)
+    parser.add_argument("--instants", type=int, default=480)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    count = 2 * options.instants
+    floors, preps = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        paths = link_drive(options.raw.resolve(), root, options.instants)
+        pool = ProcessPoolExecutor(
+            options.workers, mp_context=get_context("spawn"), initializer=load, initargs=(paths,)
+        )
+        with pool:
+            list(pool.map(bare_loaded, [2] * options.workers))
+            pieces = [8] * (count // 8)
+
+            def floor() -> None:
+                list(pool.map(bare_loaded, pieces))
+
+            for repeat in range(options.repeats):
+                floors.append(timed(floor))
+                out = root / f"out{repeat}"
+                preps.append(timed(lambda out=out: run_prep(root, out, options.workers)))
+                print(f"run {repeat + 1}: floor {floors[-1]:.2f} s, prep {preps[-1]:.2f} s", flush=True)
+        size = sum(path.stat().st_size for path in root.glob("out0/train/*"))
+    ratios = [f / p for f, p in zip(floors, preps, strict=True)]
+    print(
+        f"\n{count} images, {2 * (options.instants - 2)} samples of 4 images and depth, {size / 1e6:.0f} MB of shards,"
+    )
+    print(
+        f"{options.workers} workers on {len(os.sched_getaffinity(0))} cores; medians of {options.repeats} runs in turns\n"
+    )
+    print("| | s | frames/s |\n|---|---|---|")
+    for name, times in (("floor: decode + resize + encode", floors), ("md2 prep", preps)):
+        print(f"| {name} | {statistics.median(times):.2f} | {count / statistics.median(times):.1f} |")
+    print(f"| ratio | {statistics.median(ratios):.3f} | runs {', '.join(f'{r:.3f}' for r in ratios)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""`md2 prep --check`: what packing would need, find, read and write, without packing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from prep.calibration import other
+from prep.encode import encode_image
+from prep.plan import Content, Plan
+from prep.sources import read
+from prep.splits import Side, SplitLists
+from prep.velodyne import encode_depth, points_in_view, project, read_scan
+from shards.errors import SampleError
+
+_BYTES_PER_PIXEL = {"jpeg": 0.51, "png": 1.8}
+"""Of KITTI's frames at 640x192 (JPEG at quality 95), where there is no frame to measure."""
+_DEPTH_BYTES = 54_000
+_NATIVE = (1242, 375)
+_OVERHEAD = 8 * 1024
+"""Tar headers, padding and the small components of a sample."""
+_TRIED = 6
+
+
+@dataclass
+class Check:
+    """Counts of what the split's lines need and what is there.
+
+    Attributes:
+        lines: split lines looked at; samples: those that can be packed, by part.
+        images: unique raw images that all lines need; images_present: how many are there.
+        samples_with_depth: of the samples, those with ground truth.
+        read_bytes: of what is there, to pack `samples`.
+        shard_bytes: estimated size of the shards from what is there.
+        whole_shard_bytes: the same if nothing was missing.
+        scratch_bytes: estimated size of the scratch folder at its fullest, from what is there.
+        measured: whether the estimate is from frames of this data, or from KITTI's usual figures.
+        broken: files that turned out broken while measuring.
+    """
+
+    drives: int
+    missing_drives: list[str]
+    lines: int
+    samples: dict[str, int]
+    images: int
+    images_present: int
+    samples_with_depth: int
+    skipped_by_reason: dict[str, int]
+    read_bytes: int
+    shard_bytes: int
+    whole_shard_bytes: int
+    scratch_bytes: int
+    measured: bool
+    broken: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return not self.skipped_by_reason
+
+
+def check(plan: Plan, lists: SplitLists) -> Check:
+    """Count, and estimate the dataset's size from a few frames that are encoded for it.
+
+    Raises:
+        InputError: the network failed while frames were fetched.
+    """
+    content = plan.content
+    lines = [line for part in plan.samples for line in lists.parts[part][: content.limit]]
+    needed: set[tuple[str, int, Side]] = set()
+    for line in lines:
+        needed.update((line.drive, line.frame + offset, line.side) for offset in content.frames)
+        if content.stereo:
+            needed.add((line.drive, line.frame, other(line.side)))
+    present = sum(_present(plan, drive, frame, side) for drive, frame, side in needed)
+    image_bytes, depth_bytes, broken = _measure(plan)
+    measured = image_bytes is not None
+    image = image_bytes or _usual_image_bytes(content)
+    depth = depth_bytes or _DEPTH_BYTES
+    with_depth = sum(sample.depth for samples in plan.samples.values() for sample in samples)
+    per_sample = len(content.offsets) * image + _OVERHEAD
+    return Check(
+        drives=len({line.drive for line in lines}),
+        missing_drives=plan.missing_drives,
+        lines=len(lines),
+        samples={part: len(samples) for part, samples in plan.samples.items()},
+        images=len(needed),
+        images_present=present,
+        samples_with_depth=with_depth,
+        skipped_by_reason=dict(Counter(skip.reason for skip in plan.skipped).most_common()),
+        read_bytes=plan.input_bytes,
+        shard_bytes=plan.total * per_sample + with_depth * depth,
+        whole_shard_bytes=len(lines) * (per_sample + (depth if content.depth else 0)),
+        scratch_bytes=plan.images * image + with_depth * depth,
+        measured=measured,
+        broken=broken,
+    )
+
+
+def _present(plan: Plan, drive: str, frame: int, side: Side) -> bool:
+    found = plan.found.get(drive)
+    return found is not None and frame in found.images[side]
+
+
+def _usual_image_bytes(content: Content) -> int:
+    width, height = content.format.size or _NATIVE
+    return int(width * height * _BYTES_PER_PIXEL[content.format.codec])
+
+
+def _measure(plan: Plan) -> tuple[int | None, int | None, list[str]]:
+    """Mean encoded bytes of an image and of a depth map, of a few moments spread over the plan."""
+    moments = [(name, instant) for name, instants in sorted(plan.instants.items()) for instant in instants]
+    images, maps, broken = [], [], list[str]()
+    for name, instant in moments[:: max(1, len(moments) // _TRIED)][:_TRIED]:
+        rig = plan.drives[name].rig
+        try:
+            side, ref = next(iter(instant.images.items()))
+            data, native = encode_image(read(ref), ref, rig.size, plan.content.format)
+            images.append(len(data))
+            if instant.scan is not None and side in instant.depth_sides:
+                matrix = rig.lidar_projection(side)
+                points = points_in_view(read_scan(read(instant.scan), instant.scan.place), [matrix], native[0])
+                maps.append(len(encode_depth(project(points, matrix, native))))
+            maps += [ready.size for ready in instant.depth_maps.values()]
+        except SampleError as error:
+            broken.append(str(error))
+    return _mean(images), _mean(maps), broken
+
+
+def _mean(values: Iterable[int]) -> int | None:
+    numbers = list(values)
+    return sum(numbers) // len(numbers) if numbers else None
+
+
+def format_check(report: Check) -> str:
+    """Lines for people."""
+    total = sum(report.samples.values())
+    parts = ", ".join(f"{count:,} {part}" for part, count in report.samples.items())
+    found = report.drives - len(report.missing_drives)
+    lines = [
+        f"drives   {report.drives:,} needed, {found:,} found, {len(report.missing_drives):,} missing",
+        f"frames   {report.images:,} needed, {report.images_present:,} present, "
+        f"{report.images - report.images_present:,} missing",
+        f"samples  {report.lines:,} lines, {total:,} can be packed ({parts}), {report.samples_with_depth:,} with depth",
+    ]
+    lines += [f"         {count:,} cannot: {reason}" for reason, count in report.skipped_by_reason.items()]
+    basis = "measured on some of these frames" if report.measured else "by KITTI's usual figures"
+    lines += [
+        f"to read  {_size(report.read_bytes)}",
+        f"shards   about {_size(report.shard_bytes)}, {basis}",
+        f"         about {_size(report.whole_shard_bytes)} if nothing were missing",
+        f"scratch  about {_size(report.scratch_bytes)} and one shard for each worker",
+    ]
+    lines += [f"broken   {message}" for message in report.broken]
+    if report.missing_drives:
+        lines.append("missing  " + " ".join(report.missing_drives))
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
