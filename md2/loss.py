@@ -7,7 +7,7 @@
 
 Source: Godard et al., ICCV 2019, section 3; the options are the ones of its official implementation. What
 does not depend on the scale is computed once: the unwarped sources' error, the target's window statistics,
-the stacking of the sources. Everything is float32 (or
+the stacking of the sources. `reprojection.py` does the rest. Everything is float32 (or
 float64, if the inputs are), whatever autocast is on.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from md2.batch import Batch, Offset
 from md2.config import LossConfig, ModelConfig
-from md2.geometry import disparity_to_depth, scale_intrinsics, warp
+from md2.geometry import disparity_to_depth, scale_intrinsics
 from md2.prediction import Prediction
+from md2.reprojection import Rule, Views, reproject
 from md2.ssim import Target, photometric_error
 
 Pyramids = Mapping[Offset, Mapping[int, Tensor]]
@@ -97,13 +99,10 @@ def smoothness(disparity: Tensor, image: Tensor) -> Tensor:
     return terms[0] + terms[1]
 
 
-@dataclass(frozen=True)
-class _Level:
+class _Level(NamedTuple):
     """All that one resolution's reprojection needs and that no disparity scale changes."""
 
-    target: Target
-    stacked: Tensor
-    """(N B, 3, h, w), the sources one after the other."""
+    views: Views
     K: Tensor
     identity: Tensor | None
     """(B, N, h, w), error of the unwarped sources, or (B, 1, h, w) with avg_reprojection."""
@@ -168,7 +167,12 @@ class ReprojectionLoss:
     def __call__(
         self, batch: Batch, prediction: Prediction, *, noise: Noise = None, panels: bool = False
     ) -> LossOutput:
-        """The loss of one batch; `noise` and `panels` as in `reprojection_loss`."""
+        """The loss of one batch; `noise` and `panels` as in `reprojection_loss`.
+
+        NaN, and no panels, where a prediction is not finite on the CPU.
+        """
+        if not _usable(prediction):
+            return _not_finite(prediction)
         pyramids = image_pyramid(batch.images, prediction.disparities, self.config.v1_multiscale)
         return reprojection_loss(
             prediction,
@@ -183,10 +187,27 @@ class ReprojectionLoss:
         )
 
 
+def _usable(prediction: Prediction) -> bool:
+    """Whether the sampler can take the prediction.
+
+    torch's CPU grid_sample turns a NaN coordinate into a wild index, and its backward pass writes there:
+    a diverged run would end in a segmentation fault. On the GPU it is bounds-checked, and asking would
+    make the host wait.
+    """
+    tensors = prediction.tensors()
+    return tensors[0].device.type != "cpu" or all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _not_finite(prediction: Prediction) -> LossOutput:
+    """A loss of NaN that still hangs on every output, so that backward reaches each parameter on each rank."""
+    nan = torch.stack([tensor.float().sum() for tensor in prediction.tensors()]).sum() * torch.nan
+    return LossOutput(nan, dict.fromkeys(prediction.disparities, nan), {})
+
+
 def _draw(level: _Level, generator: torch.Generator) -> Tensor:
     """One tie-break draw for a resolution; on the generator's device, so that a seed means one thing."""
     if level.identity is None:
-        return level.stacked.new_zeros(())
+        return level.K.new_zeros(())
     draw = torch.randn(level.identity.shape, generator=generator, device=generator.device)
     return draw.to(level.identity.device)
 
@@ -210,41 +231,36 @@ class _Context:
         else:
             K = self.intrinsics[size]
         target = Target.of(_full(self.pyramids[0][size]))
-        stacked = _full(torch.cat([self.pyramids[source][size] for source in self.sources]))
+        images = torch.stack([_full(self.pyramids[source][size]) for source in self.sources], dim=1)
         identity = None
         if not self.config.disable_automasking:
-            with torch.no_grad():
-                identity = photometric_error(stacked, target, self.config.no_ssim)
-                if self.config.avg_reprojection:
-                    identity = identity.mean(dim=1, keepdim=True)
-        return _Level(target, stacked, _full(K), identity)
+            identity = photometric_error(images, target, self.config.no_ssim)
+            if self.config.avg_reprojection:
+                identity = identity.mean(dim=1, keepdim=True)
+        return _Level(Views(target, images), _full(K), identity)
 
     def scale_loss(self, scale: int, level: _Level, noise: Tensor | None) -> tuple[Tensor, Panels | None]:
         """Reprojection part of one scale's loss."""
-        height, width = level.stacked.shape[2:]
+        height, width = level.views.sources.shape[-2:]
         depth = disparity_to_depth(_resize(_full(self.prediction.disparities[scale]), height, width), *self.depths)
-        transforms = torch.cat([self.transform(source, depth) for source in self.sources])
-        count = len(self.sources)
-        warped = warp(level.stacked, depth.repeat(count, 1, 1, 1), level.K.repeat(count, 1, 1), transforms)
-        errors = photometric_error(warped, level.target, self.config.no_ssim)
-        loss = errors.new_zeros(())
-        if self.config.predictive_mask:
-            mask = _resize(_full(self.prediction.masks[scale]), height, width)
-            errors = errors * mask
-            loss = loss + MASK_WEIGHT * F.binary_cross_entropy(mask, torch.ones_like(mask))
-        average = self.config.avg_reprojection
-        error = errors.mean(dim=1, keepdim=True) if average else errors.amin(dim=1, keepdim=True)
-        automask = None
+        transforms = torch.stack([self.transform(source, depth) for source in self.sources], dim=1)
+        unwarped = None
         if level.identity is not None:
             identity = level.identity if noise is None else level.identity + NOISE_SCALE * noise
             unwarped = identity.amin(dim=1, keepdim=True)
-            automask = error < unwarped
-            error = torch.where(automask, error, unwarped)
+        mask, entropy = None, depth.new_zeros(())
+        if self.config.predictive_mask:
+            mask = _resize(_full(self.prediction.masks[scale]), height, width)
+            entropy = F.binary_cross_entropy(mask, torch.ones_like(mask))
+        rule = Rule(self.config.no_ssim, self.config.avg_reprojection)
+        outcome = reproject(
+            level.views, depth, level.K, transforms, rule, unwarped=unwarped, mask=mask, keep_warped=self.panels
+        )
         look = None
-        if self.panels:
-            views = dict(zip(self.sources, warped.detach().chunk(count), strict=True))
-            look = Panels(views, error.detach(), automask)
-        return loss + error.mean(), look
+        if outcome.warped is not None:
+            warped = dict(zip(self.sources, outcome.warped.unbind(1), strict=True))
+            look = Panels(warped, outcome.error, outcome.automask)
+        return outcome.loss + MASK_WEIGHT * entropy, look
 
     def transform(self, source: Offset, depth: Tensor) -> Tensor:
         if source != "s":

@@ -1,0 +1,247 @@
+"""Warping, photometric error and the minimum over sources as one differentiable step.
+
+The mean of a minimum is linear in what it selects, so the gradient is known as soon as the errors are: it is
+taken at once, a piece of the batch at a time while the piece is in the cache, and nothing but the gradient
+itself waits for the backward pass. Memory does not grow with scales or sources.
+
+The chain, per source, for a target pixel (x, y) with depth d (equation 2 of the ICCV 2019 paper): a point's image
+in the source is q d + p with q = K R K^-1 (x, y, 1)^T, affine in the pixel, and p = K t; divided by its third
+coordinate (+ 1e-7) it is the place to sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from md2.geometry import EPSILON, pixel_axes
+from md2.ssim import Photometric, Target, piece_size
+
+
+class Views(NamedTuple):
+    """The images of one resolution: the target, and all sources (B, N, 3, H, W)."""
+
+    target: Target
+    sources: Tensor
+
+
+class Rule(NamedTuple):
+    """How errors become the loss; names as in the configuration."""
+
+    no_ssim: bool = False
+    average: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Attributes:
+    loss: scalar, the mean of `error`.
+    error: (B, 1, H, W), after the minimum (or the mean) over the sources and the auto-mask.
+    automask: (B, 1, H, W) bool, where a warped source won; None without `unwarped`.
+    warped: (B, N, 3, H, W) if asked for.
+    """
+
+    loss: Tensor
+    error: Tensor
+    automask: Tensor | None
+    warped: Tensor | None
+
+
+def reproject(
+    views: Views,
+    depth: Tensor,
+    K: Tensor,
+    transforms: Tensor,
+    rule: Rule,
+    *,
+    unwarped: Tensor | None = None,
+    mask: Tensor | None = None,
+    keep_warped: bool = False,
+) -> Outcome:
+    """Mean photometric error of the sources warped into the target. Differentiable (once) in depth, transforms, mask.
+
+    Args:
+        views: images.
+        depth: (B, 1, H, W) of the target.
+        K: (B, 3, 3) at this resolution.
+        transforms: (B, N, 4, 4), target camera to each source's.
+        rule: options.
+        unwarped: (B, 1, H, W), error of the best unwarped source; pixels that it fits better do not count.
+        mask: (B, N, H, W), factor on each source's error.
+        keep_warped: also return the warped images.
+    """
+    size = torch.Size(depth.shape[2:])
+    homographies, epipoles = _pixel_map(K, transforms, size)
+    loss, error, automask, warped = _Reproject.apply(
+        depth, homographies.to(depth), epipoles.to(depth), mask, unwarped, views, rule, keep_warped
+    )
+    return Outcome(loss, error, automask if unwarped is not None else None, warped if keep_warped else None)
+
+
+def _pixel_map(K: Tensor, transforms: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+    """(B, N, 3, 3) and (B, N, 3): pixel and depth -> q d + p, whose first two over the third are in [-1, 1].
+
+    In float64, since the elements differ by orders of magnitude and every pixel shares their rounding.
+    """
+    height, width = size
+    K = K.double().unsqueeze(1)
+    T = transforms.double()
+    to_grid = K.new_tensor([[2 / (width - 1), 0.0, -1.0], [0.0, 2 / (height - 1), -1.0], [0.0, 0.0, 1.0]])
+    inverse, _ = torch.linalg.inv_ex(K)
+    epsilon = K.new_tensor([0.0, 0.0, EPSILON])
+    homographies = to_grid @ K @ T[..., :3, :3] @ inverse
+    epipoles = (K @ T[..., :3, 3:]).squeeze(-1) + epsilon
+    return homographies, (to_grid @ epipoles.unsqueeze(-1)).squeeze(-1)
+
+
+class _Reproject(torch.autograd.Function):
+    """Loss and, at the same time, its gradients by depth, homographies, epipoles and mask."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        depth: Tensor,
+        homographies: Tensor,
+        epipoles: Tensor,
+        mask: Tensor | None,
+        unwarped: Tensor | None,
+        views: Views,
+        rule: Rule,
+        keep_warped: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        gradients = any(ctx.needs_input_grad)
+        run = _Run(views, rule, homographies.shape[1], gradients, keep_warped)
+        for first in range(0, depth.shape[0], run.samples):
+            piece = slice(first, first + run.samples)
+            run.piece(
+                piece,
+                depth[piece],
+                homographies[piece],
+                epipoles[piece],
+                None if mask is None else mask[piece],
+                None if unwarped is None else unwarped[piece],
+            )
+        error = torch.cat(run.error)
+        automask = torch.cat(run.automask) if unwarped is not None else error.new_empty(0, dtype=torch.bool)
+        warped = torch.cat(run.warped) if keep_warped else error.new_empty(0)
+        ctx.mark_non_differentiable(error, automask, warped)
+        ctx.masked = mask is not None
+        if gradients:
+            ctx.save_for_backward(*(torch.cat(parts) for parts in run.gradients() if parts))
+        return error.mean(), error, automask, warped
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        by_depth, by_homographies, by_epipoles, *by_mask = (grad * grad_loss for grad in ctx.saved_tensors)
+        return by_depth, by_homographies, by_epipoles, by_mask[0] if ctx.masked else None, None, None, None, None
+
+
+class _Run:
+    """One forward pass over the pieces of a batch; collects results and gradients."""
+
+    def __init__(self, views: Views, rule: Rule, sources: int, gradients: bool, keep_warped: bool) -> None:
+        self.views, self.rule, self.sources = views, rule, sources
+        self.wants_gradients, self.keep_warped = gradients, keep_warped
+        images = views.sources
+        self.pixels = images.shape[0] * images.shape[-2] * images.shape[-1]
+        self.x, self.y = pixel_axes(images.shape[-2], images.shape[-1], images)
+        self.samples, self.group = piece_size(images)
+        self.workers: list[Photometric] = []
+        self.error: list[Tensor] = []
+        self.automask: list[Tensor] = []
+        self.warped: list[Tensor] = []
+        self.by_depth: list[Tensor] = []
+        self.by_homographies: list[Tensor] = []
+        self.by_epipoles: list[Tensor] = []
+        self.by_mask: list[Tensor] = []
+
+    def gradients(self) -> tuple[list[Tensor], ...]:
+        return self.by_depth, self.by_homographies, self.by_epipoles, self.by_mask
+
+    def piece(
+        self,
+        samples: slice,
+        depth: Tensor,
+        homographies: Tensor,
+        epipoles: Tensor,
+        mask: Tensor | None,
+        unwarped: Tensor | None,
+    ) -> None:
+        """Some samples: b of them, all their sources."""
+        target = self.views.target.samples(samples)
+        directions, z, grid = self._places(depth, homographies, epipoles)
+        images = self.views.sources[samples].flatten(0, 1)
+        with torch.set_grad_enabled(self.wants_gradients):
+            grid.requires_grad_(self.wants_gradients)
+            sampled = F.grid_sample(
+                images, grid.flatten(0, 1), mode="bilinear", padding_mode="border", align_corners=True
+            )
+        warped = sampled.detach().view(self.views.sources[samples].shape)
+        groups = [slice(first, first + self.group) for first in range(0, self.sources, self.group)]
+        if not self.workers:
+            self.workers = [
+                Photometric(warped[:, group].shape, warped, self.rule.no_ssim, self.wants_gradients) for group in groups
+            ]
+        workers = list(zip(groups, self.workers, strict=True))
+        errors = torch.cat([worker.error(warped[:, group], target) for group, worker in workers], dim=1)
+        weights = self._choose(errors, mask, unwarped)
+        if self.keep_warped:
+            self.warped.append(warped)
+        if not self.wants_gradients:
+            return
+        by_image = torch.empty_like(warped)
+        for group, worker in workers:
+            by_image[:, group] = worker.gradient(warped[:, group], target, weights[:, group])
+        (by_grid,) = torch.autograd.grad(sampled, grid, by_image.flatten(0, 1))
+        self._back(depth, directions, z, grid.detach(), by_grid)
+
+    def _places(self, depth: Tensor, homographies: Tensor, epipoles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (b, n, 3, H, W), the denominators (b, n, H, W), and where to sample (b, n, H, W, 2)."""
+        along_x, along_y, constant = homographies.unsqueeze(-2).unsqueeze(-2).unbind(-1)
+        directions = along_x * self.x + (along_y * self.y + constant)
+        points = torch.addcmul(epipoles[..., None, None], directions, depth.unsqueeze(1))
+        z = points[:, :, 2]
+        grid = torch.empty(*z.shape, 2, dtype=z.dtype, device=z.device)
+        for axis in (0, 1):
+            torch.div(points[:, :, axis], z, out=grid[..., axis])
+        return directions, z, grid
+
+    def _choose(self, errors: Tensor, mask: Tensor | None, unwarped: Tensor | None) -> Tensor:
+        """Record the error that counts at each pixel; weights (b, n, H, W) of the sources' errors in the loss."""
+        masked = errors if mask is None else errors * mask
+        if self.rule.average:
+            error = masked.mean(dim=1, keepdim=True)
+            weights = torch.full_like(errors, 1 / (self.sources * self.pixels))
+        else:
+            error, winner = masked.min(dim=1, keepdim=True)
+            weights = torch.zeros_like(errors).scatter_(1, winner, 1 / self.pixels)
+        if unwarped is not None:
+            automask = error < unwarped
+            self.automask.append(automask)
+            weights.mul_(automask)
+            error = torch.where(automask, error, unwarped)
+        self.error.append(error)
+        if mask is not None:
+            self.by_mask.append(weights * errors)
+            weights = weights * mask
+        return weights
+
+    def _back(self, depth: Tensor, directions: Tensor, z: Tensor, grid: Tensor, by_grid: Tensor) -> None:
+        """From the gradient by the sampling places to those by depth, homography and epipole."""
+        by_points = torch.empty_like(directions)
+        for axis in (0, 1):
+            torch.div(by_grid[..., axis], z, out=by_points[:, :, axis])
+        torch.mul(by_points[:, :, 0], grid[..., 0], out=by_points[:, :, 2])
+        by_points[:, :, 2].addcmul_(by_points[:, :, 1], grid[..., 1]).neg_()
+        self.by_depth.append((by_points * directions).sum(dim=(1, 2)).unsqueeze(1))
+        self.by_epipoles.append(by_points.sum(dim=(3, 4)))
+        by_directions = by_points.mul_(depth.unsqueeze(1))
+        columns, rows = by_directions.sum(dim=3), by_directions.sum(dim=4)
+        parts = [(columns * self.x).sum(-1), (rows * self.y[:, 0]).sum(-1), rows.sum(-1)]
+        self.by_homographies.append(torch.stack(parts, dim=-1))
