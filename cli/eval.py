@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.progress import Progress
 from rich.table import Table
 
 from cli.console import console, errors, progress_bar
-from shards.errors import UsageError
+from shards.errors import INCOMPLETE, UsageError
 
 if TYPE_CHECKING:
     from md2.eval_command import EvalReport
@@ -21,9 +22,15 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="[MODEL] DATASET",
-            help="MODEL: run, checkpoint or folder of Monodepth2 weights; not with --predictions. DATASET: packed.",
+            help="MODEL: run, checkpoint or folder of Monodepth2 weights; none with --predictions. DATASET: packed, "
+            "or raw KITTI (folder or URL, as for md2 prep --raw) with --split.",
         ),
     ],
+    split: Annotated[
+        str | None,
+        typer.Option(help="eigen, eigen_benchmark, a file, a folder: what to take of raw KITTI, or of PREDICTIONS."),
+    ] = None,
+    splits: Annotated[Path | None, typer.Option(help="Folder that holds splits by name.")] = None,
     part: Annotated[str | None, typer.Option(help="Part of the dataset [default: test, else val].")] = None,
     protocol: Annotated[
         Literal["auto", "eigen", "eigen_benchmark"], typer.Option(help="auto: what belongs to the ground truth.")
@@ -56,38 +63,48 @@ def evaluate(
 ) -> None:
     """Evaluate depth as published: a table of the seven metrics."""
     from md2.eval_command import EvalOptions, run_eval
+    from md2.predict import load
     from md2.scores import to_latex
+    from prep.evaluation import evaluation_part, is_packed, line_keys, pack_for_evaluation
+    from prep.splits import read_split
 
     model, dataset = _model_and_dataset(paths, predictions)
-    options = EvalOptions(
-        model=model,
-        dataset=dataset,
-        part=part,
-        protocol=protocol,
-        crop=crop,
-        min_depth=min_depth,
-        max_depth=max_depth,
-        scaling=scaling,
-        scale=scale,
-        post_process=post_process,
-        predictions=predictions,
-        save_predictions=save_predictions,
-        save_png=save_png,
-        json_file=json_file,
-        csv_file=csv_file,
-        sheet=sheet,
-        baselines=baselines,
-        batch_size=batch_size,
-        limit=limit,
-        device=device,
-    )
+    lists = read_split(split, splits) if split is not None else None
+    predictor = load(model, device) if model is not None else None
     with progress_bar("image") as bar:
+        left_out = 0
+        if lists is not None and not is_packed(dataset):
+            size = (predictor.width, predictor.height) if predictor is not None else (640, 192)
+            packed = pack_for_evaluation([dataset], lists, evaluation_part(lists, part), size, progress=_Packing(bar))
+            dataset, left_out = packed.url, len(packed.skipped)
+        options = EvalOptions(
+            model=model,
+            dataset=dataset,
+            part=part,
+            protocol=protocol,
+            crop=crop,
+            min_depth=min_depth,
+            max_depth=max_depth,
+            scaling=scaling,
+            scale=scale,
+            post_process=post_process,
+            predictions=predictions,
+            order=line_keys(lists, evaluation_part(lists, part)) if lists is not None else None,
+            save_predictions=save_predictions,
+            save_png=save_png,
+            json_file=json_file,
+            csv_file=csv_file,
+            sheet=sheet,
+            baselines=baselines,
+            batch_size=batch_size,
+            limit=limit,
+        )
         task = bar.add_task("evaluate", total=None, rate=0.0, note="")
 
         def advance(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total, rate=bar.tasks[task].speed or 0.0)
 
-        report = run_eval(options, advance)
+        report = run_eval(options, predictor, advance)
     for warning in report.warnings:
         errors.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
     _print(report)
@@ -96,6 +113,21 @@ def evaluate(
         print(to_latex(name, metrics))
     for path in report.written:
         errors.print(f"wrote {path}", highlight=False, markup=False)
+    if left_out:
+        raise typer.Exit(INCOMPLETE)
+
+
+class _Packing:
+    """Shows the packing of raw files as further bars of one display."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+
+    def phase(self, label: str, total: int, unit: str) -> None:
+        self._task = self._bar.add_task(label, total=total, rate=0.0, note="")
+
+    def advance(self, count: int) -> None:
+        self._bar.update(self._task, advance=count, rate=self._bar.tasks[self._task].speed or 0.0)
 
 
 def _model_and_dataset(paths: list[str], predictions: Path | None) -> tuple[str | None, str]:

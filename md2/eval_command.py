@@ -27,7 +27,7 @@ from md2.evaluate import (
 )
 from md2.metrics import Crop
 from md2.model import Networks
-from md2.predict import Device, Predictor, load
+from md2.predict import Predictor
 from md2.scores import to_csv, to_json
 from md2.sheets import BenchmarkPngs, Extremes, Keeper
 from md2.visualize import write_file, write_npy, write_png
@@ -41,9 +41,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Options of `md2 eval`; see its help. `model` is None with `predictions`.
+    """Options of `md2 eval`; see its help.
 
     Attributes:
+        model: name of what is evaluated; None with `predictions`.
+        dataset: folder or URL of a packed dataset.
         order: sample key of each row of `predictions` (and of `save_predictions`); None: from PREDICTIONS.keys.txt.
     """
 
@@ -67,7 +69,6 @@ class EvalOptions:
     baselines: bool = False
     batch_size: int = 16
     limit: int | None = None
-    device: Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,17 @@ class EvalReport:
     written: list[Path] = field(default_factory=list)
 
 
-def run_eval(options: EvalOptions, progress: Progress = lambda done, total: None) -> EvalReport:
-    """Evaluate and write.
+def run_eval(
+    options: EvalOptions, predictor: Predictor | None, progress: Progress = lambda done, total: None
+) -> EvalReport:
+    """Evaluate and write. `predictor` is what runs; None with `predictions`.
 
     Raises:
         UsageError: options that exclude each other.
-        InputError: model or predictions cannot be read, or predict NaN.
+        InputError: predictions cannot be read or placed, or are NaN.
         DatasetError: the dataset cannot be read or has no ground truth.
     """
-    _check(options)
-    predictor = load(options.model, options.device) if options.model is not None else None
+    _check(options, predictor)
     dataset = open_dataset(options.dataset)
     manifest = dataset.manifest
     part = choose_part(manifest, options.part)
@@ -160,8 +162,8 @@ class _Work:
             progress(done, total)
 
 
-def _check(options: EvalOptions) -> None:
-    if (options.model is None) == (options.predictions is None):
+def _check(options: EvalOptions, predictor: Predictor | None) -> None:
+    if (predictor is None) == (options.predictions is None):
         raise UsageError("give a model to evaluate, or --predictions FILE; one of the two")
     if options.predictions is not None and options.post_process:
         raise UsageError("--post-process runs the networks; saved predictions are taken as they are")

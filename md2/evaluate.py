@@ -316,6 +316,11 @@ def dataset_warnings(manifest: Manifest, protocol: Protocol) -> list[str]:
     """Why numbers on this dataset with this protocol cannot be compared with published ones."""
     found = []
     depth = manifest.depth
+    if manifest.skipped:
+        found.append(
+            f"{manifest.skipped} lines of split {manifest.split.name} are not in the dataset: published numbers are "
+            "over all of them"
+        )
     if manifest.split.name == "eigen" and depth is not None and depth.convention != "lidar_x":
         found.append(
             "this eigen dataset has the camera's z as depth; the published numbers use the lidar's forward x: "

@@ -52,7 +52,10 @@ def save(path: Path, depths: list[float], keys: list[str] | None = None) -> Path
 
 
 def run(dataset: Path, **options: Any) -> EvalReport:
-    return run_eval(EvalOptions(model=options.pop("model", None), dataset=str(dataset), device="cpu", **options))
+    model = options.get("model")
+    return run_eval(
+        EvalOptions(dataset=str(dataset), **{"model": None, **options}), load(model, "cpu") if model else None
+    )
 
 
 def test_saved_disparities_by_hand(packed: Path, tmp_path: Path) -> None:

@@ -1,0 +1,173 @@
+"""Video files and cameras in, MP4 out (PyAV: FFmpeg's libraries; `pip install 'md2[video]'`)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from md2.visualize import Picture
+from shards.errors import InputError, UsageError
+from shards.files import replace, temporary
+
+CAMERAS = {"linux": ("/dev/video{}", "v4l2"), "darwin": ("{}", "avfoundation")}
+"""sys.platform -> (device name, FFmpeg input format) of the camera with an index."""
+DEFAULT_RATE = Fraction(25)
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """An opened stream of frames.
+
+    Attributes:
+        name: for messages and for the results' names.
+        rate: frames per second.
+        frames: how many, as the container says; None: unknown (cameras, some files).
+    """
+
+    name: str
+    rate: Fraction
+    frames: int | None
+    _container: Any
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        """Frames, upright, RGB.
+
+        Raises:
+            InputError: the data are damaged; the frames before that were given.
+        """
+        av = _av()
+        stream = self._container.streams.video[0]
+        number = 0
+        try:
+            for frame in self._container.decode(stream):
+                turns = round(frame.rotation / 90) % 4
+                pixels = frame.to_ndarray(format="rgb24")
+                yield Image.fromarray(np.ascontiguousarray(np.rot90(pixels, turns)))
+                number += 1
+        except av.error.FFmpegError as error:
+            raise InputError(f"{self.name}: damaged after {number} frames ({error.strerror})") from error
+
+    def close(self) -> None:
+        self._container.close()
+
+
+def open_video(path: Path) -> VideoSource:
+    """Open a video file.
+
+    Raises:
+        InputError: missing, not a video, or no picture in it.
+        UsageError: PyAV is not installed.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such video")
+    return _open(str(path), None, str(path))
+
+
+def open_camera(index: int) -> VideoSource:
+    """Open the camera with this index (Linux: /dev/video<index>).
+
+    Raises:
+        InputError: there is none, or it is in use.
+        UsageError: an operating system whose cameras have no index, or PyAV is not installed.
+    """
+    if sys.platform not in CAMERAS:
+        raise UsageError(f"cameras by index are known on Linux and macOS, not on {sys.platform}: give a video file")
+    device, kind = CAMERAS[sys.platform]
+    return _open(device.format(index), kind, f"camera {index}")
+
+
+def _open(device: str, kind: str | None, name: str) -> VideoSource:
+    av = _av()
+    try:
+        container = av.open(device, format=kind)
+    except (av.error.FFmpegError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name}: cannot be opened ({reason}); is {device} there, whole and not in use?") from error
+    if not container.streams.video:
+        container.close()
+        raise InputError(f"{name}: no pictures in it")
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    rate = stream.average_rate or stream.guessed_rate or DEFAULT_RATE
+    return VideoSource(name, Fraction(rate), stream.frames or None, container)
+
+
+class VideoWriter:
+    """Writes H.264 in MP4, which browsers and phones play; the file appears whole or not at all.
+
+    Args:
+        path: of the MP4.
+        rate: frames per second.
+
+    Raises:
+        InputError: the folder cannot be written.
+        UsageError: PyAV is not installed.
+    """
+
+    def __init__(self, path: Path, rate: Fraction) -> None:
+        self._av = _av()
+        self.path, self._rate = path, rate
+        self._stream: Any = None
+        self._size = (0, 0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._beside = temporary(path)
+            self._container = self._av.open(str(self._beside), "w", format="mp4", options={"movflags": "faststart"})
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+    def write(self, picture: Picture) -> None:
+        """Add a frame, (H, W, 3) uint8; all of one size. An odd last row or column is left out (4:2:0 needs pairs).
+
+        Raises:
+            InputError: another size than the first frame's, or the disk is full.
+        """
+        height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
+        if self._stream is None:
+            self._stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": "18"})
+            self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+            self._size = (height, width)
+        if (height, width) != self._size:
+            raise InputError(
+                f"{self.path}: a frame of {width}x{height} among others of {self._size[1]}x{self._size[0]}"
+            )
+        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
+        self._mux(frame)
+
+    def _mux(self, frame: Any) -> None:
+        try:
+            for packet in self._stream.encode(frame):
+                self._container.mux(packet)
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._stream is not None:
+                self._mux(None)
+            self._container.close()
+            if kind is None and self._stream is not None:
+                replace(self._beside, self.path)
+        finally:
+            self._beside.unlink(missing_ok=True)
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise UsageError("video needs PyAV: pip install 'md2[video]'") from error
+    return av

@@ -1,0 +1,99 @@
+"""Raw KITTI as an evaluation wants it: one part of a split, targets and ground truth only, lossless, cached.
+
+`md2 eval MODEL RAW --split eigen` packs what it needs once, into the user's cache, and evaluates that: there is
+one path from raw files to numbers, whether the shards were published or made a moment ago.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pooch
+
+from prep.drives import Kitti
+from prep.options import make_content, refuse_empty
+from prep.pack import Packed, Progress, default_scratch, pack
+from prep.plan import Plan, make_plan
+from prep.sources import RawData
+from prep.splits import SplitLine, SplitLists
+from prep.versions import versions
+from prep.workers import start_workers
+from shards.errors import UsageError
+from shards.storage import open_storage
+from shards.store import read_manifest
+
+
+def is_packed(url: str) -> bool:
+    """Whether a folder or URL holds a packed dataset (and not raw files).
+
+    Raises:
+        DatasetError, StorageError: its manifest is broken, or the storage fails.
+    """
+    return read_manifest(open_storage(url)) is not None
+
+
+def evaluation_part(lists: SplitLists, part: str | None) -> str:
+    """The part asked for; else `test`, `val`, or the only one.
+
+    Raises:
+        UsageError: no such part, or several and none of these.
+    """
+    names = list(lists.parts)
+    if part is None:
+        part = next((name for name in ("test", "val") if name in names), names[0] if len(names) == 1 else None)
+    if part is None or part not in names:
+        raise UsageError(f"split {lists.name} has the parts {', '.join(names)}: name one with --part")
+    return part
+
+
+def line_keys(lists: SplitLists, part: str) -> list[str]:
+    """Sample key of each line of a part, in the list's order: which image is which in saved predictions."""
+    return [line_key(line) for line in lists.parts[part]]
+
+
+def line_key(line: SplitLine) -> str:
+    """Key of the sample that a split line becomes: drive, side, frame."""
+    drive = f"odom_{int(line.drive):02d}" if line.drive.isdecimal() else line.drive.rsplit("/", 1)[-1]
+    return f"{drive}_{line.side}_{line.frame:010d}"
+
+
+def pack_for_evaluation(
+    raw: Sequence[str],
+    lists: SplitLists,
+    part: str,
+    size: tuple[int, int],
+    *,
+    cache: Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Packed:
+    """Pack one part's targets and ground truth into the cache; found there again if nothing has changed.
+
+    Args:
+        raw: folders or URLs, as for `md2 prep --raw`.
+        size: width and height of the networks that will see the images.
+        cache: instead of the user's.
+        workers: processes; None: one per core.
+
+    Raises:
+        InputError: none of the part's drives is there, or a file is broken.
+        StorageError: the cache cannot be written.
+    """
+    # Lossless: the networks see what a resize of the original gives, as in the published evaluation.
+    content = make_content(lists, size=f"{size[0]}x{size[1]}", frames="0", stereo=False, codec="png")
+    plan = make_plan(lists, Kitti(RawData(list(raw)), content.depth), content, parts=[part])
+    refuse_empty(plan, list(raw))
+    folder = (cache or Path(pooch.os_cache("md2")) / "evaluation") / _identity(raw, lists, plan)
+    with start_workers(workers or len(os.sched_getaffinity(0))) as pool:
+        return pack(plan, lists, str(folder), default_scratch(str(folder)), pool, progress=progress)
+
+
+def _identity(raw: Sequence[str], lists: SplitLists, plan: Plan) -> str:
+    """Folder name: what the bytes depend on, as far as it can be known without reading the raw files."""
+    where = [str(Path(url).resolve()) if Path(url).exists() else url for url in raw]
+    known = (where, lists.sha256, asdict(plan.content), plan.samples_sha256, plan.input_bytes, versions())
+    return f"{lists.name}_{hashlib.sha256(repr(known).encode()).hexdigest()[:16]}"
