@@ -127,9 +127,7 @@ def main() -> None:
     print(
         f"\n{count} images, {2 * (options.instants - 2)} samples of 4 images and depth, {size / 1e6:.0f} MB of shards,"
     )
-    print(
-        f"{options.workers} workers on {len(os.sched_getaffinity(0))} cores; medians of {options.repeats} runs in turns\n"
-    )
+    print(f"{options.workers} workers on {len(os.sched_getaffinity(0))} cores; medians of {options.repeats} runs\n")
     print("| | s | frames/s |\n|---|---|---|")
     for name, times in (("floor: decode + resize + encode", floors), ("md2 prep", preps)):
         print(f"| {name} | {statistics.median(times):.2f} | {count / statistics.median(times):.1f} |")

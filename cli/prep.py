@@ -64,6 +64,7 @@ def prep(
     part: Annotated[list[str] | None, typer.Option(help="Only this part of the split; repeat for several.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many lines of each part.")] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    shard_mb: Annotated[int, typer.Option(help="Size of a shard, MiB (at most 1000 samples).")] = 256,
     splits: Annotated[Path | None, typer.Option(help="Folder that holds splits by name.")] = None,
     download: Annotated[
         str | None,
@@ -108,6 +109,7 @@ def prep(
         quality=quality,
         seed=seed,
         limit=limit,
+        shard_mb=shard_mb,
     )
     urls = list(raw)
     if download is not None:

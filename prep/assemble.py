@@ -16,7 +16,7 @@ from prep.chunks import Blob, ChunkReader, read_chunk_index
 from prep.drives import Drive
 from prep.plan import Plan, PlannedSample, Skipped, component_sources
 from prep.splits import Side
-from shards.dataset import SAMPLES_PER_SHARD, SHARD_BYTES, finish_shard, shard_name
+from shards.dataset import SAMPLES_PER_SHARD, finish_shard, shard_name
 from shards.errors import DatasetError, StorageError
 from shards.manifest import Shard
 from shards.sample import (
@@ -183,16 +183,14 @@ def cut_shards(
     samples: list[PlannedSample],
     folder: Path,
     store: Store,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
-    shard_bytes: int = SHARD_BYTES,
 ) -> Iterator[ShardJob]:
-    """Jobs for a part's shards; one ends after `samples_per_shard` samples or once it has `shard_bytes` bytes."""
+    """Jobs for a part's shards; one ends after `SAMPLES_PER_SHARD` samples or once it has the bytes asked for."""
     batch: list[SampleJob] = []
     size = number = 0
     for sample in samples:
         batch.append(_sample_job(plan, encoded, sample))
         size += batch[-1].tar_bytes
-        if len(batch) >= samples_per_shard or size >= shard_bytes:
+        if len(batch) >= SAMPLES_PER_SHARD or size >= plan.content.shard_bytes:
             yield ShardJob(part, number, batch, folder, store)
             batch, size, number = [], 0, number + 1
     if batch:

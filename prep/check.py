@@ -63,7 +63,7 @@ def check(plan: Plan, lists: SplitLists) -> Check:
     """Count, and estimate the dataset's size from a few frames that are encoded for it.
 
     Raises:
-        InputError: the network failed while frames were fetched.
+        StorageError: the network failed while frames were fetched.
     """
     content = plan.content
     lines = [line for part in plan.samples for line in lists.parts[part][: content.limit]]

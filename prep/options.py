@@ -12,6 +12,7 @@ from shards.sample import Codec
 
 DEFAULT_SIZE = (640, 192)
 DEFAULT_QUALITY = 95
+DEFAULT_SHARD_MB = 256
 _MAX_SIDE = 16_384
 _MAX_OFFSET = 1000
 
@@ -61,6 +62,7 @@ def make_content(
     quality: int = DEFAULT_QUALITY,
     seed: int = 0,
     limit: int | None = None,
+    shard_mb: int = DEFAULT_SHARD_MB,
 ) -> Content:
     """What a sample holds. None takes the named split's default: everything that mono, stereo and validation need.
 
@@ -72,6 +74,8 @@ def make_content(
         raise UsageError(f"--quality {quality}: 1 to 100 (95 is the default)")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: at least 1")
+    if not 1 <= shard_mb <= 10_000:
+        raise UsageError(f"--shard-mb {shard_mb}: 1 to 10000")
     source = depth_source or default.depth_source
     convention = depth_convention or (default.depth_convention if source == "velodyne" else "camera_z")
     if source != "velodyne" and convention == "lidar_x":
@@ -86,6 +90,7 @@ def make_content(
         format=ImageFormat(parse_size(size), codec, quality),
         seed=seed,
         limit=limit,
+        shard_bytes=shard_mb << 20,
     )
 
 

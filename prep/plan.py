@@ -13,6 +13,7 @@ from prep.drives import Drive, Layout
 from prep.encode import ChunkJob, ImageFormat, Instant
 from prep.splits import BadLine, Side, SplitLine, SplitLists
 from prep.velodyne import Convention
+from shards.dataset import SHARD_BYTES
 from shards.errors import InputError
 from shards.sample import DEPTH, Offset, offset_name
 
@@ -33,6 +34,7 @@ class Content:
         convention: which depth a lidar point has.
         seed: of the global shuffle.
         limit: at most so many lines of each part.
+        shard_bytes: a shard ends once it has so many.
     """
 
     frames: tuple[int, ...]
@@ -42,6 +44,7 @@ class Content:
     format: ImageFormat
     seed: int = 0
     limit: int | None = None
+    shard_bytes: int = SHARD_BYTES
 
     @property
     def offsets(self) -> list[Offset]:

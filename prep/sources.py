@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import re
 import struct
-import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -26,11 +25,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import aiohttp
 import fsspec
+from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from shards.errors import InputError, SampleError
+from shards.retry import MissingError, Retrier
 
 PUBLIC_ARCHIVE = "https://s3.eu-central-1.amazonaws.com/avg-kitti"
 """Base URL of KITTI's public archives (CC BY-NC-SA 3.0)."""
@@ -43,8 +43,9 @@ _UNUSED = re.compile(r"/(image_0?[01]|oxts)(/|$)")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _HEADER_SLACK = 64
 """Bytes asked for beyond a member's expected header: local extra fields may be longer than the directory's."""
-_ATTEMPTS = 5
 _DIRECTORY_BLOCK = 1 << 20
+_ABSENT = (403, 404, 410)
+"""HTTP statuses of a file that is not there. S3 says 403 where listing is not allowed."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,11 @@ class FolderSource:
 
     def _ls(self, folder: str) -> list[dict[str, Any]]:
         path = f"{self._root}/{folder}" if folder else self._root
-        call = partial(_scan_folder, path) if self._local else partial(self._fs.ls, path, detail=True)
+        if self._local:
+            return _scan_folder(path)
         try:
-            entries: list[dict[str, Any]] = retry(call, f"{self.url}/{folder}")
-        except (FileNotFoundError, NotADirectoryError):
+            entries: list[dict[str, Any]] = Retrier().call(self.url, partial(self._fs.ls, path, detail=True))
+        except MissingError:
             return []
         return [entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/")]
 
@@ -202,12 +204,17 @@ class FolderSource:
 def _scan_folder(path: str) -> list[dict[str, Any]]:
     """As fsspec's `ls`, but links are what they point to: raw data is often linked together from several disks."""
     found: list[dict[str, Any]] = []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                found.append({"name": entry.path, "type": "directory", "size": 0})
-            elif entry.is_file():
-                found.append({"name": entry.path, "type": "file", "size": entry.stat().st_size})
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    found.append({"name": entry.path, "type": "directory", "size": 0})
+                elif entry.is_file():
+                    found.append({"name": entry.path, "type": "file", "size": entry.stat().st_size})
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(f"{path}: cannot be listed ({error.strerror or error})") from error
     return found
 
 
@@ -245,45 +252,53 @@ class HttpSource:
     def _directory(self, url: str) -> Directory | None:
         """Directory of a zip on the server; None where there is no such file."""
         if url not in self._directories:
-            there = retry(lambda: _serves_ranges(self._fs, url), url)
-            self._directories[url] = read_directory(self._fs, url, url) if there else None
+            size = Retrier().call(url, partial(_size_if_ranges, self._fs, url))
+            self._directories[url] = None if size is None else read_directory(self._fs, url, url, size=size)
         return self._directories[url]
 
 
-def _serves_ranges(fs: Any, url: str) -> bool:
-    """Whether the file is there; asks for two bytes of it."""
+def _size_if_ranges(fs: Any, url: str) -> int | None:
+    """Size of a file on a web server, from asking for two bytes of it; None if it is not there.
 
-    async def ask() -> tuple[int, int]:
+    Raises:
+        InputError: the server sends the whole file instead.
+    """
+
+    async def ask() -> tuple[int, str]:
         session = await fs.set_session()
         async with session.get(url, headers={"Range": "bytes=0-1", "Accept-Encoding": "identity"}) as response:
-            return response.status, 0
+            if response.status not in (200, 206, *_ABSENT):
+                response.raise_for_status()
+            return response.status, response.headers.get("Content-Range", "")
 
-    status, _ = fsspec.asyn.sync(fs.loop, ask)
-    if status in (403, 404, 410):  # S3 says 403 for an absent key where listing is not allowed
-        return False
-    if status == 200:
+    status, content_range = sync(fs.loop, ask)
+    if status in _ABSENT:
+        return None
+    total = content_range.rpartition("/")[2]
+    if status != 206 or not total.isdecimal():
         raise InputError(
             f"{url}: this server does not serve byte ranges, so single frames cannot be read from its zips; download "
             "the zips into a folder (wget -c) and give that folder as --raw"
         )
-    if status != 206:
-        raise OSError(f"HTTP status {status}")
-    return True
+    return int(total)
 
 
-def read_directory(fs: Any, path: str, url: str) -> Directory:
+def read_directory(fs: Any, path: str, url: str, **options: Any) -> Directory:
     """Files of a zip by folder: folder -> name -> Ref, with a leading `dataset/` (odometry's zips) taken off.
 
     Raises:
-        InputError: cut short, not a zip, or a member that cannot be read in place.
+        InputError: cut short, or not a zip.
+        StorageError: it cannot be read.
     """
+
+    def members_of() -> list[zipfile.ZipInfo]:
+        with fs.open(path, "rb", block_size=_DIRECTORY_BLOCK, **options) as file, zipfile.ZipFile(file) as archive:
+            return archive.infolist()
+
     try:
-        with fs.open(path, "rb", block_size=_DIRECTORY_BLOCK) as file, zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
+        members = Retrier(credentials="check its permissions").call(url, members_of)
     except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError) as error:
         raise InputError(f"{url}: cut short or not a zip ({error}); download it again") from error
-    except OSError as error:
-        raise InputError(f"{url}: cannot be read ({error})") from error
     folders: Directory = {}
     for info in members:
         folder, _, name = info.filename.removeprefix("dataset/").rpartition("/")
@@ -301,7 +316,7 @@ def read(ref: Ref) -> bytes:
 
     Raises:
         SampleError: it cannot be read, or (in a zip) is damaged.
-        InputError: the network failed, several times over.
+        StorageError: the network failed for longer than the patience of `shards.retry`.
     """
     result = read_many([ref])[0]
     if isinstance(result, SampleError):
@@ -313,7 +328,7 @@ def read_many(refs: Sequence[Ref]) -> list[bytes | SampleError]:
     """Content of several files, fetched at once where the file system can; what fails is returned in its place.
 
     Raises:
-        InputError: the network failed, several times over.
+        StorageError: the network failed for longer than the patience of `shards.retry`.
     """
     results: dict[Ref, bytes | SampleError] = {}
     for fs_key in dict.fromkeys(_protocol(ref.url) for ref in refs):
@@ -349,7 +364,10 @@ def _fetch(protocol: str, refs: list[Ref]) -> dict[Ref, bytes]:
     starts = [ref.member.offset if ref.member else 0 for ref in refs]
     ends = [ref.member.offset + ref.member.header + ref.member.packed if ref.member else ref.size for ref in refs]
     where = refs[0].url
-    parts = retry(lambda: fs.cat_ranges(paths, starts, ends, on_error="raise"), where)
+    try:
+        parts = Retrier().call(where, partial(fs.cat_ranges, paths, starts, ends, on_error="raise"))
+    except MissingError as error:
+        raise InputError(f"{where}: was there, and is gone") from error
     return dict(zip(refs, parts, strict=True))
 
 
@@ -380,22 +398,3 @@ def _unpack(ref: Ref, data: bytes) -> bytes:
 def _protocol(url: str) -> Literal["file"] | str:
     scheme, colon, _ = url.partition("://")
     return scheme if colon else "file"
-
-
-def retry(call: Any, where: str) -> Any:
-    """`call()`, again after a pause where the network failed: up to five times within a quarter of a minute.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: as raised.
-        InputError: it failed every time; names `where`.
-    """
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            return call()
-        except (FileNotFoundError, NotADirectoryError):
-            raise
-        except (OSError, aiohttp.ClientError, TimeoutError) as error:
-            if attempt == _ATTEMPTS or isinstance(error, PermissionError):
-                raise InputError(f"{where}: cannot be read ({error or type(error).__name__})") from error
-            time.sleep(2.0 ** (attempt - 2))
-    raise AssertionError("not reached")
