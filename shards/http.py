@@ -32,7 +32,7 @@ class HttpStorage:
         if parts.query or parts.fragment:
             raise UsageError(f"{parts.scheme}://{parts.netloc}{parts.path}: a dataset's address has no ? and no #")
         self._patience = patience
-        self._retry = Retrier(patience)
+        self._retry = Retrier(patience, "it is not public, or not there; a private bucket is read by its s3:// address")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "patience": self._patience}

@@ -40,6 +40,15 @@ _S3_OPTIONS = {
         "max_pool_connections": 32,
     },
 }
+_S3_CREDENTIALS = (
+    "check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, instance role) and "
+    "AWS_ENDPOINT_URL; a public bucket can be read by its https:// address"
+)
+_CREDENTIALS = {
+    "s3": _S3_CREDENTIALS,
+    "s3a": _S3_CREDENTIALS,
+    "gs": "check the credentials (gcloud auth application-default login, GOOGLE_APPLICATION_CREDENTIALS)",
+}
 _INSTALL = {"gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 
 
@@ -56,7 +65,7 @@ class RemoteStorage:
         if not parts.netloc:
             raise UsageError(f"{url}: no bucket in it; the form is {self.scheme}://bucket/prefix")
         self._patience = patience
-        self._retry = Retrier(patience)
+        self._retry = Retrier(patience, _CREDENTIALS.get(self.scheme, "check the credentials"))
         self._filesystem: Any = None
         self._process = 0
 

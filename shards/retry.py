@@ -100,9 +100,15 @@ def patience_from_environment() -> float:
 
 
 class Retrier:
-    """Runs operations against one storage until they succeed, fail for good, or patience ends. Thread-safe."""
+    """Runs operations against one storage until they succeed, fail for good, or patience ends. Thread-safe.
 
-    def __init__(self, patience: float | None = None) -> None:
+    Args:
+        patience: seconds to go on trying; None: as the environment says.
+        credentials: what to check where access is denied.
+    """
+
+    def __init__(self, patience: float | None = None, credentials: str = "check the credentials") -> None:
+        self._credentials = credentials
         self.patience = patience_from_environment() if patience is None else patience
         self.cancelled = threading.Event()
         self._reached = False
@@ -152,7 +158,8 @@ class Retrier:
         answers = {"missing": MissingError, "exists": ExistsError, "beyond_end": BeyondEndError}
         if failure.kind in answers:
             raise answers[failure.kind](url) from error
-        raise StorageError(f"{url}: {failure.cause}") from error
+        advice = f"; {self._credentials}" if failure.kind == "denied" else ""
+        raise StorageError(f"{url}: {failure.cause}{advice}") from error
 
 
 def _gave_up(url: str, failure: Failure, attempts: int, passed: float) -> str:
@@ -215,11 +222,7 @@ def _words(kind: Kind, code: str, label: str) -> str:
 
 
 def _denied(label: str, explanation: str = "") -> str:
-    what = f"{label}: {explanation}" if explanation else label
-    return (
-        f"access denied ({what}); check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, instance role) and "
-        "AWS_ENDPOINT_URL; a public bucket can be read by its https:// address"
-    )
+    return f"access denied ({label}: {explanation})" if explanation else f"access denied ({label})"
 
 
 def _from_credentials(error: BaseException) -> Failure | None:

@@ -249,9 +249,10 @@ class Store:
         _check_local(shard, tar, index)
         if self.published is None:
             self._check_claim()
-        new = not self.has_shard(shard)
+        receipt = None if self.published is not None else self._receipt(_receipt_name(shard.name))
+        self._refuse_other(shard, receipt)
+        new = self.published is None and self._arrived(receipt) is None
         if new:
-            self._refuse_other(shard)
             tar_tag = self._put_file(shard.name, tar, shard.bytes, shard.sha256, move)
             index_tag = self._put_file(shard.index_name, index, shard.index_bytes, shard.index_sha256, move)
             receipt = Receipt(shard=shard, note=dict(note or {}), tags=(tar_tag, index_tag))
@@ -261,10 +262,12 @@ class Store:
             index.unlink(missing_ok=True)
         return new
 
-    def _refuse_other(self, shard: Shard) -> None:
+    def _refuse_other(self, shard: Shard, receipt: Receipt | None) -> None:
         """Raise if another shard was published under that name."""
-        receipt = self._receipt(_receipt_name(shard.name))
-        if self.published is not None or (receipt is not None and receipt.shard != shard):
+        there = [receipt.shard] if receipt is not None else []
+        if self.published is not None:
+            there = [other for other in self.published.shards if other.name == shard.name]
+        if (there or self.published is not None) and shard not in there:
             raise StorageError(
                 f"{self.url}/{shard.name}: published already with other bytes though the plan is the same (has the raw "
                 "data or a codec changed?); never overwritten: publish under another name"
