@@ -11,7 +11,10 @@ difference. One clamp to [0, 1] comes at the end, where torchvision clamps after
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import repeat
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +26,7 @@ JITTER_PROBABILITY = FLIP_PROBABILITY = 0.5
 
 GREY = (0.299, 0.587, 0.114)
 """ITU-R BT.601 luma, Pillow's grey."""
+_PIXELS = 8
 _YIQ = (GREY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
 
 
@@ -34,7 +38,7 @@ def jitter_matrices(factors: Tensor) -> Tensor:
             0 = unchanged).
 
     Returns:
-        (n, 3, 3) float32 A, so that jittered = A @ rgb + `jitter_offsets`.
+        (n, 3, 3) float32 A, so that jittered = A @ rgb + brightness * (1 - contrast) * (mean grey of the image).
     """
     brightness, contrast, saturation, hue = factors.double().unbind(1)
     to_yiq = torch.tensor(_YIQ, dtype=torch.float64, device=factors.device)
@@ -48,39 +52,86 @@ def jitter_matrices(factors: Tensor) -> Tensor:
     return matrices.float()
 
 
-def jitter_offsets(factors: Tensor, means: Tensor) -> Tensor:
-    """The constant part of colour jitter: contrast pivots at the mean grey of the (brightened) image.
+def float_images(pixels: Tensor, flipped: Tensor | None) -> Tensor:
+    """Images as the networks take them.
 
     Args:
-        factors: (n, 4) as for `jitter_matrices`.
-        means: (n, 3) mean RGB of each image.
+        pixels: (B, H, W, 3) uint8.
+        flipped: (B,) bool on the same device, which to mirror; None: nothing.
 
     Returns:
-        (n, 3, 1) float32, the same for all three channels.
+        (B, 3, H, W) float32 in [0, 1], channels_last in memory.
     """
-    grey = means.double() @ torch.tensor(GREY, dtype=torch.float64, device=means.device)
-    return (factors[:, 0] * (1 - factors[:, 1]) * grey).float().view(-1, 1, 1).expand(-1, 3, 1)
+    if pixels.is_cuda:
+        if flipped is not None:
+            pixels = torch.where(flipped.view(-1, 1, 1, 1), pixels.flip(2), pixels)
+        return pixels.permute(0, 3, 1, 2).float().div_(255)
+    out = _empty(pixels.shape)
+    mirrored = repeat(False) if flipped is None else flipped.tolist()
+    # One image at a time stays in the cache from the flip to the division; the whole batch at once takes twice as long.
+    for target, source, mirror in zip(out.unbind(), pixels.unbind(), mirrored, strict=False):
+        target.copy_(source.flip(1) if mirror else source).div_(255)
+    return out.permute(0, 3, 1, 2)
 
 
-def jittered(images: Tensor, chosen: Tensor, factors: Tensor) -> Tensor:
-    """A copy of the images with colour jitter on the chosen ones.
+@dataclass(frozen=True)
+class Jitter:
+    """One draw of colour jitter for a batch, to be applied to each of its frames.
 
-    Args:
-        images: (B, 3, H, W) float32 in [0, 1].
-        chosen: (n,) int64 indices into the batch, on its device.
-        factors: (n, 4), of the chosen samples; on the batch's device.
-
-    Returns:
-        (B, 3, H, W) float32 in [0, 1], in the memory format of `images`; what is not chosen is equal bit for bit.
+    Attributes:
+        chosen: (n,) int64, which samples of the batch are jittered; on its device.
+        blocks: (n, 24, 24), transposed `jitter_matrices` in blocks for 8 pixels: the product of all pixels with a 3x3
+            matrix is too thin for any BLAS.
+        pivots: (n,) what the image's mean grey is multiplied with and added: contrast's pivot, brightened.
     """
-    out = images.clone()
-    if len(chosen) == 0:
+
+    chosen: Tensor
+    blocks: Tensor
+    pivots: Tensor
+
+    @classmethod
+    def of(cls, chosen: Tensor, factors: Tensor) -> Jitter:
+        """`factors` (n, 4), as for `jitter_matrices`, are those of the chosen samples."""
+        matrices = jitter_matrices(factors).mT.contiguous()
+        blocks = torch.kron(torch.eye(_PIXELS, device=factors.device), matrices)
+        return cls(chosen, blocks, factors[:, 0] * (1 - factors[:, 1]))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """A jittered copy of (B, 3, H, W) float32 images in [0, 1]; H * W is a multiple of 8.
+
+        Returns:
+            The same shape, in [0, 1], channels_last in memory; what is not chosen is equal bit for bit.
+        """
+        rgb = images.permute(0, 2, 3, 1).contiguous()
+        grey = torch.tensor(GREY, device=images.device).repeat(_PIXELS) / _PIXELS
+        turned = self._on_gpu(rgb, grey) if images.is_cuda else self._on_cpu(rgb, grey)
+        return turned.permute(0, 3, 1, 2)
+
+    def _on_gpu(self, rgb: Tensor, grey: Tensor) -> Tensor:
+        out = rgb.clone()
+        flat = rgb.index_select(0, self.chosen).view(len(self.chosen), -1, 3 * _PIXELS)
+        offsets = (flat.mean(1) @ grey * self.pivots).view(-1, 1, 1)
+        turned = torch.baddbmm(offsets, flat, self.blocks).clamp_(0, 1)
+        return out.index_copy_(0, self.chosen, turned.view(len(self.chosen), *rgb.shape[1:]))
+
+    def _on_cpu(self, rgb: Tensor, grey: Tensor) -> Tensor:
+        out = _empty(rgb.shape)
+        rows = zip(self.chosen.tolist(), self.blocks.unbind(), self.pivots.tolist(), strict=True)
+        drawn = {place: (block, pivot) for place, block, pivot in rows}
+        for place, (target, source) in enumerate(zip(out.unbind(), rgb.unbind(), strict=True)):
+            if place not in drawn:
+                target.copy_(source)
+                continue
+            block, pivot = drawn[place]
+            flat = source.view(-1, 3 * _PIXELS)
+            mean_grey = torch.dot(flat.mean(0), grey)
+            torch.addmm(mean_grey, flat, block, beta=pivot, out=target.view(-1, 3 * _PIXELS)).clamp_(0, 1)
         return out
-    # Planar: a 3x3 matrix times (3, H * W) is several times faster than (H * W, 3) times a 3x3 matrix on a CPU.
-    rgb = images.index_select(0, chosen).reshape(len(chosen), 3, -1).contiguous()
-    offsets = jitter_offsets(factors, rgb.mean(2))
-    turned = torch.baddbmm(offsets, jitter_matrices(factors), rgb).clamp_(0, 1)
-    return out.index_copy_(0, chosen, turned.view(len(chosen), *images.shape[1:]))
+
+
+def _empty(shape: Sequence[int]) -> Tensor:
+    """Uninitialised float32 memory of the host. NumPy asks for huge pages: new memory costs hundreds of faults less."""
+    return torch.from_numpy(np.empty(tuple(shape), np.float32))
 
 
 def camera_matrices(

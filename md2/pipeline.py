@@ -23,7 +23,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from md2.augment import camera_matrices, jittered, sample_keys, stereo_transforms
+from md2.augment import Jitter, camera_matrices, float_images, sample_keys, stereo_transforms
 from md2.batch import Batch, Offset
 from md2.config import DataConfig
 from md2.reader import READER, Device, build, explain, plan, source_strings
@@ -203,8 +203,11 @@ class Loader:
         count = self._valid()
         keys = sample_keys(source_strings(_tensor(outputs["source"]).numpy()[:count]))
         host = {name: self._dense(name, value, keys) for name, value in outputs.items()}
-        images: dict[Offset, Tensor] = {offset: _floats(host[f"image {offset}"]) for offset in self._plan.offsets}
         flipped = host["flip"].bool().flatten() if self._plan.flip else None
+        mirror = self._to_device(flipped) if flipped is not None else None
+        images: dict[Offset, Tensor] = {
+            offset: float_images(host[f"image {offset}"], mirror) for offset in self._plan.offsets
+        }
         size = self._plan.size
         stored = host["stored"][:, [1, 0]] if self._plan.stored is None else torch.tensor([self._plan.stored])
         cameras = camera_matrices(
@@ -250,9 +253,8 @@ class Loader:
 
     def _jitter(self, images: dict[Offset, Tensor], host: dict[str, Tensor]) -> dict[Offset, Tensor]:
         chosen = host["jitter"].flatten().nonzero().flatten()
-        factors = self._to_device(host["factors"][chosen])
-        chosen = self._to_device(chosen)
-        return {offset: jittered(image, chosen, factors) for offset, image in images.items()}
+        jitter = Jitter.of(self._to_device(chosen), self._to_device(host["factors"][chosen]))
+        return {offset: jitter(image) for offset, image in images.items()}
 
     def _depth(self, host: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         size = host["depth_size"][:, :2].contiguous()
@@ -308,8 +310,3 @@ def decode_device(wanted: str, device: torch.device) -> Device:
 def _tensor(output: Any) -> Tensor:
     """One of the pipeline's outputs, without a copy."""
     return torch.utils.dlpack.from_dlpack(output.as_tensor())
-
-
-def _floats(images: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1], channels_last in memory."""
-    return images.permute(0, 3, 1, 2).float().div_(255)

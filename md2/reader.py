@@ -184,7 +184,7 @@ def _graph(plan: Plan, reader: dict[str, Any], decode: Device, target: Device) -
     read = _read(plan, reader)
     encoded = [read[name] for name in plan.images]
     flip = fn.random.coin_flip(probability=FLIP_PROBABILITY) if plan.flip else None
-    outputs: list[Any] = _images(plan, encoded, flip, decode, target)
+    outputs: list[Any] = _images(plan, encoded, decode, target)
     outputs += [fn.pad(fn.get_property(encoded[0], key="source_info")), read[INTRINSICS]]
     if plan.stereo:
         outputs.append(read[STEREO_TRANSLATION])
@@ -220,8 +220,8 @@ def _read(plan: Plan, reader: dict[str, Any]) -> dict[str, Any]:
     return {name: read[place] for place, name in enumerate(names)}
 
 
-def _images(plan: Plan, encoded: list[Any], flip: Any, decode: Device, target: Device) -> list[Any]:
-    """Decode, resize only where the size differs, flip all frames of a sample alike."""
+def _images(plan: Plan, encoded: list[Any], decode: Device, target: Device) -> list[Any]:
+    """Decode; resize only where the size differs."""
     images = fn.decoders.image(
         encoded,
         device="mixed" if decode == "gpu" else "cpu",
@@ -232,8 +232,6 @@ def _images(plan: Plan, encoded: list[Any], flip: Any, decode: Device, target: D
         width, height = plan.size
         # Lanczos with antialiasing is what prep resizes with.
         images = fn.resize(images, size=[height, width], interp_type=types.INTERP_LANCZOS3, antialias=True)
-    if flip is not None:
-        images = fn.flip(images, horizontal=flip)
     nodes = images if isinstance(images, list) else [images]  # DALI unpacks a list of one
     if decode == "cpu" and target == "gpu":
         nodes = [image.gpu() for image in nodes]

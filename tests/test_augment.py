@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 from pipeline_data import Array, as_floats, config, loader, make_samples, pack, smooth
 
-from md2.augment import camera_matrices, jitter_matrices, jittered, sample_keys, stereo_transforms
+from md2.augment import Jitter, camera_matrices, jitter_matrices, sample_keys, stereo_transforms
 
 dali: Any = nvidia.dali
 UNCHANGED = [1.0, 1.0, 1.0, 0.0]
@@ -25,6 +25,10 @@ NAMES = ["brightness", "contrast", "saturation", "hue"]
 
 def factors(**changes: float) -> torch.Tensor:
     return torch.tensor([[changes.get(name, usual) for name, usual in zip(NAMES, UNCHANGED, strict=True)]])
+
+
+def jittered(images: torch.Tensor, chosen: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    return Jitter.of(chosen, drawn)(images)
 
 
 def apply(pixels: Array, **changes: float) -> torch.Tensor:
