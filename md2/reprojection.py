@@ -77,7 +77,7 @@ def reproject(
     """
     size = torch.Size(depth.shape[2:])
     homographies, epipoles = _pixel_map(K, transforms, size)
-    loss, error, automask, warped = _Reproject.apply(
+    loss, error, automask, warped = _Reproject.apply(  # type: ignore[no-untyped-call]
         depth, homographies.to(depth), epipoles.to(depth), mask, unwarped, views, rule, keep_warped
     )
     return Outcome(loss, error, automask if unwarped is not None else None, warped if keep_warped else None)
@@ -136,7 +136,7 @@ class _Reproject(torch.autograd.Function):
         return error.mean(), error, automask, warped
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         by_depth, by_homographies, by_epipoles, *by_mask = (grad * grad_loss for grad in ctx.saved_tensors)
         return by_depth, by_homographies, by_epipoles, by_mask[0] if ctx.masked else None, None, None, None, None

@@ -1,0 +1,136 @@
+"""How much work a step is: equal to the straightforward baseline in value, and counted (never timed)."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from md2 import ssim
+from md2.batch import Offset
+from md2.config import DataConfig, LossConfig, ModelConfig
+from md2.loss import image_pyramid, reprojection_loss
+from md2.model import Networks
+from md2.prediction import Pose, Prediction
+
+BATCH, SOURCES, SCALES = 2, 3, 4
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark, which is a script beside the package."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
+    import bench.step
+
+    return bench.step
+
+
+@pytest.mark.parametrize("mode", ["mono", "stereo", "mono+stereo"])
+def test_loss_and_every_gradient_equal_the_baselines(step: Any, mode: str) -> None:
+    difference, worst = step.check(mode)
+    assert difference < 1e-9 and worst < 1e-9
+
+
+def test_the_check_notices_another_method(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = step.reference_loss
+    monkeypatch.setattr(step, "reference_loss", lambda *arguments: right(*arguments) * 1.0001)
+    with pytest.raises(SystemExit, match="not the same method"):
+        step.check("stereo")
+
+
+def test_benchmark_prints_its_table_and_appends_it(step: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    results = tmp_path / "RESULTS.md"
+    small = "--mode stereo --batch 1 --width 96 --height 64 --repeats 1 --threads 1 --device cpu --variants contiguous"
+    assert step.main([*small.split(), "--append", str(results)], said.append) == 0
+    assert results.read_text() == f"\n{said[0]}"
+    for part in ("forward", "loss", "backward", "optimiser", "whole step", "loss, peak memory"):
+        assert f"| {part} |" in said[0]
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.startswith("grid_sampler"):
+            self.images[name] += (args[1] if "backward" in name else args[0]).shape[0]
+        return func(*args, **(kwargs or {}))
+
+
+def scene() -> tuple[Prediction, dict[Offset, torch.Tensor], torch.Tensor]:
+    torch.manual_seed(0)
+    offsets: list[Offset] = [0, -1, 1, "s"]
+    images = {offset: torch.rand(BATCH, 3, 16, 24) for offset in offsets}
+    zeros = torch.zeros(BATCH, 3)
+    poses: dict[Offset, Pose] = {
+        o: Pose((zeros + 0.01).requires_grad_(), (zeros + 0.01).requires_grad_()) for o in (-1, 1)
+    }
+    disparities = {s: torch.rand(BATCH, 1, 16 >> s, 24 >> s).requires_grad_() for s in range(SCALES)}
+    return Prediction(disparities, poses), images, torch.eye(4).repeat(BATCH, 1, 1)
+
+
+def test_each_image_is_warped_once_per_scale_and_compared_unwarped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = Counter[str]()
+    original = ssim.window_sum
+
+    def counted(image: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor, adjoint: bool = False) -> torch.Tensor:
+        sums["adjoint" if adjoint else "forward"] += image.numel() // (3 * 16 * 24)
+        return original(image, out, scratch, adjoint)
+
+    monkeypatch.setattr(ssim, "window_sum", counted)
+    prediction, images, stereo = scene()
+    K = torch.tensor([[20.0, 0, 12], [0, 20, 8], [0, 0, 1]]).expand(BATCH, 3, 3)
+    with _Count() as count:
+        pyramids = image_pyramid(images, range(SCALES))
+        reprojection_loss(prediction, pyramids, K, stereo, LossConfig()).total.backward()
+    warps = SCALES * BATCH * SOURCES
+    assert count.images == {"grid_sampler_2d": warps, "grid_sampler_2d_backward": warps}
+    # Two of the target; three per unwarped source; three per warped source and their transposes.
+    assert sums == {"forward": 2 * BATCH + 3 * BATCH * SOURCES + 3 * warps, "adjoint": 3 * warps}
+
+
+def test_nothing_is_differentiated_where_no_gradient_is_wanted() -> None:
+    prediction, images, stereo = scene()
+    K = torch.tensor([[20.0, 0, 12], [0, 20, 8], [0, 0, 1]]).expand(BATCH, 3, 3)
+    with torch.no_grad(), _Count() as count:
+        pyramids = image_pyramid(images, range(SCALES))
+        total = reprojection_loss(prediction, pyramids, K, stereo, LossConfig()).total
+    assert not total.requires_grad
+    assert list(count.images) == ["grid_sampler_2d"]
+
+
+def test_all_pairs_go_through_the_pose_network_at_once() -> None:
+    networks = Networks(ModelConfig(), DataConfig(frames=[0, -2, -1, 1], stereo=True), LossConfig())
+    batches: list[int] = []
+    networks.pose_encoder.register_forward_hook(lambda module, inputs, output: batches.append(inputs[0].shape[0]))
+    with torch.no_grad():
+        networks({o: torch.rand(1, 3, 64, 64) for o in (0, -2, -1, 1)})
+    assert batches == [3]
+
+
+def test_loss_keeps_only_gradients_for_the_backward_pass() -> None:
+    """What autograd saves for the reprojection is one map per scale and some small matrices."""
+    prediction, images, stereo = scene()
+    K = torch.tensor([[20.0, 0, 12], [0, 20, 8], [0, 0, 1]]).expand(BATCH, 3, 3)
+    saved: list[weakref.ref[torch.Tensor]] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept = tensor.detach()
+        saved.append(weakref.ref(kept))
+        return kept
+
+    pyramids = image_pyramid(images, range(SCALES))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        total = reprojection_loss(prediction, pyramids, K, stereo, LossConfig()).total
+    alive = [tensor.shape for reference in saved if (tensor := reference()) is not None]
+    assert alive and total.requires_grad
+    # One number per pixel at most, never a colour image or a source's map.
+    assert max(shape.numel() for shape in alive) <= BATCH * 16 * 24
