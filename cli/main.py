@@ -6,12 +6,14 @@ import sys
 
 import typer
 
+from cli.bench import SETTINGS, bench
 from cli.console import errors, fail
 from cli.doctor import doctor
 from cli.eval import evaluate
 from cli.predict import predict
 from cli.prep import PrepCommand, prep
 from cli.sample import sample
+from cli.shards import app as shards_app
 from cli.train import train
 from cli.zoo import zoo
 from shards.errors import Md2Error
@@ -29,8 +31,10 @@ app.command(cls=PrepCommand)(prep)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(predict)
+app.command(context_settings=SETTINGS)(bench)
 app.command()(zoo)
 app.command()(doctor)
+app.add_typer(shards_app, name="shards")
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Measurements: ratios taken in one run against something named. Results are in RESULTS.md."""

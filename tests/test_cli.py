@@ -1,0 +1,80 @@
+"""The commands from outside: real processes, exit codes, one line per mistake."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ("sample", "prep", "shards", "train", "eval", "predict", "odometry", "export", "report", "bench", "zoo")
+
+
+def md2(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cli.main", *arguments]
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "100"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, cwd=folder or root, env=environment
+    )
+
+
+def test_help_names_every_command_and_needs_no_torch() -> None:
+    script = (
+        "import sys; sys.argv = ['md2', '--help']; from cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
+    )
+    check = "print('HEAVY', [m for m in ('torch', 'nvidia.dali', 'matplotlib') if m in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", script + check], capture_output=True, text=True, timeout=60, check=True
+    )
+    for command in COMMANDS:
+        assert command in found.stdout
+    assert "HEAVY []" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "no_such_recipe"], 2, "no_such_recipe"),
+        (["train", "mono", "train.batchsize=3"], 2, "did you mean 'train.batch_size'"),
+        (["train"], 2, "give a configuration"),
+        (["train", "--resume", "nowhere"], 2, "no run to resume"),
+        (["train", "mono", "data.url=nowhere", "model.weights=scratch"], 5, "nowhere"),
+        (["prep", "--split", "no_such_split"], 2, "no_such_split"),
+        (["eval", "nowhere", "nowhere"], 3, "nowhere"),
+        (["zoo", "nothing"], 2, "md2 zoo"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_and_its_exit_code(
+    arguments: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    found = md2(*arguments, folder=tmp_path)
+    assert found.returncode == code, found.stderr
+    lines = found.stderr.strip().splitlines()
+    assert len(lines) == 1, found.stderr
+    assert lines[0].startswith("md2: ")
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir()), "a refused command must leave nothing behind"
+
+
+def test_unknown_commands_and_options_are_usage_errors() -> None:
+    assert md2("nonsense").returncode == 2
+    assert md2("prep", "--nonsense").returncode == 2
+
+
+def test_doctor_checks_the_decoder() -> None:
+    found = md2("doctor")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "decodes (64x32)" in found.stdout
+
+
+def test_zoo_gives_figures_and_commands() -> None:
+    name = "monodepth2_resnet18_kitti_stereo_1024x320"
+    assert name in md2("zoo").stdout
+    shown = md2("zoo", name).stdout
+    # The paper's Table 1, row S 1024x320.
+    assert "abs_rel 0.107  sq_rel 0.849  rmse 4.764  rmse_log 0.201  a1 0.874  a2 0.953  a3 0.977" in shown
+    assert "md2 prep --split eigen_full --size 1024x320" in shown
+    assert f"md2 train {name}" in shown
