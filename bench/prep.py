@@ -32,7 +32,7 @@ from prep.splits import read_split
 from prep.workers import start_workers
 
 SIZE = (640, 192)
-QUALITY = 95
+QUALITY = 93
 DATE = "2011_09_26"
 DRIVE = f"{DATE}_drive_0001_sync"
 
@@ -65,7 +65,7 @@ def bare(images: list[bytes], count: int) -> None:
     for number in range(count):
         with Image.open(io.BytesIO(images[number % len(images)])) as image:
             small = image.convert("RGB").resize(SIZE, Image.Resampling.LANCZOS)
-        small.save(io.BytesIO(), "JPEG", quality=QUALITY, subsampling="4:2:0")
+        small.save(io.BytesIO(), "JPEG", quality=QUALITY, subsampling="4:4:4")
 
 
 _images: list[bytes] = []

@@ -58,9 +58,9 @@ def prep(
         typer.Option(help="Which depth of a lidar point.  [default: camera_z; lidar_x for eigen, as published]"),
     ] = None,
     codec: Annotated[
-        Literal["jpeg", "png"], typer.Option(help="png is lossless, and about five times the size.")
+        Literal["jpeg", "png"], typer.Option(help="png is lossless, and about four times the size.")
     ] = "jpeg",
-    quality: Annotated[int, typer.Option(help="JPEG quality, 1 to 100.")] = 95,
+    quality: Annotated[int, typer.Option(help="JPEG quality, 1 to 100.")] = 93,
     part: Annotated[list[str] | None, typer.Option(help="Only this part of the split; repeat for several.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many lines of each part.")] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,

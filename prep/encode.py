@@ -237,7 +237,7 @@ def encode_image(
         picture = picture.resize(form.size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if form.codec == "jpeg":
-        picture.save(buffer, "JPEG", quality=form.quality, subsampling="4:2:0")
+        picture.save(buffer, "JPEG", quality=form.quality, subsampling="4:4:4")
     else:
         picture.save(buffer, "PNG")
     return buffer.getvalue(), native
