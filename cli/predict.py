@@ -1,4 +1,4 @@
-"""`md2 predict`: depth of images, folders, globs."""
+"""`md2 predict`: depth of images, folders, globs, videos, or a camera."""
 
 from __future__ import annotations
 
@@ -13,42 +13,64 @@ from shards.errors import INCOMPLETE
 
 def predict(
     model: Annotated[str, typer.Argument(help="Run, checkpoint or folder of Monodepth2 weights.")],
-    inputs: Annotated[list[str], typer.Argument(help="Images, folders, globs.")],
+    inputs: Annotated[list[str], typer.Argument(help="Images, folders, globs, videos; or a camera's index.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("predictions"),
     save: Annotated[
-        str, typer.Option(help="What to write: side_by_side, disparity, npy, png16, ply.")
-    ] = "side_by_side,disparity,npy,png16",
+        str | None,
+        typer.Option(
+            help="Some of side_by_side, disparity, npy, png16 (metres x 256), ply, benchmark (KITTI's upload).  "
+            "[default: the first four; of a video side_by_side]"
+        ),
+    ] = None,
     post_process: Annotated[bool, typer.Option("--post-process", help="Merge with the mirror image's.")] = False,
     cmap: Annotated[str, typer.Option(help="Colour map of matplotlib.")] = "magma",
+    scale: Annotated[
+        float | None, typer.Option(help="Metres per unit of depth, where you know better than the model.")
+    ] = None,
     intrinsics: Annotated[
-        str | None, typer.Option(metavar="FX,FY,CX,CY", help="Camera in pixels, for ply [default: KITTI's, nominal].")
+        str | None, typer.Option(metavar="FX,FY,CX,CY", help="Camera in pixels, for ply.  [default: KITTI's, nominal]")
     ] = None,
     max_depth: Annotated[float, typer.Option(help="Points farther than this are left out of ply.")] = 80.0,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Frames to take of a video or camera.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per pass; a camera is taken one by one.")] = 8,
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option()] = "auto",
 ) -> None:
-    """Predict depth, and write pictures and depth files."""
-    from md2.predict import intrinsics_option, load
-    from md2.predict_command import Output, check_kinds, predict_images
+    """Predict depth, and write pictures, films and depth files. Ctrl-C ends a camera."""
+    from md2.predict import load
+    from md2.predict_command import PredictOptions, run_predict
+    from md2.predict_output import Progress
 
-    camera = intrinsics_option(intrinsics) if intrinsics is not None else None
-    output = Output(out, check_kinds(save), cmap, max_depth, camera)
+    options = PredictOptions(
+        out=out,
+        save=save,
+        flip=post_process,
+        cmap=cmap,
+        scale=scale,
+        intrinsics=intrinsics,
+        max_depth=max_depth,
+        limit=limit,
+        batch_size=batch_size,
+    )
     predictor = load(model, device)
     with progress_bar("image") as bar:
-        task = bar.add_task("predict", total=None, rate=0.0, note="")
 
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, rate=bar.tasks[task].speed or 0.0)
+        def track(name: str) -> Progress:
+            task = bar.add_task(name, total=None, rate=0.0, note="")
 
-        done = predict_images(predictor, inputs, output, batch_size=batch_size, flip=post_process, progress=advance)
-    for failure in done.failed:
+            def advance(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total or None, rate=bar.tasks[task].speed or 0.0)
+
+            return advance
+
+        found = run_predict(predictor, inputs, options, track)
+    for failure in found.failed:
         errors.print(f"left out: {failure}", highlight=False, markup=False)
-    console.print(f"{done.images} images, {len(done.written)} files in {out}", highlight=False, markup=False)
-    if predictor.unit == "unknown":
+    console.print(f"{found.images} images, {len(found.written)} files in {out}", highlight=False, markup=False)
+    if predictor.unit == "unknown" and scale is None:
         console.print(
             "scale unknown: this model learned from one camera, so depth is right up to one factor; .npy holds it in "
             "the model's own unit, and no 16-bit PNG in metres was written",
             highlight=False,
         )
-    if done.failed:
+    if found.failed:
         raise typer.Exit(INCOMPLETE)

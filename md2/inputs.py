@@ -1,4 +1,4 @@
-"""Which images a command was given: files, folders, globs."""
+"""What a command was given: images, folders and globs of them, videos, a camera."""
 
 from __future__ import annotations
 
@@ -20,6 +20,31 @@ class ImageFile:
     name: str
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Sorted by kind; cameras by index."""
+
+    images: list[str]
+    videos: list[Path]
+    cameras: list[int]
+
+
+def sort_inputs(inputs: Sequence[str]) -> Inputs:
+    """A number that is no file is a camera; a file with a video's suffix a video; the rest are images.
+
+    Raises:
+        UsageError: nothing given, or a camera together with anything else (it has no end).
+    """
+    if not inputs:
+        raise UsageError("name at least one image, folder, glob, video or camera index")
+    cameras = [int(text) for text in inputs if text.isdecimal() and not Path(text).exists()]
+    videos = [Path(text) for text in inputs if Path(text).suffix.lower() in VIDEO_SUFFIXES]
+    images = [text for text in inputs if Path(text) not in videos and not (text.isdecimal() and int(text) in cameras)]
+    if cameras and len(inputs) > 1:
+        raise UsageError(f"camera {cameras[0]} never ends: give it alone")
+    return Inputs(images, videos, cameras)
+
+
 def find_images(inputs: Sequence[str]) -> list[ImageFile]:
     """Files as given; folders with everything below, in the order of names; globs (`**` too).
 
@@ -28,10 +53,7 @@ def find_images(inputs: Sequence[str]) -> list[ImageFile]:
 
     Raises:
         InputError: something that is not there, a folder or glob without images.
-        UsageError: nothing given.
     """
-    if not inputs:
-        raise UsageError("name at least one image, folder, glob or video")
     found: list[ImageFile] = []
     for text in inputs:
         path = Path(text)

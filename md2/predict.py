@@ -81,8 +81,19 @@ class Predictor:
         self.metres_per_unit = metres_per_unit
         self.width, self.height = config.data.width, config.data.height
 
+    def with_unit(self, metres_per_unit: float) -> Predictor:
+        """The same networks, their unit given by hand.
+
+        Raises:
+            UsageError: not a positive number.
+        """
+        if not 0 < metres_per_unit < float("inf"):
+            raise UsageError(f"{metres_per_unit} metres per unit: a positive number is needed")
+        return Predictor(self.networks, self.config, metres_per_unit, self.device)
+
     @property
     def unit(self) -> Unit:
+        """Unit of the depths that are predicted."""
         return "unknown" if self.metres_per_unit is None else "metres"
 
     @torch.inference_mode()

@@ -22,6 +22,10 @@ CAMERAS = {"linux": ("/dev/video{}", "v4l2"), "darwin": ("{}", "avfoundation")}
 DEFAULT_RATE = Fraction(25)
 
 
+class DamagedVideoError(InputError):
+    """The rest of a video cannot be read; the frames before that were given."""
+
+
 @dataclass(frozen=True)
 class VideoSource:
     """An opened stream of frames.
@@ -41,7 +45,7 @@ class VideoSource:
         """Frames, upright, RGB.
 
         Raises:
-            InputError: the data are damaged; the frames before that were given.
+            DamagedVideoError: the rest cannot be read.
         """
         av = _av()
         stream = self._container.streams.video[0]
@@ -53,7 +57,10 @@ class VideoSource:
                 yield Image.fromarray(np.ascontiguousarray(np.rot90(pixels, turns)))
                 number += 1
         except av.error.FFmpegError as error:
-            raise InputError(f"{self.name}: damaged after {number} frames ({error.strerror})") from error
+            raise DamagedVideoError(f"{self.name}: damaged after {number} frames ({error.strerror})") from error
+        # Containers count a frame or so wrong now and then; a file cut short lacks many.
+        if self.frames is not None and number < self.frames - 1 - self.frames // 100:
+            raise DamagedVideoError(f"{self.name}: cut short, it ends after {number} of {self.frames} frames")
 
     def close(self) -> None:
         self._container.close()
