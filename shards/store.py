@@ -48,8 +48,11 @@ MAX_MANIFEST_BYTES = 64 << 20
 _MAX_RECEIPT_BYTES = 1 << 20
 _PARALLEL = 8
 _log = logging.getLogger(__name__)
-_FOLDER = ".publish"
-_CLAIM = f"{_FOLDER}/claim.json"
+FOLDER = ".publish"
+"""Where claim and receipts lie until the commit."""
+SCRATCH = f"{FOLDER}/scratch"
+"""Where a copy into a folder keeps shards on their way."""
+_CLAIM = f"{FOLDER}/claim.json"
 _MAX_VERSIONS = 1000
 
 
@@ -147,6 +150,11 @@ class Store:
     def url(self) -> str:
         return self._storage.url
 
+    @property
+    def storage(self) -> Storage:
+        """What the dataset is written to."""
+        return self._storage
+
     def begin(self, plan: Plan) -> dict[str, Receipt]:
         """Claim the prefix for `plan`; the receipts of shards that arrived before, by shard name.
 
@@ -195,7 +203,7 @@ class Store:
             return {}
         if self.published is not None:
             return {shard.name: Receipt(shard=shard) for shard in self.published.shards}
-        names = [name for name in self._storage.names(_FOLDER) if name.endswith(".json") and name != _CLAIM]
+        names = [name for name in self._storage.names(FOLDER) if name.endswith(".json") and name != _CLAIM]
         with ThreadPoolExecutor(_PARALLEL) as pool:
             receipts = pool.map(lambda name: self._arrived(self._receipt(name)), names)
             return {receipt.shard.name: receipt for receipt in receipts if receipt is not None}
@@ -339,9 +347,9 @@ class Store:
     def _tidy(self) -> None:
         """Remove claim and receipts; the dataset is committed whether or not this is allowed."""
         try:
-            self._storage.delete(self._storage.names(_FOLDER))
+            self._storage.delete(self._storage.names(FOLDER))
         except StorageError as error:
-            _log.warning("%s: committed, but %s/ cannot be removed (%s)", self.url, _FOLDER, error)
+            _log.warning("%s: committed, but %s/ cannot be removed (%s)", self.url, FOLDER, error)
 
     def _check_begun(self) -> None:
         if self._plan_sha256 is None:
@@ -369,7 +377,7 @@ class Store:
 
 
 def _receipt_name(shard_name: str) -> str:
-    return f"{_FOLDER}/{shard_name.removesuffix('.tar')}.json"
+    return f"{FOLDER}/{shard_name.removesuffix('.tar')}.json"
 
 
 def _check_local(shard: Shard, tar: Path, index: Path) -> None:
