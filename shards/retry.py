@@ -200,7 +200,7 @@ def _from_response(error: BaseException) -> Failure | None:
     elif response is not None:  # requests
         status = int(getattr(response, "status_code", 0))
     else:  # gcsfs, aiohttp
-        value = getattr(error, "code", None) or getattr(error, "status", None)
+        value = getattr(error, "status", None) or getattr(error, "code", None)
         status = int(value) if isinstance(value, int | str) and str(value).isdigit() else 0
     if code.isdigit():  # HEAD has no body: botocore puts the status there
         code, status = "", int(code)
