@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from prep_data import DATE, DRIVE, VAL_DRIVE, files_of, image, long_raw, read_part, run_pack, write_split
 
 from prep.calibration import read_raw_rig
 from prep.drives import Kitti
@@ -21,7 +22,6 @@ from prep.plan import make_plan
 from prep.sources import RawData
 from prep.splits import read_split
 from shards.manifest import Manifest
-from tests.prep_data import DATE, DRIVE, VAL_DRIVE, files_of, image, long_raw, read_part, run_pack, write_split
 
 
 def raw_image(drive: Path, frame: int, camera: str, name: str = DRIVE) -> Image.Image:
