@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.progress import TaskID
+from rich.progress import Progress, TaskID
 from typer.core import TyperCommand
 
 from cli.console import console, progress_bar
@@ -144,7 +144,7 @@ class _Bar:
     """One line a phase: how many a second, time left."""
 
     def __init__(self) -> None:
-        self._progress = progress_bar("")
+        self._progress: Progress | None = None
         self._task = TaskID(0)
         self._began = 0.0
         self._done = 0
@@ -159,10 +159,13 @@ class _Bar:
     def advance(self, count: int) -> None:
         self._done += count
         rate = self._done / max(time.monotonic() - self._began, 1e-3)
-        self._progress.update(self._task, advance=count, rate=rate)
+        if self._progress is not None:
+            self._progress.update(self._task, advance=count, rate=rate)
 
     def stop(self) -> None:
-        self._progress.stop()
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
 
 
 @contextmanager

@@ -66,8 +66,10 @@ class ChunkWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._tmp.unlink(missing_ok=True)
+        try:
+            self._file.close()  # on a full disk this fails, too
+        finally:
+            self._tmp.unlink(missing_ok=True)
 
 
 def read_chunk_index(path: Path) -> dict[str, Any] | None:

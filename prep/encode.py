@@ -27,6 +27,8 @@ from prep.versions import versions
 from shards.errors import SampleError, StorageError, UsageError
 from shards.sample import Codec
 
+_END: dict[Codec, bytes] = {"jpeg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}
+"""How a whole file ends: one without its end may show every pixel here and fail in another decoder."""
 READ_AHEAD = 4
 """Instants fetched at once, and the same number again while those are encoded: 2 x 4 x (2 images + 1 scan)."""
 
@@ -200,7 +202,7 @@ def encode_image(
 ) -> tuple[bytes, tuple[int, int]]:
     """Decode, resize (antialiased, Lanczos) and encode one raw image.
 
-    A file that is in the stored codec and at the stored size already goes through untouched.
+    A whole file that is in the stored codec and at the stored size already goes through untouched.
 
     Args:
         data: the raw file's content.
@@ -226,12 +228,8 @@ def encode_image(
             f"{ref.place}: {native[0]}x{native[1]} pixels, but the calibration is for {expected[0]}x{expected[1]}; "
             "prep needs the frames at their own size"
         )
-    if (
-        form.size in (None, native)
-        and kind == ("JPEG" if form.codec == "jpeg" else "PNG")
-        and mode == "RGB"
-        and not oriented
-    ):
+    untouched = form.size in (None, native) and mode == "RGB" and not oriented
+    if untouched and kind == ("JPEG" if form.codec == "jpeg" else "PNG") and data.endswith(_END[form.codec]):
         return data, native
     if form.size is not None and form.size != native:
         picture = picture.resize(form.size, Image.Resampling.LANCZOS)

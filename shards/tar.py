@@ -140,9 +140,11 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Leave nothing of the unfinished shard."""
-        self._file.close()
-        self._tar_tmp.unlink(missing_ok=True)
-        self._index_tmp.unlink(missing_ok=True)
+        try:
+            self._file.close()  # on a full disk this fails, too
+        finally:
+            self._tar_tmp.unlink(missing_ok=True)
+            self._index_tmp.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -251,7 +253,7 @@ def read_samples(tar_path: Path) -> Iterator[Sample]:
     """
     with _open_tar(tar_path) as tar, tar_path.open("rb") as file:
         for key, entries in _groups(tar, tar_path):
-            yield _sample(key, {e.component: _read(file, e, tar_path) for e in entries}, tar_path)
+            yield Sample(key, {e.component: _read(file, e, tar_path) for e in entries})
 
 
 def _open_tar(tar_path: Path) -> tarfile.TarFile:
@@ -301,8 +303,12 @@ def _members(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tarfile.TarInfo]:
 def _split_name(member: tarfile.TarInfo, tar_path: Path) -> tuple[str, str]:
     name = member.name.removeprefix("./")
     key, dot, component = name.partition(".")
-    if not dot or not key or not _COMPONENT.fullmatch(component):
+    if not dot or not _COMPONENT.fullmatch(component):
         raise DatasetError(f"{tar_path}: member {member.name!r} is not of the form 'key.component'")
+    try:
+        Sample(key, {})
+    except ValueError as error:
+        raise DatasetError(f"{tar_path}: {error}") from error
     return key, component
 
 
@@ -321,10 +327,3 @@ def _read(file: IO[bytes], entry: IndexEntry, tar_path: Path) -> bytes:
     if len(data) != entry.size:
         raise DatasetError(f"{tar_path}: truncated within {entry.name!r}; pack or pull it again")
     return data
-
-
-def _sample(key: str, components: dict[str, bytes], tar_path: Path) -> Sample:
-    try:
-        return Sample(key, components)
-    except ValueError as error:
-        raise DatasetError(f"{tar_path}: {error}") from error
