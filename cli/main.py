@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 
 import typer
 
@@ -10,6 +12,7 @@ from cli.bench import SETTINGS, bench
 from cli.console import errors, fail
 from cli.doctor import doctor
 from cli.eval import evaluate
+from cli.odometry import odometry
 from cli.predict import predict
 from cli.prep import PrepCommand, prep
 from cli.sample import sample
@@ -31,14 +34,21 @@ app.command(cls=PrepCommand)(prep)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(predict)
+app.command()(odometry)
 app.command(context_settings=SETTINGS)(bench)
 app.command()(zoo)
 app.command()(doctor)
 app.add_typer(shards_app, name="shards")
 
 
+def terminated(number: int, frame: FrameType | None) -> None:
+    """SIGTERM unwinds like an error, so that what is half-written is removed; training has its own handler."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Console script: exit codes as listed in shards/errors.py."""
+    signal.signal(signal.SIGTERM, terminated)
     try:
         app()
     except Md2Error as error:

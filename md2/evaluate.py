@@ -197,20 +197,35 @@ def evaluation_batches(
     Raises:
         DatasetError: no such part, or no ground truth.
     """
+    if dataset.manifest.depth is None:
+        raise DatasetError(f"{dataset.url}: no ground truth in this dataset: pack it with md2 prep --depth")
+    return _limited(single_part_loader(dataset, part, predictor, [0], batch_size, depth=True), limit)
+
+
+def single_part_loader(
+    dataset: LocalDataset,
+    part: str,
+    predictor: Predictor | None,
+    frames: Sequence[int],
+    batch_size: int,
+    *,
+    depth: bool = False,
+) -> Iterator[Batch]:
+    """One part as it is, once and in the dataset's order: the frames named, nothing else.
+
+    Raises:
+        UsageError, DatasetError: as `md2.pipeline.Loader`.
+    """
     # DALI takes a second to import, which reading saved files or `md2 predict` need not wait for.
     from md2.pipeline import Loader
 
-    if dataset.manifest.depth is None:
-        raise DatasetError(f"{dataset.url}: no ground truth in this dataset: pack it with md2 prep --depth")
     config = (predictor.config if predictor else Config()).data
     stored = dataset.manifest.size if predictor is None else None
     width, height = stored or (config.width, config.height)
-    # Only the target is looked at, so nothing else is asked for (and decoded).
-    plain = {"frames": [0], "stereo": False, "flip": False, "color_jitter": False, "device": "auto"}
-    data = config.model_copy(update={**plain, "width": width, "height": height})
+    plain = {"stereo": False, "flip": False, "color_jitter": False, "device": "auto"}
+    data = config.model_copy(update={**plain, "frames": list(frames), "width": width, "height": height})
     device = predictor.device if predictor else torch.device("cpu")
-    loader = Loader(dataset, part, data, batch_size=batch_size, seed=0, train=False, depth=True, device=device)
-    return _limited(iter(loader), limit)
+    return iter(Loader(dataset, part, data, batch_size=batch_size, seed=0, train=False, depth=depth, device=device))
 
 
 def _limited(batches: Iterator[Batch], limit: int | None) -> Iterator[Batch]:

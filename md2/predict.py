@@ -11,6 +11,7 @@ A model trained on a single camera knows depth up to one unknown factor; `unit` 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,14 +138,14 @@ class Predictor:
         pictures = [to_pil(image) for image in images]
         if not pictures:
             return []
-        disparities = self.disparity(torch.stack([self._input(picture) for picture in pictures]), flip=flip)
+        disparities = self.disparity(torch.stack([self.input(picture) for picture in pictures]), flip=flip)
         factor = 1.0 if self.metres_per_unit is None else self.metres_per_unit
         return [
             DepthMap(np.asarray(picture), _depth_at(one, picture.height, picture.width, factor), self.unit)
             for picture, one in zip(pictures, disparities, strict=True)
         ]
 
-    def _input(self, picture: Image.Image) -> Tensor:
+    def input(self, picture: Image.Image) -> Tensor:
         """(3, height, width): the antialiased resize that prep and the published code use."""
         resized = picture.resize((self.width, self.height), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
@@ -176,15 +177,32 @@ def read_image(path: Path) -> Image.Image:
         InputError: missing, damaged, or not an image.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return to_pil(ImageOps.exif_transpose(image))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    return decode_image(data, str(path))
+
+
+def decode_image(data: bytes, where: str) -> Image.Image:
+    """The same from a file's content; `where` goes into the message.
+
+    Raises:
+        InputError: damaged, or not an image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return to_pil(ImageOps.exif_transpose(image))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({error}); it may be cut short") from error
+        raise InputError(f"{where}: cannot be read as an image ({_reason(error)}); it may be cut short") from error
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{where}: {error}") from error
+
+
+def _reason(error: Exception) -> str:
+    return "no image format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def to_pil(image: ImageLike) -> Image.Image:
