@@ -25,8 +25,8 @@ from md2.batch import Batch, Offset
 from md2.config import LossConfig, ModelConfig
 from md2.geometry import disparity_to_depth, scale_intrinsics
 from md2.prediction import Prediction
-from md2.reprojection import Rule, Views, reproject
-from md2.ssim import Target, photometric_error
+from md2.reprojection import Rule, Views, reproject, unwarped_error
+from md2.ssim import Target
 
 Pyramids = Mapping[Offset, Mapping[int, Tensor]]
 """Offset -> level s -> image (B, 3, H / 2^s, W / 2^s) in [0, 1]."""
@@ -234,7 +234,7 @@ class _Context:
         images = torch.stack([_full(self.pyramids[source][size]) for source in self.sources], dim=1)
         identity = None
         if not self.config.disable_automasking:
-            identity = photometric_error(images, target, self.config.no_ssim)
+            identity = unwarped_error(images, target, self.config.no_ssim)
             if self.config.avg_reprojection:
                 identity = identity.mean(dim=1, keepdim=True)
         return _Level(Views(target, images), _full(K), identity)

@@ -11,6 +11,7 @@ coordinate (+ 1e-7) it is the place to sample.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from md2.geometry import EPSILON, pixel_axes
-from md2.ssim import Photometric, Target, piece_size
+from md2.ssim import Photometric, Target, photometric_error, piece_size
 
 
 class Views(NamedTuple):
@@ -115,7 +116,7 @@ class _Reproject(torch.autograd.Function):
         keep_warped: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         gradients = any(ctx.needs_input_grad)
-        run = _Run(views, rule, homographies.shape[1], gradients, keep_warped)
+        run = _Run(views, rule, gradients, keep_warped)
         for first in range(0, depth.shape[0], run.samples):
             piece = slice(first, first + run.samples)
             run.piece(
@@ -132,7 +133,7 @@ class _Reproject(torch.autograd.Function):
         ctx.mark_non_differentiable(error, automask, warped)
         ctx.masked = mask is not None
         if gradients:
-            ctx.save_for_backward(*(torch.cat(parts) for parts in run.gradients() if parts))
+            ctx.save_for_backward(*(torch.cat(parts) for parts in run.gradients if parts))
         return error.mean(), error, automask, warped
 
     @staticmethod
@@ -145,24 +146,19 @@ class _Reproject(torch.autograd.Function):
 class _Run:
     """One forward pass over the pieces of a batch; collects results and gradients."""
 
-    def __init__(self, views: Views, rule: Rule, sources: int, gradients: bool, keep_warped: bool) -> None:
-        self.views, self.rule, self.sources = views, rule, sources
+    def __init__(self, views: Views, rule: Rule, gradients: bool, keep_warped: bool) -> None:
+        self.views, self.rule = views, rule
         self.wants_gradients, self.keep_warped = gradients, keep_warped
         images = views.sources
         self.pixels = images.shape[0] * images.shape[-2] * images.shape[-1]
-        self.x, self.y = pixel_axes(images.shape[-2], images.shape[-1], images)
-        self.samples, self.group = piece_size(images)
-        self.workers: list[Photometric] = []
+        self.samples, _ = piece_size(images)
+        self.engine = _engine(images)
+        self.spare: list[Photometric] = []
         self.error: list[Tensor] = []
         self.automask: list[Tensor] = []
         self.warped: list[Tensor] = []
-        self.by_depth: list[Tensor] = []
-        self.by_homographies: list[Tensor] = []
-        self.by_epipoles: list[Tensor] = []
-        self.by_mask: list[Tensor] = []
-
-    def gradients(self) -> tuple[list[Tensor], ...]:
-        return self.by_depth, self.by_homographies, self.by_epipoles, self.by_mask
+        self.gradients: tuple[list[Tensor], ...] = ([], [], [], [])
+        """By depth, homographies, epipoles, mask."""
 
     def piece(
         self,
@@ -174,50 +170,22 @@ class _Run:
         unwarped: Tensor | None,
     ) -> None:
         """Some samples: b of them, all their sources."""
-        target = self.views.target.samples(samples)
-        directions, z, grid = self._places(depth, homographies, epipoles)
-        images = self.views.sources[samples].flatten(0, 1)
-        with torch.set_grad_enabled(self.wants_gradients):
-            grid.requires_grad_(self.wants_gradients)
-            sampled = F.grid_sample(
-                images, grid.flatten(0, 1), mode="bilinear", padding_mode="border", align_corners=True
-            )
-        warped = sampled.detach().view(self.views.sources[samples].shape)
-        groups = [slice(first, first + self.group) for first in range(0, self.sources, self.group)]
-        if not self.workers:
-            self.workers = [
-                Photometric(warped[:, group].shape, warped, self.rule.no_ssim, self.wants_gradients) for group in groups
-            ]
-        workers = list(zip(groups, self.workers, strict=True))
-        errors = torch.cat([worker.error(warped[:, group], target) for group, worker in workers], dim=1)
-        weights = self._choose(errors, mask, unwarped)
+        target, images = self.views.target.samples(samples), self.views.sources[samples]
+        engine = self.engine(target, images, self.rule.no_ssim, self.wants_gradients, self.spare)
+        warped = engine.warp(depth, homographies, epipoles)
+        weights = self._choose(engine.error(), mask, unwarped)
         if self.keep_warped:
             self.warped.append(warped)
-        if not self.wants_gradients:
-            return
-        by_image = torch.empty_like(warped)
-        for group, worker in workers:
-            by_image[:, group] = worker.gradient(warped[:, group], target, weights[:, group])
-        (by_grid,) = torch.autograd.grad(sampled, grid, by_image.flatten(0, 1))
-        self._back(depth, directions, z, grid.detach(), by_grid)
-
-    def _places(self, depth: Tensor, homographies: Tensor, epipoles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (b, n, 3, H, W), the denominators (b, n, H, W), and where to sample (b, n, H, W, 2)."""
-        along_x, along_y, constant = homographies.unsqueeze(-2).unsqueeze(-2).unbind(-1)
-        directions = along_x * self.x + (along_y * self.y + constant)
-        points = torch.addcmul(epipoles[..., None, None], directions, depth.unsqueeze(1))
-        z = points[:, :, 2]
-        grid = torch.empty(*z.shape, 2, dtype=z.dtype, device=z.device)
-        for axis in (0, 1):
-            torch.div(points[:, :, axis], z, out=grid[..., axis])
-        return directions, z, grid
+        if self.wants_gradients:
+            for collected, gradient in zip(self.gradients, engine.gradient(weights), strict=False):
+                collected.append(gradient)
 
     def _choose(self, errors: Tensor, mask: Tensor | None, unwarped: Tensor | None) -> Tensor:
         """Record the error that counts at each pixel; weights (b, n, H, W) of the sources' errors in the loss."""
         masked = errors if mask is None else errors * mask
         if self.rule.average:
             error = masked.mean(dim=1, keepdim=True)
-            weights = torch.full_like(errors, 1 / (self.sources * self.pixels))
+            weights = torch.full_like(errors, 1 / (errors.shape[1] * self.pixels))
         else:
             error, winner = masked.min(dim=1, keepdim=True)
             weights = torch.zeros_like(errors).scatter_(1, winner, 1 / self.pixels)
@@ -228,20 +196,94 @@ class _Run:
             error = torch.where(automask, error, unwarped)
         self.error.append(error)
         if mask is not None:
-            self.by_mask.append(weights * errors)
+            self.gradients[3].append(weights * errors)
             weights = weights * mask
         return weights
 
-    def _back(self, depth: Tensor, directions: Tensor, z: Tensor, grid: Tensor, by_grid: Tensor) -> None:
-        """From the gradient by the sampling places to those by depth, homography and epipole."""
-        by_points = torch.empty_like(directions)
+
+class Eager:
+    """Warp, errors, gradients of one piece of a batch, in plain torch operators.
+
+    Args:
+        target: what the sources are compared with.
+        images: sources, (b, N, 3, H, W).
+        no_ssim: L1 alone.
+        gradients: whether `gradient` will be called.
+        spare: workers of an earlier piece of the same shape, to be used again.
+    """
+
+    def __init__(
+        self, target: Target, images: Tensor, no_ssim: bool, gradients: bool, spare: list[Photometric] | None = None
+    ) -> None:
+        self.target, self.images, self.gradients = target, images, gradients
+        self.x, self.y = pixel_axes(images.shape[-2], images.shape[-1], images)
+        _, group = piece_size(images)
+        self.groups = [slice(first, first + group) for first in range(0, images.shape[1], group)]
+        self.workers = [] if spare is None else spare
+        if not self.workers:
+            shapes = [images[:, part].shape for part in self.groups]
+            self.workers += [Photometric(shape, images, no_ssim, gradients) for shape in shapes]
+
+    def warp(self, depth: Tensor, homographies: Tensor, epipoles: Tensor) -> Tensor:
+        """Depth (b, 1, H, W) and the pixel map -> warped sources (b, N, 3, H, W)."""
+        self.depth = depth
+        along_x, along_y, constant = homographies.unsqueeze(-2).unsqueeze(-2).unbind(-1)
+        self.directions = along_x * self.x + (along_y * self.y + constant)
+        points = torch.addcmul(epipoles[..., None, None], self.directions, depth.unsqueeze(1))
+        self.z = points[:, :, 2]
+        self.grid = torch.empty(*self.z.shape, 2, dtype=self.z.dtype, device=self.z.device)
         for axis in (0, 1):
-            torch.div(by_grid[..., axis], z, out=by_points[:, :, axis])
+            torch.div(points[:, :, axis], self.z, out=self.grid[..., axis])
+        images = self.images.flatten(0, 1)
+        with torch.set_grad_enabled(self.gradients):
+            self.grid.requires_grad_(self.gradients)
+            places = self.grid.flatten(0, 1)
+            self.sampled = F.grid_sample(images, places, mode="bilinear", padding_mode="border", align_corners=True)
+        self.warped = self.sampled.detach().view(self.images.shape)
+        return self.warped
+
+    def error(self) -> Tensor:
+        """Errors of the warped sources, (b, N, H, W)."""
+        workers = zip(self.groups, self.workers, strict=True)
+        return torch.cat([worker.error(self.warped[:, part], self.target) for part, worker in workers], dim=1)
+
+    def gradient(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients by depth, homographies and epipoles of the sum of weights (b, N, H, W) times error."""
+        by_image = torch.empty_like(self.warped)
+        for part, worker in zip(self.groups, self.workers, strict=True):
+            by_image[:, part] = worker.gradient(self.warped[:, part], self.target, weights[:, part])
+        (by_grid,) = torch.autograd.grad(self.sampled, self.grid, by_image.flatten(0, 1))
+        grid = self.grid.detach()
+        by_points = torch.empty_like(self.directions)
+        for axis in (0, 1):
+            torch.div(by_grid[..., axis], self.z, out=by_points[:, :, axis])
         torch.mul(by_points[:, :, 0], grid[..., 0], out=by_points[:, :, 2])
         by_points[:, :, 2].addcmul_(by_points[:, :, 1], grid[..., 1]).neg_()
-        self.by_depth.append((by_points * directions).sum(dim=(1, 2)).unsqueeze(1))
-        self.by_epipoles.append(by_points.sum(dim=(3, 4)))
-        by_directions = by_points.mul_(depth.unsqueeze(1))
+        by_depth = (by_points * self.directions).sum(dim=(1, 2)).unsqueeze(1)
+        by_epipoles = by_points.sum(dim=(3, 4))
+        by_directions = by_points.mul_(self.depth.unsqueeze(1))
         columns, rows = by_directions.sum(dim=3), by_directions.sum(dim=4)
         parts = [(columns * self.x).sum(-1), (rows * self.y[:, 0]).sum(-1), rows.sum(-1)]
-        self.by_homographies.append(torch.stack(parts, dim=-1))
+        return by_depth, torch.stack(parts, dim=-1), by_epipoles
+
+
+def unwarped_error(images: Tensor, target: Target, no_ssim: bool) -> Tensor:
+    """Photometric error (B, N, H, W) of images (B, N, 3, H, W) as they are, without gradients."""
+    if has_kernels(images):
+        from md2 import kernels
+
+        return kernels.photometric_error(images, target, no_ssim)
+    return photometric_error(images, target, no_ssim)
+
+
+def has_kernels(images: Tensor) -> bool:
+    """Whether the Triton kernels take these images: float32 on a CUDA device, and Triton installed."""
+    return images.is_cuda and images.dtype == torch.float32 and importlib.util.find_spec("triton") is not None
+
+
+def _engine(images: Tensor) -> Any:
+    if has_kernels(images):
+        from md2 import kernels
+
+        return kernels.Fused
+    return Eager
