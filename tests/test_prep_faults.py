@@ -8,7 +8,8 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -283,23 +284,42 @@ def test_an_unwritable_target_is_found_out_before_the_work(drive: Path, tmp_path
         run_pack(split, drive, missing)
 
 
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """The kernel refuses to let any file grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_full_disk_says_so_and_leaves_nothing_half_written(drive: Path, tmp_path: Path) -> None:
-    """The kernel refuses to let any file grow beyond 300 kB: a chunk, or a shard, fails in the middle of a write."""
+    """First no chunk can be finished; then, with room for chunks, no shard; then there is room."""
     raw, split = long_raw(drive, tmp_path / "raw", 60)
-    out, scratch = tmp_path / "out", tmp_path / "scratch"
-    common = ["prep", "--split", split, "--raw", raw, "--out", out, "--scratch", scratch, "--size", "native"]
-    for workers in ("1", "2"):
-        full = md2(*common, "--workers", workers, limit=300_000)
-        assert full.returncode == 5
-        assert f"{scratch}: cannot be written (File too large)" in full.stderr.replace("\n", "")
-        assert "--scratch" in full.stderr
-        assert "Traceback" not in full.stderr
-    assert not (out / "dataset.json").exists()
-    assert not list(scratch.glob("**/.*.tmp"))
-    assert md2(*common, "--workers", "2").returncode == 0
+    out, scratch = tmp_path / "out", tmp_path / ".out.scratch"
+    for size in (300_000, 1_500_000):
+        with small_disk(size), pytest.raises(StorageError, match=rf"{scratch}: .* \(File too large\).*--scratch"):
+            run_pack(split, raw, out, size="native")
+        assert not list(scratch.glob("**/*.tmp"))
+        assert not (out / "dataset.json").exists()
+    assert len(list(scratch.glob("*.chunk"))) == 3
+    run_pack(split, raw, out, size="native")
     run_pack(split, raw, tmp_path / "expected", size="native")
     assert files_of(out) == files_of(tmp_path / "expected")
     assert not scratch.exists()
+
+
+def test_a_full_disk_under_workers(drive: Path, tmp_path: Path) -> None:
+    raw, split = long_raw(drive, tmp_path / "raw", 60)
+    options = ["--out", tmp_path / "out", "--scratch", tmp_path / "scratch", "--size", "native", "--workers", "2"]
+    full = md2("prep", "--split", split, "--raw", raw, *options, limit=300_000)
+    assert full.returncode == 5, full.stderr
+    assert f"{tmp_path}/scratch: cannot be written (File too large)" in full.stderr.replace("\n", "")
+    assert "Traceback" not in full.stderr
+    assert not list((tmp_path / "scratch").glob("**/*.tmp"))
+    assert not (tmp_path / "out" / "dataset.json").exists()
 
 
 def test_two_runs_at_once_do_not_share_scratch(drive: Path, tmp_path: Path) -> None:
