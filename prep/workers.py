@@ -21,6 +21,8 @@ from shards.errors import Md2Error, UsageError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+SCHEDULER_TIMEOUT = 10
+"""Seconds to wait for a dask scheduler's answer."""
 _AHEAD = 2
 """Jobs under way or waiting for each worker: none ever waits for the main process, and few are in memory."""
 
@@ -90,7 +92,7 @@ def _dask(scheduler: str) -> Iterator[Workers]:
     except ImportError as error:
         raise UsageError("--scheduler needs dask: pip install 'md2[dask]'") from error
     try:
-        client: Any = Client(scheduler, timeout=10)  # type: ignore[no-untyped-call]
+        client: Any = Client(scheduler, timeout=SCHEDULER_TIMEOUT)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, TimeoutError) as error:
         raise UsageError(f"--scheduler {scheduler}: no dask scheduler answers there ({error})") from error
     with client:
