@@ -24,12 +24,15 @@ import resource
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from io import BytesIO
+from itertools import count
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +65,26 @@ class Contender:
     batches: Iterator[int]
     buffered: int
     rates: list[float] = field(default_factory=list)
-    seconds_of_cpu: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
 
     def measure(self, seconds: float) -> None:
-        """Samples per second, and CPU milliseconds per sample of this process and the children that have ended."""
+        """Adds a turn: samples per second, and CPU milliseconds per sample of this process and its workers."""
         for _ in range(self.buffered):
             next(self.batches)
-        count, begin, cpu = 0, time.perf_counter(), time.process_time()
-        while (now := time.perf_counter()) - begin < seconds:
-            count += next(self.batches)
-        now = time.perf_counter()
-        self.rates.append(count / (now - begin))
-        self.seconds_of_cpu.append((time.process_time() - cpu) / count)
+        samples, begin, cpu = 0, time.perf_counter(), cpu_seconds()
+        while time.perf_counter() - begin < seconds:
+            samples += next(self.batches)
+        self.rates.append(samples / (time.perf_counter() - begin))
+        self.costs.append(1000 * (cpu_seconds() - cpu) / samples)
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of the workers that it has now."""
+    ticks = 0
+    for worker in active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 # --- what people do today
@@ -181,12 +192,13 @@ def floor(dataset: LocalDataset, stems: list[str], batch: int, threads: int) -> 
             simplejpeg.decode_jpeg(image, colorspace="RGB")
 
     with ThreadPoolExecutor(threads) as pool:
-        begin = 0
-        while True:
+        under_way: deque[list[Future[None]]] = deque()
+        for begin in count(step=batch):
             chosen = [samples[(begin + place) % len(samples)] for place in range(batch)]
-            begin += batch
-            list(pool.map(decode, chosen))
-            yield batch
+            under_way.append([pool.submit(decode, images) for images in chosen])
+            if len(under_way) > 2:  # batches ahead, so that no thread waits for the others at a batch's end
+                wait(under_way.popleft())
+                yield batch
 
 
 # --- data
@@ -205,8 +217,8 @@ def find_samples(raw: Path) -> list[list[Path]]:
     return found
 
 
-def make_data(found: list[list[Path]], count: int, folder: Path) -> tuple[LocalDataset, list[list[Path]]]:
-    """A dataset of `count` samples, repeating what there is, and the same samples as full-size JPEG files."""
+def make_data(found: list[list[Path]], samples: int, folder: Path) -> tuple[LocalDataset, list[list[Path]]]:
+    """A dataset of `samples` samples, repeating what there is, and the same samples as full-size JPEG files."""
     small: dict[Path, bytes] = {}
     full: dict[Path, Path] = {}
     for path in {path for sample in found for path in sample}:
@@ -219,8 +231,8 @@ def make_data(found: list[list[Path]], count: int, folder: Path) -> tuple[LocalD
         small[path] = buffer.getvalue()
     extra = {"k.f32": np.array([371, 369, 314, 87], "<f4").tobytes(), "t.f32": np.array([-0.54], "<f4").tobytes()}
 
-    def samples() -> Iterator[Sample]:
-        for number in range(count):
+    def packed() -> Iterator[Sample]:
+        for number in range(samples):
             names = [f"{stem}.jpg" for stem in STEMS["mono+stereo"]]
             paths = found[number % len(found)]
             parts = {name: small[path] for name, path in zip(names, paths, strict=True)}
@@ -228,7 +240,7 @@ def make_data(found: list[list[Path]], count: int, folder: Path) -> tuple[LocalD
 
     write_dataset(
         folder / "shards",
-        {"train": samples()},
+        {"train": packed()},
         split=Split(name="bench", sha256="0" * 64),
         frames=[0, -1, 1],
         stereo=True,
@@ -318,11 +330,16 @@ def table(mode: str, rows: list[Contender]) -> str:
         return f"{statistics.median(a / b for a, b in zip(row.rates, by_name[other].rates, strict=True)):.2f}"
 
     against = ["plain, png, jitter", "webdataset", "floor"]
-    lines = [f"{mode}: samples/s", "", "| | samples/s | " + " | ".join(f"/ {name}" for name in against) + " |"]
-    lines.append("|---|" + "---|" * (1 + len(against)))
+    lines = [
+        f"{mode}: samples/s",
+        "",
+        "| | samples/s | CPU ms/sample | " + " | ".join(f"/ {name}" for name in against) + " |",
+    ]
+    lines.append("|---|" + "---|" * (2 + len(against)))
     for row in rows:
         ratios = " | ".join(ratio(row, name) for name in against)
-        lines.append(f"| {row.name} | {statistics.median(row.rates):.0f} | {ratios} |")
+        rate, cost = statistics.median(row.rates), statistics.median(row.costs)
+        lines.append(f"| {row.name} | {rate:.0f} | {cost:.2f} | {ratios} |")
     return "\n".join(lines) + "\n"
 
 

@@ -10,11 +10,13 @@ difference. One clamp to [0, 1] comes at the end, where torchvision clamps after
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def float_images(pixels: Tensor, flipped: Tensor | None) -> Tensor:
         if flipped is not None:
             pixels = torch.where(flipped.view(-1, 1, 1, 1), pixels.flip(2), pixels)
         return pixels.permute(0, 3, 1, 2).float().div_(255)
-    out = _empty(pixels.shape)
+    out = _host_memory.take(tuple(pixels.shape))
     mirrored = repeat(False) if flipped is None else flipped.tolist()
     # One image at a time stays in the cache from the flip to the division; the whole batch at once takes twice as long.
     for target, source, mirror in zip(out.unbind(), pixels.unbind(), mirrored, strict=False):
@@ -115,7 +117,7 @@ class Jitter:
         return out.index_copy_(0, self.chosen, turned.view(len(self.chosen), *rgb.shape[1:]))
 
     def _on_cpu(self, rgb: Tensor, grey: Tensor) -> Tensor:
-        out = _empty(rgb.shape)
+        out = _host_memory.take(tuple(rgb.shape))
         rows = zip(self.chosen.tolist(), self.blocks.unbind(), self.pivots.tolist(), strict=True)
         drawn = {place: (block, pivot) for place, block, pivot in rows}
         for place, (target, source) in enumerate(zip(out.unbind(), rgb.unbind(), strict=True)):
@@ -129,9 +131,33 @@ class Jitter:
         return out
 
 
-def _empty(shape: Sequence[int]) -> Tensor:
-    """Uninitialised float32 memory of the host. NumPy asks for huge pages: new memory costs hundreds of faults less."""
-    return torch.from_numpy(np.empty(tuple(shape), np.float32))
+class _HostMemory:
+    """Float buffers of the host that come back when the last tensor on them is gone.
+
+    The kernel clears every page of new memory, which takes about as long as filling it with an image; so memory is
+    used again, but never while a tensor, a view or the autograd graph still holds it. What was of another size
+    is let go.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[npt.NDArray[np.float32]]] = {}
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialised float32 tensor."""
+        if shape not in self._free:
+            self._free = {shape: []}
+        free = self._free[shape]
+        # pop() instead of a look and a pop: buffers may come back, or be taken, on another thread in between.
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = np.empty(shape, np.float32)
+        lent = memory.view()
+        weakref.finalize(lent, free.append, memory).atexit = False
+        return torch.from_numpy(lent)  # holds `lent` as long as anything uses its storage
+
+
+_host_memory = _HostMemory()
 
 
 def camera_matrices(
