@@ -53,7 +53,7 @@ def card(manifest: Manifest, url: str = "URL", kitti: bool | None = None) -> str
         f"Left out for want of input: {manifest.skipped} (see report.json, where there is one).\n",
         _depth(manifest),
         _components(manifest),
-        _reading(url, example, manifest.image_component(0)),
+        _reading(url, example, manifest),
         _KITTI_LICENCE if kitti else _OTHER_LICENCE,
     ]
     return "\n".join(section for section in sections if section)
@@ -97,18 +97,25 @@ def _image(component: str) -> str:
     return "-"
 
 
-def _reading(url: str, part: str, target: str) -> str:
+def _reading(url: str, part: str, manifest: Manifest) -> str:
+    depth = ""
+    if manifest.depth is not None:
+        depth = f"""
+        if "{DEPTH}" in sample:
+            depth = numpy.asarray(Image.open(io.BytesIO(sample["{DEPTH}"]))) / 256.0  # metres, 0 = no measurement"""
     return f"""\
 ## Reading it
 
     md2 train CONFIG data.url={url}
     md2 shards show {url}
 
-Without md2, with the `webdataset` library:
+Without md2, with the `webdataset` library (not with its `.decode("pil")`, which cuts 16-bit depth to 8 bits):
 
-    import webdataset
-    for sample in webdataset.WebDataset("{part}/000000.tar", shardshuffle=False).decode("pil"):
-        sample["__key__"], sample["{target}"]
+    import io, numpy, webdataset
+    from PIL import Image
+    for sample in webdataset.WebDataset("{part}/000000.tar", shardshuffle=False):
+        image = Image.open(io.BytesIO(sample["{manifest.image_component(0)}"]))
+        intrinsics = numpy.frombuffer(sample["{INTRINSICS}"], "<f4"){depth}
 
 or with nothing but tar: `tar -tf {part}/000000.tar`. The `.idx` beside each tar is NVIDIA DALI's index for
 `fn.readers.webdataset`.

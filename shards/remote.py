@@ -10,7 +10,8 @@ import asyncio
 import concurrent.futures
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,6 +53,29 @@ _CREDENTIALS = {
 _INSTALL = {"gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 
 
+class _Connections:
+    """fsspec's file systems of this process, one for each set of credentials, shared by all its storages."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """For a forked child: fsspec's thread does not survive a fork, a held lock does."""
+        self._guard = threading.Lock()
+        self._known: dict[tuple[str, frozenset[tuple[str, str]]], Any] = {}
+
+    def get(self, scheme: str, connect: Callable[[], Any]) -> Any:
+        settings = frozenset((k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "GOOGLE_")))
+        with self._guard:
+            if (scheme, settings) not in self._known:
+                self._known[scheme, settings] = connect()
+            return self._known[scheme, settings]
+
+
+_connections = _Connections()
+os.register_at_fork(after_in_child=_connections.forget)
+
+
 class RemoteStorage:
     """A prefix in object storage. Can be pickled; each process makes its own connections."""
 
@@ -66,8 +90,6 @@ class RemoteStorage:
             raise UsageError(f"{url}: no bucket in it; the form is {self.scheme}://bucket/prefix")
         self._patience = patience
         self._retry = Retrier(patience, _CREDENTIALS.get(self.scheme, "check the credentials"))
-        self._filesystem: Any = None
-        self._process = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "patience": self._patience}
@@ -78,13 +100,6 @@ class RemoteStorage:
     def cancel(self) -> None:
         """Make every call that is under way in other threads, and every later one, raise CancelledError."""
         self._retry.cancelled.set()
-
-    def _fs(self) -> Any:
-        """fsspec's file system, made anew after a fork: its thread does not survive one."""
-        if self._filesystem is None or self._process != os.getpid():
-            self._filesystem = self._connect()
-            self._process = os.getpid()
-        return self._filesystem
 
     def _connect(self) -> Any:
         import fsspec
@@ -108,7 +123,7 @@ class RemoteStorage:
         limit = _CALL_TIMEOUT + size / _SLOWEST
 
         def attempt() -> Any:
-            fs = self._fs()
+            fs = _connections.get(self.scheme, self._connect)
             if not getattr(fs, "async_impl", False):
                 return getattr(fs, method)(*args, **options)
             work = asyncio.wait_for(getattr(fs, f"_{method}")(*args, **options), limit)
@@ -168,8 +183,13 @@ class RemoteStorage:
             start += len(data)
 
     def stat(self, name: str) -> Stat | None:
+        path = self._path(name)
         try:
-            info = self._call(name, "info", self._path(name))
+            if self.scheme in ("s3", "s3a"):  # info would list as well where nothing has the name
+                bucket, _, key = path.partition("/")
+                head = self._call(name, "call_s3", "head_object", Bucket=bucket, Key=key)
+                return Stat(int(head["ContentLength"]), str(head.get("ETag", "")))
+            info = self._call(name, "info", path)
         except MissingError:
             return None
         if info.get("type") != "file":

@@ -328,8 +328,11 @@ class Store:
         if self.published is None:
             self._check_claim()
         if self.published is None:
-            self._check_shards(manifest)
-            self._storage.create(MANIFEST, data)
+            problem = self._find_missing(manifest)
+            if problem is None:
+                self._storage.create(MANIFEST, data)
+            elif read_manifest(self._storage) is None:  # else another writer committed and removed the receipts
+                raise DatasetError(problem)
         found = read_manifest(self._storage)
         if found is None or found.data != data:
             raise StorageError(f"{self.url}: another dataset is committed there; never overwritten: use another name")
@@ -337,12 +340,13 @@ class Store:
         self._tidy()
         return manifest
 
-    def _check_shards(self, manifest: Manifest) -> None:
-        """Every shard there, whole, and as it was when it arrived."""
+    def _find_missing(self, manifest: Manifest) -> str | None:
+        """What keeps the manifest from being committed: a shard that is not there, whole, and as it arrived."""
         with ThreadPoolExecutor(_PARALLEL) as pool:
             for shard, there in zip(manifest.shards, pool.map(self.has_shard, manifest.shards), strict=True):
                 if not there:
-                    raise DatasetError(f"{self.url}/{shard.name}: not published, or changed since; run it again")
+                    return f"{self.url}/{shard.name}: not published, or changed since; run it again"
+        return None
 
     def _tidy(self) -> None:
         """Remove claim and receipts; the dataset is committed whether or not this is allowed."""

@@ -288,6 +288,15 @@ def _groups(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tuple[str, list[In
             raise DatasetError(f"{tar_path}: sample {key!r} is larger than {MAX_SAMPLE_BYTES} bytes")
     if entries:
         yield current, entries
+    _check_end(tar, tar_path)
+
+
+def _check_end(tar: tarfile.TarFile, tar_path: Path) -> None:
+    """A tar ends with zero blocks; tarfile takes one that is cut off between two files or in a header for whole."""
+    with tar_path.open("rb") as file:
+        file.seek(tar.offset)
+        if file.read(_BLOCK) != bytes(_BLOCK):
+            raise DatasetError(f"{tar_path}: truncated, or followed by something else; pack or pull it again")
 
 
 def _members(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tarfile.TarInfo]:

@@ -9,6 +9,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+from storage_fixtures import bucket, moto, moto_bucket, packed, proxied, rclone, rclone_bucket, repacked
+
+__all__ = ["bucket", "moto", "moto_bucket", "packed", "proxied", "rclone", "rclone_bucket", "repacked"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,88 @@
+"""Fixtures of the storage tests: two S3 servers of different makers, a bucket on each, a proxy that fails."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from storage_data import make_dataset
+from storage_servers import Bucket, Proxy, client, faulty_proxy, moto_server, rclone_server, use_endpoint
+
+from shards.manifest import Manifest
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A dataset in a local folder."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def url(self) -> str:
+        return str(self.folder)
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """6 train samples in 3 shards, 2 val samples in 1, about 250 kB a shard. Read only."""
+    folder = tmp_path_factory.mktemp("packed") / "drive"
+    return Packed(folder, make_dataset(folder, train=6, val=2, per_shard=2, padding=60_000))
+
+
+@pytest.fixture(scope="session")
+def repacked(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """The same shape of dataset with other bytes."""
+    folder = tmp_path_factory.mktemp("repacked") / "drive"
+    return Packed(folder, make_dataset(folder, train=6, val=2, per_shard=2, seed=1, padding=60_000))
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    with moto_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with rclone_server(tmp_path_factory.mktemp("rclone")) as endpoint:
+        yield endpoint
+
+
+def _bucket(endpoint: str, server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bucket:
+    bucket = Bucket(endpoint, f"team-{next(_numbers)}", server)
+    client(endpoint).create_bucket(Bucket=bucket.name)
+    use_endpoint(monkeypatch, endpoint)
+    monkeypatch.setenv("MD2_CACHE", str(tmp_path / "cache"))
+    return bucket
+
+
+@pytest.fixture(params=["moto", "rclone"])
+def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bucket:
+    """An empty bucket, on one server and then on the other; AWS_* and MD2_CACHE are set for it."""
+    return _bucket(request.getfixturevalue(request.param), request.param, monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def moto_bucket(moto: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bucket:
+    """An empty bucket on moto's server, which has conditional writes."""
+    return _bucket(moto, "moto", monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def rclone_bucket(rclone: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bucket:
+    """An empty bucket on rclone's server, which checks credentials and has no conditional writes."""
+    return _bucket(rclone, "rclone", monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def proxied(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The proxy before `bucket`; the code under test talks to it, the test's own client does not."""
+    with faulty_proxy(bucket.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
