@@ -12,6 +12,7 @@ from cli.bench import SETTINGS, bench
 from cli.console import errors, fail
 from cli.doctor import doctor
 from cli.eval import evaluate
+from cli.export import export
 from cli.odometry import odometry
 from cli.predict import predict
 from cli.prep import PrepCommand, prep
@@ -35,6 +36,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(odometry)
+app.command()(export)
 app.command(context_settings=SETTINGS)(bench)
 app.command()(zoo)
 app.command()(doctor)

@@ -1,0 +1,46 @@
+"""`md2 export`: the depth network for other runtimes, or the weights for the official code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cli.console import console
+from shards.errors import UsageError
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Run, checkpoint or folder of Monodepth2 weights.")],
+    to: Annotated[
+        Literal["onnx", "torch", "monodepth2"],
+        typer.Option(help="ONNX; torch.export (.pt2); a folder of official Monodepth2 weights."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="File, or folder for monodepth2.  [default: depth.onnx, depth.pt2, monodepth2]")
+    ] = None,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Any batch size instead of 1.")] = False,
+) -> None:
+    """Write the depth network, and check the file against PyTorch (to 1e-4)."""
+    from md2.export import export_monodepth2, export_onnx, export_torch, metadata
+    from md2.predict import load
+
+    if to == "monodepth2":
+        if dynamic_batch:
+            raise UsageError("--dynamic-batch has no meaning for weights: leave it out")
+        written = export_monodepth2(model, out or Path("monodepth2"))
+        console.print(f"wrote {written.path}", highlight=False, markup=False)
+        return
+    predictor = load(model, "cpu")
+    writer = export_onnx if to == "onnx" else export_torch
+    default = Path("depth.onnx" if to == "onnx" else "depth.pt2")
+    written = writer(predictor, out or default, dynamic_batch=dynamic_batch)
+    about = metadata(predictor)
+    batch = "any batch" if dynamic_batch else "batch 1"
+    console.print(
+        f"wrote {written.path}: {about['width']}x{about['height']}, {batch}, depth in {predictor.unit} unit; "
+        f"differs from PyTorch by {written.difference:.1e} at most",
+        highlight=False,
+        markup=False,
+    )
