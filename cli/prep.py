@@ -21,8 +21,6 @@ from shards.manifest import REPORT
 if TYPE_CHECKING:
     from prep.pack import Packed
 
-PUBLIC = "public"
-
 
 class PrepCommand(TyperCommand):
     """`--download` stands alone (the public archive) or has a base URL after it."""
@@ -31,31 +29,41 @@ class PrepCommand(TyperCommand):
         args = list(args)
         for i, word in enumerate(args):
             if word == "--download" and (i + 1 == len(args) or args[i + 1].startswith("-")):
-                args[i] = f"--download={PUBLIC}"
+                args[i] = "--download=public"
         return super().parse_args(ctx, args)
 
 
 def prep(
-    split: Annotated[str, typer.Option(help="eigen_zhou, eigen_full, eigen, eigen_benchmark, odom; a file; a folder.")],
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="eigen_zhou, eigen_full, eigen, eigen_benchmark, odom; a file; a folder (--dataset folder: optional)."
+        ),
+    ] = None,
+    dataset: Annotated[
+        Literal["kitti", "folder"], typer.Option(help="kitti, or your own drives: frames and a camera.yaml.")
+    ] = "kitti",
     raw: Annotated[
         list[str], typer.Option(help="Folder of drives, folder of KITTI's zips, or base URL; repeat to mix.")
     ] = ["./kitti_data"],  # noqa: B006  (typer copies it)
     out: Annotated[
-        str | None, typer.Option(help="Folder or URL of the dataset.  [default: ./kitti_shards/<split>]")
+        str | None, typer.Option(help="Folder or URL of the dataset (default: ./kitti_shards/SPLIT).")
     ] = None,
     size: Annotated[str, typer.Option(metavar="WxH|native", help="Size of the stored images.")] = "640x192",
-    frames: Annotated[str | None, typer.Option(help="Frame offsets.  [default: 0,-1,1; 0 for eigen's test]")] = None,
+    frames: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Frame offsets (default: 0,-1,1; 0 for Eigen's test splits).")
+    ] = None,
     stereo: Annotated[
-        bool | None, typer.Option("--stereo/--no-stereo", help="The other camera's image.  [default: on]")
+        bool | None, typer.Option("--stereo/--no-stereo", help="The other camera's image (default: yes).")
     ] = None,
     depth: Annotated[bool, typer.Option("--depth/--no-depth", help="Ground truth where there is some.")] = True,
     depth_source: Annotated[
         Literal["velodyne", "improved"] | None,
-        typer.Option(help="Scans, or the depth benchmark's maps.  [default: velodyne; improved for eigen_benchmark]"),
+        typer.Option(help="Scans, or the depth benchmark's maps (default: velodyne; improved for eigen_benchmark)."),
     ] = None,
     depth_convention: Annotated[
         Literal["camera_z", "lidar_x"] | None,
-        typer.Option(help="Which depth of a lidar point.  [default: camera_z; lidar_x for eigen, as published]"),
+        typer.Option(help="Which depth a lidar point has (default: camera_z; lidar_x for eigen, as published)."),
     ] = None,
     codec: Annotated[
         Literal["jpeg", "png"], typer.Option(help="png is lossless, and about four times the size.")
@@ -68,12 +76,12 @@ def prep(
     splits: Annotated[Path | None, typer.Option(help="Folder that holds splits by name.")] = None,
     download: Annotated[
         str | None,
-        typer.Option(metavar="[URL]", help="Read drives that --raw lacks from KITTI's public archive, or from URL."),
+        typer.Option(metavar="[URL]", help="Read what --raw lacks from KITTI's public archive, or from URL."),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes on this machine; 0: one per core.")] = 0,
     scheduler: Annotated[str | None, typer.Option(metavar="tcp://HOST:PORT", help="Work on a dask cluster.")] = None,
     scratch: Annotated[
-        Path | None, typer.Option(help="Folder for unfinished work.  [default: beside the dataset]")
+        Path | None, typer.Option(help="Folder for unfinished work (default: beside the dataset).")
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Report what is there and what is missing; pack nothing.")
@@ -88,17 +96,18 @@ def prep(
     """
     from prep.check import check as check_plan
     from prep.check import format_check
-    from prep.drives import Kitti
-    from prep.options import make_content, refuse_empty
+    from prep.job import make_job
+    from prep.options import refuse_empty
     from prep.pack import default_scratch, pack
-    from prep.plan import make_plan
-    from prep.sources import PUBLIC_ARCHIVE, RawData
-    from prep.splits import read_split
     from prep.workers import start_workers
 
-    lists = read_split(split, splits)
-    content = make_content(
-        lists,
+    job = make_job(
+        dataset=dataset,
+        split=split,
+        splits=splits,
+        raw=raw,
+        download=download,
+        out=out,
         size=size,
         frames=frames,
         stereo=stereo,
@@ -111,26 +120,21 @@ def prep(
         limit=limit,
         shard_mb=shard_mb,
     )
-    urls = list(raw)
-    if download is not None:
-        urls.append(PUBLIC_ARCHIVE if download == PUBLIC else download)
-    out = out or f"./kitti_shards/{lists.name}"
-    layout = Kitti(RawData(urls), content.depth)
     with _bar() as bar:
-        bar.phase("looking at drives", len({line.drive for lines in lists.parts.values() for line in lines}), "drives")
-        plan = make_plan(lists, layout, content, on_error, part, progress=lambda drive: bar.advance(1))
+        bar.phase("looking at drives", job.drives, "drives")
+        plan = job.plan(on_error, part, progress=lambda drive: bar.advance(1))
         if check:
             bar.stop()
-            report = check_plan(plan, lists)
+            report = check_plan(plan, job.lists)
             console.print(format_check(report), highlight=False, soft_wrap=True)
             sys.exit(0 if report.complete else INCOMPLETE)
-        refuse_empty(plan, urls)
+        refuse_empty(plan, job.urls)
         with start_workers(workers or len(os.sched_getaffinity(0)), scheduler) as pool:
             packed = pack(
                 plan,
-                lists,
-                out,
-                scratch or default_scratch(out),
+                job.lists,
+                job.out,
+                scratch or default_scratch(job.out),
                 pool,
                 skip_broken=on_error == "skip",
                 progress=bar,
@@ -184,17 +188,12 @@ def _tell(packed: Packed) -> None:
     parts = ", ".join(f"{manifest.samples(part)} {part}" for part in manifest.parts)
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     state = "was there already" if packed.already else "packed"
-    console.print(
-        f"{packed.url}: {state}: {parts} samples, {len(manifest.shards)} shards, {size:.1f} MB",
-        highlight=False,
-        soft_wrap=True,
-    )
-    optional = ", ".join(f"{count} with {name}" for name, count in manifest.optional_components.items())
-    if optional:
-        console.print(f"not in every sample: {optional}", highlight=False, soft_wrap=True)
+    lines = [f"{packed.url}: {state}: {parts} samples, {len(manifest.shards)} shards, {size:.1f} MB"]
+    if manifest.optional_components:
+        optional = ", ".join(f"{count} with {name}" for name, count in manifest.optional_components.items())
+        lines.append(f"not in every sample: {optional}")
     if packed.skipped:
-        console.print(
-            f"{len(packed.skipped)} lines left out: {summary(packed.skipped)}; all of them in {packed.url}/{REPORT}",
-            highlight=False,
-            soft_wrap=True,
+        lines.append(
+            f"{len(packed.skipped)} lines left out: {summary(packed.skipped)}; all of them in {packed.url}/{REPORT}"
         )
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)

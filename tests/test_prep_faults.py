@@ -257,13 +257,13 @@ def test_download_takes_a_url_or_stands_alone(drive: Path, tmp_path: Path, monke
     from prep_data import serve, zip_raw
     from typer.testing import CliRunner
 
-    import prep.sources
+    import prep.job
     from cli.main import app
 
     split = str(write_split(tmp_path, TRAIN[2]))
     monkeypatch.chdir(tmp_path)
     with serve(zip_raw(drive, tmp_path / "zips", nested=True)) as web:
-        monkeypatch.setattr(prep.sources, "PUBLIC_ARCHIVE", web.url)
+        monkeypatch.setattr(prep.job, "PUBLIC_ARCHIVE", web.url)
         for number, arguments in enumerate((["--download", web.url], ["--download", "--workers", "1"], ["--download"])):
             out = f"out{number}"
             result = CliRunner().invoke(
