@@ -139,6 +139,8 @@ class TrainConfig(Section):
     """Steps between logged scalars."""
     image_every: int = Field(500, gt=0)
     """Steps between image panels in TensorBoard."""
+    sinks: list[Literal["wandb", "mlflow"]] = []
+    """Report scalars to these as well; each needs its own package and takes its settings from the environment."""
     val_batches: int | None = Field(None, gt=0)
     """Validate on so many batches; None: the whole validation part."""
 

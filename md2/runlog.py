@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 
 from md2 import __version__
+from md2.sinks import Sink
 
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
@@ -36,13 +38,14 @@ class RunLog:
         run: the run folder.
         step: steps already done; what an interrupted run wrote beyond that is dropped, since those
             steps are done again.
+        sinks: told about the scalars as well; closed with the log.
     """
 
-    def __init__(self, run: Path, step: int = 0) -> None:
+    def __init__(self, run: Path, step: int = 0, sinks: Sequence[Sink] = ()) -> None:
         # TensorBoard takes a second to import, which `md2 --help` must not wait for.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run = run
+        self.run, self.sinks = run, sinks
         self.path = run / METRICS
         _drop_after(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
@@ -55,6 +58,8 @@ class RunLog:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
+        for sink in self.sinks:
+            sink.log({f"{kind}/{name}": value for name, value in values.items()}, step)
 
     def panel(self, kind: Kind, step: int, image: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Write an (H, W, 3) uint8 picture."""
@@ -66,6 +71,8 @@ class RunLog:
     def close(self) -> None:
         self._file.close()
         self._events.close()
+        for sink in self.sinks:
+            sink.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from md2.pipeline import Loader
 from md2.precision import FiniteGuard, Switches
 from md2.prediction import Prediction
 from md2.runlog import RunLog
+from md2.sinks import open_sinks
 from md2.validate import validate
 from md2.weights import initialise
 from shards.dataset import LocalDataset
@@ -143,7 +144,8 @@ class Trainer:
                 "lower train.batch_size or pack more"
             )
         if self.ranks.main:
-            self.log = RunLog(self.run, self.step)
+            sinks = open_sinks(self.config.train.sinks, self.run, self.config.model_dump(mode="json"))
+            self.log = RunLog(self.run, self.step, sinks)
         self.reporter.start(self.total_steps, self.step)
         metrics: dict[str, float] = {}
         early = False

@@ -168,3 +168,8 @@ def test_resume_of_nothing(tmp_path: Path) -> None:
 def test_more_batch_than_data(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="fewer training samples"):
         train(dataset, tmp_path / "run", extra=["train.batch_size=5000"])
+
+
+def test_a_sink_without_its_package_is_refused_by_name(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"train\.sinks has wandb, which is not installed"):
+        train(dataset, tmp_path / "run", extra=["train.sinks=[wandb]"])

@@ -1,0 +1,68 @@
+"""Optional places for scalars: Weights & Biases, MLflow. Their packages are not among md2's dependencies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from shards.errors import UsageError
+
+
+class Sink(Protocol):
+    """Takes scalars by name."""
+
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Wandb:
+    """Weights & Biases; a resumed run goes on under the same id, which is the run folder's name."""
+
+    def __init__(self, run: Path, config: dict[str, Any]) -> None:
+        wandb = _package("wandb")
+        self.handle = wandb.init(id=run.name, name=run.name, dir=str(run), config=config, resume="allow")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.handle.log(values, step=step)
+
+    def close(self) -> None:
+        self.handle.finish()
+
+
+class MLflow:
+    """MLflow, at MLFLOW_TRACKING_URI."""
+
+    def __init__(self, run: Path, config: dict[str, Any]) -> None:
+        self.client = _package("mlflow")
+        self.client.start_run(run_name=run.name)
+        self.client.log_dict(config, "config.yaml")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.client.log_metrics(values, step=step)
+
+    def close(self) -> None:
+        self.client.end_run()
+
+
+_SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {"wandb": Wandb, "mlflow": MLflow}
+
+
+def open_sinks(names: Sequence[str], run: Path, config: dict[str, Any]) -> list[Sink]:
+    """The sinks of these names.
+
+    Raises:
+        UsageError: a sink's package is not installed.
+    """
+    return [_SINKS[name](run, config) for name in names]
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UsageError(
+            f"train.sinks has {name}, which is not installed: pip install {name}, or leave it out"
+        ) from error
