@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from ranks_gradient import fixed_batch, share
 
 from md2.checkpoint import load_checkpoint
 from md2.config import Config, load_config
+from md2.distributed import Ranks
 from md2.runlog import read_metrics
 from md2.train import Outcome, resume_run, start_run
+from md2.trainer import Trainer
+from shards.dataset import open_dataset
 from shards.errors import InputError, TrainingError, UsageError
 
 SMALL = [
@@ -121,10 +125,26 @@ def test_the_learning_rate_drops_where_the_schedule_says(dataset: Path, tmp_path
     assert rates == {0: 1e-4, 1: 1e-4, 2: 0.5e-4}
 
 
-def test_accumulated_batches_make_one_step(dataset: Path, tmp_path: Path) -> None:
-    one, _ = train(dataset, tmp_path / "one", "stereo")
-    two, _ = train(dataset, tmp_path / "two", "stereo", ["train.accumulate=2"])
-    assert two.stopped.step == one.stopped.step // 2
+def trainer(dataset: Path, run: Path, extra: Sequence[str]) -> Trainer:
+    run.mkdir()
+    settings = config(dataset, "mono_stereo", extra)
+    return Trainer(settings, open_dataset(str(dataset)), run, Ranks(0, 1, torch.device("cpu")), Silent())
+
+
+def test_accumulated_batches_step_as_one_large_batch(dataset: Path, tmp_path: Path) -> None:
+    # Auto-masking off: its noise is drawn batch by batch.
+    parts = trainer(dataset, tmp_path / "parts", ["train.accumulate=2", "loss.disable_automasking=true"])
+    whole = trainer(dataset, tmp_path / "whole", ["loss.disable_automasking=true"])
+    assert parts.steps_per_epoch == whole.steps_per_epoch // 2
+    batch = fixed_batch()
+    for each, group in ((parts, [share(batch, 0, 2), share(batch, 1, 2)]), (whole, [batch])):
+        each.networks.eval()  # batch norm frozen: its statistics are those of each batch
+        each._step(group)
+    gradients = [
+        torch.cat([p.grad.flatten() for p in each.networks.parameters() if p.grad is not None])
+        for each in (parts, whole)
+    ]
+    assert ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item() < 1e-5
 
 
 def weights(run: Path, name: str) -> dict[str, Any]:
