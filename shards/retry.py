@@ -180,11 +180,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def classify(error: Exception) -> Failure | None:
     """What an exception from fsspec, botocore, aiohttp or requests means; None if it is none of theirs."""
     for link in _chain(error):
-        failure = _from_response(link) or _from_credentials(link)
-        if failure is not None:
-            return failure
-    for link in _chain(error):
-        failure = _from_network(link)
+        # The outermost first: below a cut connection aiohttp has an error of its own that looks like an HTTP status.
+        failure = _from_network(link) or _from_response(link) or _from_credentials(link)
         if failure is not None:
             return failure
     return _from_builtin(error)

@@ -27,12 +27,13 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -47,6 +48,8 @@ Plan = Mapping[str, Any]
 MAX_MANIFEST_BYTES = 64 << 20
 _MAX_RECEIPT_BYTES = 1 << 20
 _PARALLEL = 8
+_LOOKS, _PAUSE = 3, 0.5
+Record = TypeVar("Record", bound=BaseModel)
 _log = logging.getLogger(__name__)
 FOLDER = ".publish"
 """Where claim and receipts lie until the commit."""
@@ -210,17 +213,20 @@ class Store:
 
     def _check_claim(self) -> None:
         """Refuse where the claim is another plan's; note where another writer has committed this plan meanwhile."""
-        data = self._storage.read(_CLAIM, _MAX_RECEIPT_BYTES)
-        if data is None:
+        for _ in range(_LOOKS):
+            data = self._storage.read(_CLAIM, _MAX_RECEIPT_BYTES)
+            if data is not None:
+                self._check_plan(data)
+                return
             found = read_manifest(self._storage)
-            if found is None or not self._is_planned(found):
-                raise StorageError(f"{self.url}: the claim on this publication is gone: someone removed it")
-            self.published = found.manifest
-            return
-        try:
-            claim = Claim.model_validate_json(data)
-        except ValidationError as error:
-            raise StorageError(f"{self.url}/{_CLAIM}: not a claim; remove it if nobody is publishing there") from error
+            if found is not None and self._is_planned(found):
+                self.published = found.manifest
+                return
+            time.sleep(_PAUSE)  # a server that replaces objects in two steps may show none for a moment
+        raise StorageError(f"{self.url}: the claim on this publication is gone: someone removed it")
+
+    def _check_plan(self, data: bytes) -> None:
+        claim = self._parse(_CLAIM, data, Claim)
         if claim.plan_sha256 != self._plan_sha256:
             raise StorageError(
                 f"{self.url}: another dataset is being published there since {claim.since} by {claim.host} "
@@ -292,13 +298,19 @@ class Store:
         return found.tag
 
     def _compare(self, name: str, size: int, sha256: str) -> None:
-        found = self._storage.stat(name)
+        """Raise unless the object is what it should be; it may take a moment, where another writer is at it."""
+        for _ in range(_LOOKS):
+            found = self._storage.stat(name)
+            if found is not None and found.size == size and self._sha256(name) == sha256:
+                return
+            time.sleep(_PAUSE)
+        raise StorageError(f"{self.url}/{name}: there with other bytes; never overwritten: use another URL")
+
+    def _sha256(self, name: str) -> str:
         digest = hashlib.sha256()
-        if found is not None and found.size == size:
-            for piece in self._storage.stream(name):
-                digest.update(piece)
-        if digest.hexdigest() != sha256:
-            raise StorageError(f"{self.url}/{name}: there with other bytes; never overwritten: use another URL")
+        for piece in self._storage.stream(name):
+            digest.update(piece)
+        return digest.hexdigest()
 
     def put_text(self, name: str, text: str) -> None:
         """Write a small file such as README.md beside the manifest; a resumed run may replace it until the commit.
@@ -361,10 +373,20 @@ class Store:
 
     def _receipt(self, name: str) -> Receipt | None:
         data = self._storage.read(name, _MAX_RECEIPT_BYTES)
-        try:
-            return None if data is None else Receipt.model_validate_json(data)
-        except ValidationError as error:
-            raise StorageError(f"{self.url}/{name}: not a receipt; remove it and publish again") from error
+        return None if data is None else self._parse(name, data, Receipt)
+
+    def _parse(self, name: str, data: bytes, model: type[Record]) -> Record:
+        """A claim or receipt. Read again if broken: a server may show what another writer is just writing."""
+        for _ in range(_LOOKS):
+            try:
+                return model.model_validate_json(data)
+            except ValidationError:
+                time.sleep(_PAUSE)
+                data = self._storage.read(name, _MAX_RECEIPT_BYTES) or b""
+        kind = model.__name__.lower()
+        raise StorageError(
+            f"{self.url}/{name}: not a {kind}; remove it if nobody is publishing there, and publish again"
+        )
 
     def _arrived(self, receipt: Receipt | None) -> Receipt | None:
         """The receipt if its files are there as they were when they arrived."""
