@@ -277,7 +277,6 @@ def run(
         samples: in the dataset; repetitions of the frames that there are.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(1)
     found = find_samples(raw)
     results = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ difference. One clamp to [0, 1] comes at the end, where torchvision clamps after
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -29,7 +29,8 @@ JITTER_PROBABILITY = FLIP_PROBABILITY = 0.5
 GREY = (0.299, 0.587, 0.114)
 """ITU-R BT.601 luma, Pillow's grey."""
 _PIXELS = 8
-_YIQ = (GREY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
+_YIQ = np.array([GREY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
+_TO_YIQ, _FROM_YIQ = torch.from_numpy(_YIQ), torch.from_numpy(np.linalg.inv(_YIQ))
 
 
 def jitter_matrices(factors: Tensor) -> Tensor:
@@ -43,14 +44,12 @@ def jitter_matrices(factors: Tensor) -> Tensor:
         (n, 3, 3) float32 A, so that jittered = A @ rgb + brightness * (1 - contrast) * (mean grey of the image).
     """
     brightness, contrast, saturation, hue = factors.double().unbind(1)
-    to_yiq = torch.tensor(_YIQ, dtype=torch.float64, device=factors.device)
-    turn = torch.zeros(len(factors), 3, 3, dtype=torch.float64, device=factors.device)
     cos, sin = saturation * torch.cos(2 * torch.pi * hue), saturation * torch.sin(2 * torch.pi * hue)
+    turn = torch.zeros(len(factors), 3, 3, dtype=torch.float64)
     turn[:, 0, 0] = 1
     turn[:, 1, 1], turn[:, 1, 2] = cos, sin
     turn[:, 2, 1], turn[:, 2, 2] = -sin, cos
-    linear = torch.linalg.inv(to_yiq) @ turn @ to_yiq
-    matrices: Tensor = (brightness * contrast).view(-1, 1, 1) * linear
+    matrices: Tensor = (brightness * contrast).view(-1, 1, 1) * (_FROM_YIQ @ turn @ _TO_YIQ)
     return matrices.float()
 
 
@@ -81,7 +80,7 @@ class Jitter:
     """One draw of colour jitter for a batch, to be applied to each of its frames.
 
     Attributes:
-        chosen: (n,) int64, which samples of the batch are jittered; on its device.
+        chosen: (n,) int64, which samples of the batch are jittered.
         blocks: (n, 24, 24), transposed `jitter_matrices` in blocks for 8 pixels: the product of all pixels with a 3x3
             matrix is too thin for any BLAS.
         pivots: (n,) what the image's mean grey is multiplied with and added: contrast's pivot, brightened.
@@ -93,10 +92,13 @@ class Jitter:
 
     @classmethod
     def of(cls, chosen: Tensor, factors: Tensor) -> Jitter:
-        """`factors` (n, 4), as for `jitter_matrices`, are those of the chosen samples."""
-        matrices = jitter_matrices(factors).mT.contiguous()
-        blocks = torch.kron(torch.eye(_PIXELS, device=factors.device), matrices)
+        """`factors` (n, 4), as for `jitter_matrices`, are those of the chosen samples; both on the host."""
+        blocks = torch.kron(torch.eye(_PIXELS), jitter_matrices(factors).mT.contiguous())
         return cls(chosen, blocks, factors[:, 0] * (1 - factors[:, 1]))
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> Jitter:
+        """The same where `move` puts tensors: it must be on the device of the images."""
+        return Jitter(move(self.chosen), move(self.blocks), move(self.pivots))
 
     def __call__(self, images: Tensor) -> Tensor:
         """A jittered copy of (B, 3, H, W) float32 images in [0, 1]; H * W is a multiple of 8.

@@ -17,6 +17,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import cache
 from math import ceil
 from typing import Any, TypedDict
 
@@ -120,7 +122,11 @@ class Loader:
         while self.step < self._steps:
             outputs = self._run()
             self.step += 1
-            yield self._batch(outputs)
+            yield (
+                self._batch(outputs)
+                if self.device.type == "cuda"
+                else host_thread().submit(self._batch, outputs).result()
+            )
 
     def state(self) -> LoaderState:
         """Where this loader stands: after the batch last taken, whatever is prefetched already."""
@@ -253,7 +259,7 @@ class Loader:
 
     def _jitter(self, images: dict[Offset, Tensor], host: dict[str, Tensor]) -> dict[Offset, Tensor]:
         chosen = host["jitter"].flatten().nonzero().flatten()
-        jitter = Jitter.of(self._to_device(chosen), self._to_device(host["factors"][chosen]))
+        jitter = Jitter.of(chosen, host["factors"][chosen]).to(self._to_device)
         return {offset: jitter(image) for offset, image in images.items()}
 
     def _depth(self, host: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -310,3 +316,18 @@ def decode_device(wanted: str, device: torch.device) -> Device:
 def _tensor(output: Any) -> Tensor:
     """One of the pipeline's outputs, without a copy."""
     return torch.utils.dlpack.from_dlpack(output.as_tensor())
+
+
+@cache
+def host_thread() -> Executor:
+    """A thread whose tensor operations do not fan out over the cores, which DALI's threads keep busy.
+
+    An operation that is spread over OpenMP threads ends with the slowest of them: beside decoding, a product of
+    microseconds was seen to take ten milliseconds. torch's setting holds for the thread that makes it, and for
+    threads that start later, so it is put back for those.
+    """
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(1, "md2-loader", initializer=torch.set_num_threads, initargs=(1,))
+    executor.submit(torch.get_num_threads).result()
+    torch.set_num_threads(threads)
+    return executor

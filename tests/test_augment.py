@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 from pipeline_data import Array, as_floats, config, loader, make_samples, pack, smooth
 
-from md2.augment import Jitter, camera_matrices, jitter_matrices, sample_keys, stereo_transforms
+from md2.augment import Jitter, _HostMemory, camera_matrices, jitter_matrices, sample_keys, stereo_transforms
 
 dali: Any = nvidia.dali
 UNCHANGED = [1.0, 1.0, 1.0, 0.0]
@@ -177,3 +177,33 @@ def test_the_baselines_sign_turns_with_the_flip() -> None:
 def test_keys_come_out_of_paths_with_dots_and_colons() -> None:
     sources = [b"/data/v1.2:x/train/000000.tar:512:2011_09_26_drive_0001_l_0000000005.0.jpg"]
     assert sample_keys(sources) == ["2011_09_26_drive_0001_l_0000000005"]
+
+
+def test_memory_comes_back_only_when_nothing_holds_it() -> None:
+    memory = _HostMemory()
+    first = memory.take((2, 3))
+    first.fill_(1)
+    place = first.data_ptr()
+    view = first[1:]
+    del first
+    assert memory.take((2, 3)).data_ptr() != place, "a view still holds it"
+    weight = torch.ones(1, requires_grad=True)
+    product = (view * weight).sum()
+    del view
+    assert memory.take((2, 3)).data_ptr() != place, "the gradient still needs it"
+    product.backward()  # type: ignore[no-untyped-call]
+    assert weight.grad == 3
+    del product
+    assert place in {tensor.data_ptr() for tensor in [memory.take((2, 3)) for _ in range(3)]}
+    assert memory.take((3, 2)).shape == (3, 2)
+
+
+def test_batches_held_on_to_keep_their_values(tmp_path: Path) -> None:
+    dataset = pack(tmp_path, make_samples(24))
+    batches = loader(dataset, config(color_jitter=True, flip=True))
+    held = list(batches)
+    copies = [{offset: image.clone() for offset, image in batch.augmented.items()} for batch in held]
+    for _ in range(2):
+        list(batches)
+    for batch, copy in zip(held, copies, strict=True):
+        assert all(torch.equal(batch.augmented[offset], image) for offset, image in copy.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from pipeline_data import config, loader, make_samples, pack
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import md2.pipeline
 from md2.batch import Batch
 from md2.pipeline import Loader
 from shards.dataset import LocalDataset
@@ -29,6 +31,20 @@ MODES = {
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> LocalDataset:
     return pack(tmp_path_factory.mktemp("counts") / "data", make_samples(96, stereo=True), stereo=True)
+
+
+class _Here(Executor):
+    """Runs on the calling thread, where calls and tensor operations can be counted."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@pytest.fixture(autouse=True)
+def on_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(md2.pipeline, "host_thread", _Here)
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]

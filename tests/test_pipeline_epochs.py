@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import pytest
+import torch
 from pipeline_data import config, loader, make_samples, pack
 
+import md2.pipeline
 from md2.pipeline import Loader
 from shards.dataset import LocalDataset
 
@@ -109,3 +112,18 @@ def test_fewer_samples_than_a_step_make_an_epoch_of_no_steps(dataset: LocalDatas
     batches = one(dataset, batch_size=24)
     assert len(batches) == 0
     assert list(batches) == []
+
+
+def test_reading_leaves_torchs_threads_as_they_are(dataset: LocalDataset) -> None:
+    """Batches are made on a thread without OpenMP's help; neither this thread nor a new one may lose it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        md2.pipeline.host_thread.cache_clear()
+        next(iter(one(dataset)))
+        assert md2.pipeline.host_thread().submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as fresh:
+            assert fresh.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
