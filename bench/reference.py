@@ -83,7 +83,9 @@ def loss(
     `noise` (B, sources, H, W) standard normal is used at every scale; None draws it anew at each.
     """
     target = images[0]
-    sources: list[Offset] = [*prediction.poses, *(["s"] if stereo is not None else [])]
+    sources = [*prediction.poses]
+    if stereo is not None:
+        sources.append("s")
     total = target.new_zeros(())
     for scale, disparity in prediction.disparities.items():
         full = F.interpolate(disparity, target.shape[2:], mode="bilinear", align_corners=False)

@@ -223,9 +223,9 @@ def _grown(options: argparse.Namespace, device: torch.device, baseline: bool) ->
     few = {s: torch.rand(1, 1, 64 >> s, 96 >> s).requires_grad_() for s in range(4)}
     warm = {o: Pose(torch.zeros(1, 3), torch.zeros(1, 3), p.invert) for o, p in poses.items()}
     loss(Prediction(few, warm), small).backward()  # type: ignore[no-untyped-call]  # libraries and thread pools
-    before = _status("VmRSS")
+    resident = _status("VmRSS")
     loss(prediction, inputs).backward()  # type: ignore[no-untyped-call]
-    return (_status("VmHWM") - before) / 1024
+    return (_status("VmHWM") - resident) / 1024
 
 
 def _status(field: str) -> float:

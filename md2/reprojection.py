@@ -190,7 +190,8 @@ class _Run:
             error, winner = masked.min(dim=1, keepdim=True)
             weights = torch.zeros_like(errors).scatter_(1, winner, 1 / self.pixels)
         if unwarped is not None:
-            automask = error < unwarped
+            # Not `error < unwarped`: an error that is NaN must come through, or a broken step would look whole.
+            automask = (error >= unwarped).logical_not_()
             self.automask.append(automask)
             weights.mul_(automask)
             error = torch.where(automask, error, unwarped)

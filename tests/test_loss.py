@@ -345,6 +345,16 @@ def test_image_pyramid_halves_by_means_and_skips_what_is_not_read() -> None:
     torch.testing.assert_close(v1_only_small[0][1], F.interpolate(images[0], (4, 8), mode="area"))
 
 
+def test_nan_in_a_source_or_disparity_reaches_the_loss() -> None:
+    """The auto-mask must not hide a broken step behind an unwarped source that still fits."""
+    scenes = make_scenes(MONO, [0])
+    scenes[0].disparities[0][3, 5] = np.nan
+    assert np.isnan(run(scenes, LossConfig(disparity_smoothness=0.0)).total.item())
+    scenes = make_scenes(MONO, [0])
+    scenes[1].images[1][0][:] = np.nan
+    assert np.isnan(run(scenes, LossConfig(disparity_smoothness=0.0)).total.item())
+
+
 def test_missing_stereo_transform_or_sources_is_named() -> None:
     scenes = make_scenes(STEREO, [0])
     pyramids = {o: {0: tensor([x.images[o][0] for x in scenes])} for o in scenes[0].images}
