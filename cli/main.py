@@ -16,6 +16,7 @@ from cli.export import export
 from cli.odometry import odometry
 from cli.predict import predict
 from cli.prep import PrepCommand, prep
+from cli.report import report
 from cli.sample import sample
 from cli.shards import app as shards_app
 from cli.train import train
@@ -37,6 +38,7 @@ app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(odometry)
 app.command()(export)
+app.command()(report)
 app.command(context_settings=SETTINGS)(bench)
 app.command()(zoo)
 app.command()(doctor)

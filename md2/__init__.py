@@ -1,3 +1,30 @@
-"""Monodepth2 at high throughput: the DALI pipeline, the networks, the losses, the training loop."""
+"""Monodepth2 at high throughput: the DALI pipeline, the networks, the losses, the training loop.
+
+import md2
+model = md2.load("runs/mono")
+result = model.predict(image)  # PIL image, NumPy array or tensor
+result.depth, result.unit      # (H, W) float32; "metres" or "unknown"
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from md2.predict import Predictor
 
 __version__ = "0.1.0"
+
+
+def load(path: str | Path, device: Literal["auto", "cpu", "gpu"] = "auto") -> Predictor:
+    """A run folder (its best checkpoint), a checkpoint file, or a folder of official Monodepth2 weights.
+
+    Raises:
+        InputError: nothing there, damaged, or weights that do not fit (by name).
+        UsageError: `gpu` asked for, none usable.
+    """
+    # `import md2` stays light: torch comes with the first model.
+    from md2.predict import load as load_predictor
+
+    return load_predictor(path, device)

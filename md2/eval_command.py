@@ -125,7 +125,7 @@ def run_eval(
         if predictor is not None:
             fresh = network_disparity(_untrained(predictor))
             rows["untrained network (median-scaled)"] = evaluate(fresh, work.batches(), protocol, "median").metrics
-    published = _published() if manifest.split.name == "eigen" else {}
+    published = published_rows() if manifest.split.name == "eigen" else {}
     rows |= published
     how = "median scaling" if scaling == "median" else f"metric, {scaling:g} m per unit"
     title = f"{dataset.url} {part}: {len(evaluation.images)} images, crop {protocol.crop}, "
@@ -208,7 +208,7 @@ def _untrained(predictor: Predictor) -> Predictor:
     return Predictor(networks, config, None, predictor.device)
 
 
-def _published() -> dict[str, dict[str, float]]:
+def published_rows() -> dict[str, dict[str, float]]:
     """The paper's main rows: M, S and MS at both sizes."""
     main = {"mono": "M", "stereo": "S", "mono_stereo": "MS"}
     wanted = {
@@ -216,7 +216,8 @@ def _published() -> dict[str, dict[str, float]]:
         for size in ("640x192", "1024x320")
         for mode, letters in main.items()
     }
-    return {wanted[recipe.name]: recipe.published for recipe in zoo() if recipe.name in wanted}
+    found = {recipe.name: recipe.published for recipe in zoo()}
+    return {label: found[name] for name, label in wanted.items()}
 
 
 def _write(

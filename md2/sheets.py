@@ -75,7 +75,8 @@ class Extremes:
     def picture(self, title: str) -> Picture:
         """Worst images above, best below: image, disparity, relative error (blue 0, red half or more)."""
         worst = [tile for _, _, tile in sorted(self._worst, reverse=True)]
-        best = [tile for _, _, tile in sorted(self._best, reverse=True)]
+        shown = {tile.caption for tile in worst}  # of a few images the worst are also the best
+        best = [tile for _, _, tile in sorted(self._best, reverse=True) if tile.caption not in shown]
         named = [Tile(f"worst {i + 1}:  {t.caption}", t.pictures) for i, t in enumerate(worst)]
         named += [Tile(f"best {i + 1}:  {t.caption}", t.pictures) for i, t in enumerate(best)]
         return sheet(title, named)

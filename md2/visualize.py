@@ -178,14 +178,14 @@ class Tile:
 
 def sheet(title: str, tiles: Sequence[Tile], width: int = 480) -> Picture:
     """Rows of captioned pictures, each picture scaled to `width`."""
-    rows = [_caption(title, width * max((len(tile.pictures) for tile in tiles), default=1), bold=True)]
+    full = width * max((len(tile.pictures) for tile in tiles), default=1)
+    rows = [_caption(title, full, bold=True)] if title else []
     for tile in tiles:
         scaled = [_scale_to(picture, width) for picture in tile.pictures]
         height = max(picture.shape[0] for picture in scaled)
         padded = [np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0)), constant_values=255) for p in scaled]
         row = np.concatenate(padded, axis=1)
         rows += [_caption(tile.caption, row.shape[1]), row, np.full((_GAP, row.shape[1], 3), 255, np.uint8)]
-    full = max(row.shape[1] for row in rows)
     return np.concatenate(
         [np.pad(row, ((0, 0), (0, full - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
     )

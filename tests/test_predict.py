@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +167,19 @@ def test_intrinsics_option() -> None:
     for wrong in ("1,2,3", "a,b,c,d", "0,1,2,3"):
         with pytest.raises(UsageError, match="intrinsics"):
             intrinsics_option(wrong)
+
+
+def test_the_documented_lines_work_and_importing_md2_stays_light(stereo_file: Path, tmp_path: Path) -> None:
+    Image.fromarray(smooth(np.random.default_rng(5), 150, 70)).save(tmp_path / "street.png")
+    script = (
+        "import sys, md2\n"
+        "assert 'torch' not in sys.modules\n"
+        "from PIL import Image\n"
+        f"model = md2.load({str(stereo_file)!r})\n"
+        "result = model.predict(Image.open('street.png'))\n"
+        "print(result.depth.shape, result.unit)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.split("\n")[0] == "(70, 150) metres"
