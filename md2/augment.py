@@ -33,12 +33,16 @@ _YIQ = np.array([GREY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0
 _TO_YIQ, _FROM_YIQ = torch.from_numpy(_YIQ), torch.from_numpy(np.linalg.inv(_YIQ))
 
 
+def jitter_factors(draws: Tensor) -> Tensor:
+    """(n, 4) draws from [-1, 1) -> brightness, contrast, saturation (1 = unchanged), hue (fraction of the circle)."""
+    return torch.tensor([1.0, 1, 1, 0]) + draws * torch.tensor([BRIGHTNESS, CONTRAST, SATURATION, HUE])
+
+
 def jitter_matrices(factors: Tensor) -> Tensor:
     """The linear part of colour jitter.
 
     Args:
-        factors: (n, 4): brightness, contrast, saturation (1 = unchanged), hue (fraction of the colour circle,
-            0 = unchanged).
+        factors: (n, 4), as `jitter_factors` makes them.
 
     Returns:
         (n, 3, 3) float32 A, so that jittered = A @ rgb + brightness * (1 - contrast) * (mean grey of the image).
@@ -92,7 +96,7 @@ class Jitter:
 
     @classmethod
     def of(cls, chosen: Tensor, factors: Tensor) -> Jitter:
-        """`factors` (n, 4), as for `jitter_matrices`, are those of the chosen samples; both on the host."""
+        """`factors` (n, 4), as `jitter_factors` makes them, are those of the chosen samples; both on the host."""
         blocks = torch.kron(torch.eye(_PIXELS), jitter_matrices(factors).mT.contiguous())
         return cls(chosen, blocks, factors[:, 0] * (1 - factors[:, 1]))
 

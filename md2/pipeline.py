@@ -25,7 +25,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from md2.augment import Jitter, camera_matrices, float_images, sample_keys, stereo_transforms
+from md2.augment import Jitter, camera_matrices, float_images, jitter_factors, sample_keys, stereo_transforms
 from md2.batch import Batch, Offset
 from md2.config import DataConfig
 from md2.reader import READER, Device, build, explain, plan, source_strings
@@ -259,7 +259,7 @@ class Loader:
 
     def _jitter(self, images: dict[Offset, Tensor], host: dict[str, Tensor]) -> dict[Offset, Tensor]:
         chosen = host["jitter"].flatten().nonzero().flatten()
-        jitter = Jitter.of(chosen, host["factors"][chosen]).to(self._to_device)
+        jitter = Jitter.of(chosen, jitter_factors(host["draws"][chosen])).to(self._to_device)
         return {offset: jitter(image) for offset, image in images.items()}
 
     def _depth(self, host: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -17,14 +17,7 @@ import nvidia.dali.fn
 import nvidia.dali.types
 from PIL import Image
 
-from md2.augment import (
-    BRIGHTNESS,
-    CONTRAST,
-    FLIP_PROBABILITY,
-    HUE,
-    JITTER_PROBABILITY,
-    SATURATION,
-)
+from md2.augment import FLIP_PROBABILITY, JITTER_PROBABILITY
 from md2.config import DataConfig
 from shards.dataset import LocalDataset
 from shards.errors import UsageError
@@ -76,7 +69,7 @@ class Plan:
         names += ["translation"] if self.stereo else []
         names += ["stored"] if self.stored is None else []
         names += ["flip"] if self.flip else []
-        names += ["jitter", "factors"] if self.jitter else []
+        names += ["jitter", "draws"] if self.jitter else []
         return names + (["depth", "depth_size"] if self.depth else [])
 
     @property
@@ -85,6 +78,23 @@ class Plan:
         width, height = self.size
         images = {f"image {offset}": (height, width, 3) for offset in self.offsets}
         return {**images, "intrinsics": (4,), "translation": (1,)}
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Of everything random, one by one: what is read or decoded besides changes no draw."""
+
+    shards: int
+    samples: int
+    flip: int
+    jitter: int
+    draws: int
+
+    @classmethod
+    def of(cls, seed: int, rank: int) -> Seeds:
+        """The shards' order is the same on all ranks, since they divide it among themselves."""
+        own = [int(state) for state in np.random.SeedSequence([seed, rank]).generate_state(4)]
+        return cls(seed, *own)
 
 
 def plan(dataset: LocalDataset, part: str, config: DataConfig, *, train: bool, depth: bool) -> Plan:
@@ -146,16 +156,16 @@ def build(
     Raises:
         RuntimeError: DALI cannot, e.g. a file is missing.
     """
-    own_seed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    seeds = Seeds.of(seed, rank)
     pipeline = _graph(
         plan,
-        _reader_arguments(plan, seed, own_seed, rank, world),
+        _reader_arguments(plan, seeds, rank, world),
+        seeds,
         decode,
         target,
         batch_size=batch_size,
         num_threads=threads,
         device_id=device_id,
-        seed=own_seed,
         prefetch_queue_depth=prefetch,
         enable_checkpointing=True,
         checkpoint=checkpoint,
@@ -164,7 +174,7 @@ def build(
     return pipeline
 
 
-def _reader_arguments(plan: Plan, seed: int, own_seed: int, rank: int, world: int) -> dict[str, Any]:
+def _reader_arguments(plan: Plan, seeds: Seeds, rank: int, world: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {"num_shards": world, "shard_id": rank, "pad_last_batch": True, "name": READER}
     if plan.shuffle is None:
         return {**arguments, "stick_to_shard": True}
@@ -172,18 +182,18 @@ def _reader_arguments(plan: Plan, seed: int, own_seed: int, rank: int, world: in
         **arguments,
         "random_shuffle": True,
         "initial_fill": plan.shuffle,
-        "seed": own_seed,
+        "seed": seeds.samples,
         "shuffle_after_epoch": True,
-        "shuffle_after_epoch_seed": seed,
+        "shuffle_after_epoch_seed": seeds.shards,
     }
 
 
 @dali.pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
-def _graph(plan: Plan, reader: dict[str, Any], decode: Device, target: Device) -> tuple[Any, ...]:
+def _graph(plan: Plan, reader: dict[str, Any], seeds: Seeds, decode: Device, target: Device) -> tuple[Any, ...]:
     """Outputs as `Plan.outputs` names them: images uint8 (H, W, 3) on `target`, the rest on the host."""
     read = _read(plan, reader)
     encoded = [read[name] for name in plan.images]
-    flip = fn.random.coin_flip(probability=FLIP_PROBABILITY) if plan.flip else None
+    flip = fn.random.coin_flip(probability=FLIP_PROBABILITY, seed=seeds.flip) if plan.flip else None
     outputs: list[Any] = _images(plan, encoded, decode, target)
     outputs += [fn.pad(fn.get_property(encoded[0], key="source_info")), read[INTRINSICS]]
     if plan.stereo:
@@ -193,7 +203,8 @@ def _graph(plan: Plan, reader: dict[str, Any], decode: Device, target: Device) -
     if plan.flip:
         outputs.append(flip)
     if plan.jitter:
-        outputs += [fn.random.coin_flip(probability=JITTER_PROBABILITY), _jitter_factors()]
+        outputs.append(fn.random.coin_flip(probability=JITTER_PROBABILITY, seed=seeds.jitter))
+        outputs.append(fn.random.uniform(range=[-1.0, 1.0], shape=[4], seed=seeds.draws))
     if plan.depth == "always":
         outputs += _depth(read[DEPTH], flip)
     elif plan.depth == "sometimes":
@@ -236,12 +247,6 @@ def _images(plan: Plan, encoded: list[Any], decode: Device, target: Device) -> l
     if decode == "cpu" and target == "gpu":
         nodes = [image.gpu() for image in nodes]
     return nodes
-
-
-def _jitter_factors() -> Any:
-    """(4,) brightness, contrast, saturation, hue."""
-    ranges = [(1 - spread, 1 + spread) for spread in (BRIGHTNESS, CONTRAST, SATURATION)] + [(-HUE, HUE)]
-    return fn.stack(*[fn.random.uniform(range=list(limits)) for limits in ranges])
 
 
 def _depth(encoded: Any, flip: Any) -> list[Any]:

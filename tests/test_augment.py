@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 from pipeline_data import Array, as_floats, config, loader, make_samples, pack, smooth
 
-from md2.augment import Jitter, _HostMemory, camera_matrices, jitter_matrices, sample_keys, stereo_transforms
+from md2.augment import (
+    Jitter,
+    _HostMemory,
+    camera_matrices,
+    jitter_factors,
+    jitter_matrices,
+    sample_keys,
+    stereo_transforms,
+)
 
 dali: Any = nvidia.dali
 UNCHANGED = [1.0, 1.0, 1.0, 0.0]
@@ -207,3 +215,17 @@ def test_batches_held_on_to_keep_their_values(tmp_path: Path) -> None:
         list(batches)
     for batch, copy in zip(held, copies, strict=True):
         assert all(torch.equal(batch.augmented[offset], image) for offset, image in copy.items())
+
+
+def test_drawn_factors_fill_their_ranges_and_no_more(tmp_path: Path) -> None:
+    assert jitter_factors(torch.tensor([[-1.0, 1, -1, 1], [0, 0, 0, 0]])).tolist() == [
+        pytest.approx([0.8, 1.2, 0.8, 0.1]),
+        UNCHANGED,
+    ]
+    dataset = pack(tmp_path, make_samples(64))
+    outputs = loader(dataset, config(color_jitter=True), batch_size=32)._run()
+    found = jitter_factors(torch.from_numpy(np.array(outputs["draws"].as_tensor())))
+    assert found.shape == (32, 4)
+    assert ((found - torch.tensor(UNCHANGED)).abs().amax(0) <= torch.tensor([0.2, 0.2, 0.2, 0.1])).all()
+    assert (found.amax(0) - found.amin(0) > torch.tensor([0.3, 0.3, 0.3, 0.15])).all()
+    assert torch.corrcoef(found.T).fill_diagonal_(0).abs().max() < 0.6, "the factors are drawn independently"

@@ -78,6 +78,16 @@ def test_without_flips_nothing_is_mirrored(tmp_path: Path) -> None:
         assert (batch.stereo[:, 0, 3] < 0).all()
 
 
+def test_what_is_read_besides_changes_neither_order_nor_flips(tmp_path: Path) -> None:
+    truth = np.ones((8, 8), np.uint16)
+    dataset = pack(tmp_path, make_samples(24, stereo=True, depth=lambda number: truth), stereo=True, depth=True)
+    mono = loader(dataset, config(flip=True))
+    whole = loader(dataset, config(flip=True, stereo=True, color_jitter=True), depth=True)
+    for less, more in zip(mono, whole, strict=True):
+        assert less.keys == more.keys
+        assert torch.equal(less.images[0], more.images[0])
+
+
 def _spot(rng: np.random.Generator, number: int) -> Sample:
     """A black stereo pair with one white pixel: a point whose disparity is a whole number of pixels.
 
