@@ -1,0 +1,180 @@
+"""Evaluation straight from raw drives, and the commands from outside: what they print, write and end with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluation_data import constant, pack_truth, tiny_checkpoint, tiny_config
+from PIL import Image
+from pipeline_data import smooth
+from typer.testing import CliRunner
+
+from cli.main import app
+from prep.evaluation import evaluation_part, is_packed, line_keys, pack_for_evaluation
+from prep.splits import read_split
+from shards.errors import INCOMPLETE, InputError, UsageError
+
+
+@pytest.fixture(scope="module")
+def mono(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("c") / "mono.pt")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing for evaluation goes into the user's cache; not into the real one here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def md2(*arguments: str | Path) -> tuple[int, str, BaseException | None]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    return result.exit_code, result.output, result.exception
+
+
+def test_keys_of_split_lines_are_the_packed_samples(drive: Path, tmp_path: Path) -> None:
+    lists = read_split(str(drive / "splits" / "sample"))
+    packed = pack_for_evaluation([str(drive)], lists, "val", (96, 64), cache=tmp_path, workers=1)
+    with tarfile.open(Path(packed.url) / "val" / "000000.tar") as tar:
+        stored = {name.partition(".")[0] for name in tar.getnames()}
+    keys = line_keys(lists, "val")
+    assert keys
+    assert stored == set(keys)
+    assert packed.manifest.codec == "png"
+    assert packed.manifest.frames == [0]
+    assert packed.manifest.size == (96, 64)
+
+
+def test_the_packing_is_found_again_until_something_changes(drive: Path, tmp_path: Path) -> None:
+    lists = read_split(str(drive / "splits" / "sample"))
+    first = pack_for_evaluation([str(drive)], lists, "val", (96, 64), cache=tmp_path, workers=1)
+    again = pack_for_evaluation([str(drive)], lists, "val", (96, 64), cache=tmp_path, workers=1)
+    assert (first.already, again.already, again.url) == (False, True, first.url)
+    other = pack_for_evaluation([str(drive)], lists, "val", (64, 64), cache=tmp_path, workers=1)
+    assert other.url != first.url
+    with pytest.raises(InputError, match="none of the split's"):
+        pack_for_evaluation([str(tmp_path)], lists, "val", (96, 64), cache=tmp_path, workers=1)
+
+
+def test_parts_of_a_split(drive: Path) -> None:
+    lists = read_split(str(drive / "splits" / "sample"))
+    assert evaluation_part(lists, None) in ("test", "val")
+    assert evaluation_part(lists, "train") == "train"
+    with pytest.raises(UsageError, match="--part"):
+        evaluation_part(lists, "night")
+
+
+def test_raw_and_packed_are_told_apart(drive: Path, dataset: Path) -> None:
+    assert is_packed(str(dataset))
+    assert not is_packed(str(drive))
+
+
+def test_eval_straight_from_raw_prints_a_table(drive: Path, mono: Path, tmp_path: Path) -> None:
+    code, output, error = md2(
+        "eval", mono, drive, "--split", drive / "splits" / "sample", "--part", "val", "--json", tmp_path / "e.json"
+    )
+    assert (code, error) == (0, None), output
+    for name in ("abs_rel", "rmse_log", "a3", "scale factors: median"):
+        assert name in output
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert f"{found['metrics']['abs_rel']:.3f}" in output
+    assert found["images"] == len(line_keys(read_split(str(drive / "splits" / "sample")), "val"))
+
+
+def test_predictions_in_the_splits_order_belong_to_its_lines(drive: Path, tmp_path: Path) -> None:
+    """A disparity of 1 / (line number + 1) everywhere: each image's scale factor tells which row it got."""
+    lists = read_split(str(drive / "splits" / "sample"))
+    keys = line_keys(lists, "val")
+    rows = np.stack([np.full((4, 12), 1 / (number + 1), np.float32) for number in range(len(keys))])
+    np.save(tmp_path / "d.npy", rows)
+    options = ["--split", drive / "splits" / "sample", "--part", "val", "--csv", tmp_path / "e.csv"]
+    code, output, error = md2("eval", drive, "--predictions", tmp_path / "d.npy", *options)
+    assert (code, error) == (0, None), output
+    np.save(tmp_path / "one.npy", np.ones_like(rows))
+    code, output, _ = md2("eval", drive, "--predictions", tmp_path / "one.npy", *options[:-1], tmp_path / "one.csv")
+    assert code == 0, output
+    scaled, plain = (_ratios(tmp_path / name) for name in ("e.csv", "one.csv"))
+    for number, key in enumerate(keys):
+        assert plain[key] / scaled[key] == pytest.approx(number + 1, rel=1e-4)
+
+
+def _ratios(path: Path) -> dict[str, float]:
+    return {row["key"]: float(row["scale_ratio"]) for row in csv.DictReader(path.read_text().splitlines())}
+
+
+def test_eval_warns_and_prints_latex_and_baselines(tmp_path: Path) -> None:
+    stereo = tiny_checkpoint(tmp_path / "stereo.pt", tiny_config(stereo=True))
+    packed = pack_truth(tmp_path / "eigen", [constant(5), constant(20)])
+    code, output, error = md2("eval", stereo, packed, "--scaling", "median", "--latex", "--baselines")
+    assert (code, error) == (0, None), output
+    assert "warning: this checkpoint learned from stereo" in output
+    assert "constant depth" in output
+    assert "published M 640x192" in output
+    assert " & " in output
+    assert r"\\" in output
+
+
+def test_eval_mistakes(mono: Path, tmp_path: Path) -> None:
+    _, _, error = md2("eval", mono)
+    assert isinstance(error, UsageError)
+    _, _, error = md2("eval", mono, tmp_path / "nothing")
+    assert error is not None
+    assert "no dataset there" in str(error)
+
+
+def test_predict_odometry_export_report_from_outside(mono: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        image = Image.fromarray(smooth(np.random.default_rng(number), 120, 60))
+        (tmp_path / "frames").mkdir(exist_ok=True)
+        image.save(tmp_path / "frames" / f"{number}.png")
+    code, output, _ = md2("predict", mono, tmp_path / "frames", "--out", tmp_path / "p")
+    assert code == 0, output
+    assert "3 images, 9 files" in output
+    assert "scale unknown" in output
+    (tmp_path / "frames" / "broken.png").write_bytes(b"\x89PNG")
+    code, output, _ = md2("predict", mono, tmp_path / "frames", "--out", tmp_path / "p", "--save", "npy")
+    assert code == INCOMPLETE
+    assert "left out" in output
+    (tmp_path / "frames" / "broken.png").unlink()
+    code, output, _ = md2("odometry", mono, tmp_path / "frames", "--out", tmp_path / "o")
+    assert code == 0, output
+    assert "3 frames; no ground truth" in output
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["frames.json", "frames.png", "frames_poses.txt"]
+    code, output, _ = md2("export", mono, "--to", "monodepth2", "--out", tmp_path / "official")
+    assert code == 0, output
+    _, _, error = md2("export", mono, "--to", "monodepth2", "--dynamic-batch")
+    assert isinstance(error, UsageError)
+    _, _, error = md2("report", tmp_path)
+    assert isinstance(error, InputError)
+
+
+# Real KITTI
+
+
+def test_eigens_rows_serve_the_652_with_improved_ground_truth(kitti: Path) -> None:
+    """Looking keys up gives the published list of row numbers."""
+    eigen = line_keys(read_split("eigen", kitti / "splits"), "test")
+    benchmark = line_keys(read_split("eigen_benchmark", kitti / "splits"), "test")
+    assert (len(eigen), len(benchmark)) == (697, 652)
+    row_of = {key: row for row, key in enumerate(eigen)}
+    published = np.load(kitti / "splits" / "benchmark" / "eigen_to_benchmark_ids.npy")
+    assert [row_of[key] for key in benchmark] == published.tolist()
+
+
+def test_real_frames_of_eigens_test(kitti: Path, mono: Path, tmp_path: Path) -> None:
+    """Frames 0, 3, 6 and 9 of drive 0002; the other 693 lines have no data here, which the exit code says."""
+    code, output, _ = md2(
+        *("eval", mono, kitti / "raw", "--split", "eigen", "--splits", kitti / "splits"),
+        *("--csv", tmp_path / "e.csv", "--sheet", tmp_path / "sheet.png"),
+    )
+    assert code == INCOMPLETE, output
+    assert "693 lines of split eigen are not in the dataset" in output
+    ratios = _ratios(tmp_path / "e.csv")
+    assert sorted(ratios) == [f"2011_09_26_drive_0002_sync_l_{frame:010d}" for frame in (0, 3, 6, 9)]
+    # About 17,000 velodyne points lie inside Garg's crop of such an image.
+    pixels = [int(line.rpartition(",")[2]) for line in (tmp_path / "e.csv").read_text().splitlines()[1:]]
+    assert all(14_000 < count < 20_000 for count in pixels)
