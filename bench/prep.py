@@ -4,8 +4,9 @@
 
 RAW holds drives in KITTI's raw layout with velodyne (real ones, or `md2 sample --size 1242x375`). Their instants are
 repeated under new frame numbers, through links, until there are enough. Mono+stereo with depth: every image of both
-cameras is a target. Floor and prep take turns on the same cores, and files are read once before. The ratio
-floor / prep is the share of prep's time that is the unavoidable work; 1 would be free reading, lidar and shards.
+cameras is a target. Floor and prep take turns on the same cores. The ratio floor / prep is the share of prep's time
+that is the unavoidable work; 1 would be free reading, lidar and shards. On a machine that others use as well, the
+ratio of CPU seconds is the one to trust.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -75,24 +77,36 @@ def load(paths: list[Path]) -> None:
     _images.extend(path.read_bytes() for path in paths)
 
 
-def bare_loaded(count: int) -> None:
+def bare_loaded(count: int) -> float:
+    """CPU seconds of the floor's work."""
+    start = time.process_time()
     bare(_images, count)
+    return time.process_time() - start
 
 
-def timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], float]) -> tuple[float, float]:
+    """Wall seconds of some work, and the CPU seconds that it returns."""
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    cpu = work()
+    return time.perf_counter() - start, cpu
 
 
-def run_prep(root: Path, out: Path, workers: int) -> None:
-    """What `md2 prep` does, from the split's file to the committed dataset."""
+def cpu_seconds() -> float:
+    """Of this process and all that it has started and seen end."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in usage)
+
+
+def run_prep(root: Path, out: Path, workers: int) -> float:
+    """What `md2 prep` does, from the split's file to the committed dataset, workers' start included; CPU seconds."""
+    start = cpu_seconds()
     lists = read_split(str(root / "train_files.txt"))
     content = make_content(lists, size=f"{SIZE[0]}x{SIZE[1]}", quality=QUALITY)
     plan = make_plan(lists, Kitti(RawData([str(root)]), content.depth), content)
     with start_workers(workers) as pool:
         packed = pack(plan, lists, str(out), out.with_name("scratch"), pool)
     assert not packed.skipped
+    return cpu_seconds() - start
 
 
 def main() -> None:
@@ -114,24 +128,30 @@ def main() -> None:
             list(pool.map(bare_loaded, [2] * options.workers))
             pieces = [8] * (count // 8)
 
-            def floor() -> None:
-                list(pool.map(bare_loaded, pieces))
+            def floor() -> float:
+                return sum(pool.map(bare_loaded, pieces))
 
             for repeat in range(options.repeats):
                 floors.append(timed(floor))
                 out = root / f"out{repeat}"
                 preps.append(timed(lambda out=out: run_prep(root, out, options.workers)))
-                print(f"run {repeat + 1}: floor {floors[-1]:.2f} s, prep {preps[-1]:.2f} s", flush=True)
+                floor_wall, prep_wall = floors[-1][0], preps[-1][0]
+                print(f"run {repeat + 1}: floor {floor_wall:.2f} s, prep {prep_wall:.2f} s", flush=True)
         size = sum(path.stat().st_size for path in root.glob("out0/train/*"))
-    ratios = [f / p for f, p in zip(floors, preps, strict=True)]
     print(
         f"\n{count} images, {2 * (options.instants - 2)} samples of 4 images and depth, {size / 1e6:.0f} MB of shards,"
     )
-    print(f"{options.workers} workers on {len(os.sched_getaffinity(0))} cores; medians of {options.repeats} runs\n")
-    print("| | s | frames/s |\n|---|---|---|")
+    cores = len(os.sched_getaffinity(0))
+    print(
+        f"{options.workers} workers on {cores} cores, load {os.getloadavg()[0]:.1f}; {options.repeats} runs, medians\n"
+    )
+    print("| | wall s | frames/s | CPU s | CPU ms/frame |\n|---|---|---|---|---|")
     for name, times in (("floor: decode + resize + encode", floors), ("md2 prep", preps)):
-        print(f"| {name} | {statistics.median(times):.2f} | {count / statistics.median(times):.1f} |")
-    print(f"| ratio | {statistics.median(ratios):.3f} | runs {', '.join(f'{r:.3f}' for r in ratios)} |")
+        wall, cpu = (statistics.median(column) for column in zip(*times, strict=True))
+        print(f"| {name} | {wall:.2f} | {count / wall:.1f} | {cpu:.2f} | {1e3 * cpu / count:.2f} |")
+    ratios = [[f[i] / p[i] for f, p in zip(floors, preps, strict=True)] for i in (0, 1)]
+    wall, cpu = (f"{statistics.median(r):.3f} ({', '.join(f'{x:.3f}' for x in r)})" for r in ratios)
+    print(f"| ratio | {wall} | | {cpu} | |")
 
 
 if __name__ == "__main__":

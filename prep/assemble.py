@@ -138,9 +138,7 @@ def write_shard(job: ShardJob) -> Shard:
                 shard = finish_shard(writer, job.part, job.number)
             finally:
                 writer.abort()
-        job.store.put_shard(shard, tar, writer.index_path, note={SHARD_SPEC: job.spec})
-        writer.index_path.unlink()
-        tar.unlink()
+        job.store.put_shard(shard, tar, writer.index_path, note={SHARD_SPEC: job.spec}, move=True)
     except OSError as error:
         raise StorageError(
             f"{job.folder}: cannot be used ({error.strerror or error}); free some space or give --scratch DIR, then "
