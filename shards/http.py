@@ -152,15 +152,29 @@ class _Body:
         left = position  # no ranges here: the answer starts at 0
         while left and (skipped := self._piece(min(left, CHUNK))):
             left -= len(skipped)
+            if self._answer is None:
+                raise ConnectionError("cut before the position was reached")
+        if left:
+            raise BeyondEndError(self.url)
 
     def _piece(self, size: int) -> bytes:
-        """`size` bytes, less at the end.
+        """`size` bytes; less at the end, and where the connection breaks behind the first of them.
 
         Raises:
             TimeoutError: they trickle.
         """
-        parts, deadline = [], time.monotonic() + _GRACE + size / _SLOWEST
-        while size > 0 and (data := self._answer.raw.read1(size)):
+        parts: list[bytes] = []
+        deadline = time.monotonic() + _GRACE + size / _SLOWEST
+        while size > 0:
+            try:
+                data = self._answer.raw.read1(size)
+            except Exception:
+                if not parts:
+                    raise
+                self.close()  # what came is good; the next piece opens anew behind it
+                break
+            if not data:
+                break
             parts.append(data)
             size -= len(data)
             if time.monotonic() > deadline:

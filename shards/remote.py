@@ -24,7 +24,7 @@ CHUNK = 8 << 20
 """Bytes asked for by one request while an object is read through."""
 PART = 16 << 20
 """Bytes in one part of a multipart upload; a smaller object goes up in one request."""
-_CONNECT_TIMEOUT, _READ_TIMEOUT = 5.0, 20.0
+_CONNECT_TIMEOUT, _READ_TIMEOUT = 5.0, 15.0
 _CALL_TIMEOUT = 60.0
 """Seconds that one attempt may take, besides what the bytes need at the slowest rate that is not given up."""
 _SLOWEST = 100e3
@@ -34,7 +34,7 @@ _S3_OPTIONS = {
     "config_kwargs": {
         "connect_timeout": _CONNECT_TIMEOUT,
         "read_timeout": _READ_TIMEOUT,
-        "retries": {"mode": "standard", "max_attempts": 2},
+        "retries": {"mode": "standard", "total_max_attempts": 2},
         # Some servers hand back the whole object's checksum with a part of it. Every byte is checked against the
         # manifest's sha256 anyway.
         "response_checksum_validation": "when_required",
@@ -148,13 +148,17 @@ class RemoteStorage:
         return f"{self._root}/{check_name(name)}"
 
     def read(self, name: str, limit: int) -> bytes | None:
+        data = b""
         try:
-            data = self.read_range(name, 0, limit + 1)
+            while len(data) <= limit:
+                size = min(CHUNK, limit + 1 - len(data))
+                piece = self.read_range(name, len(data), size)
+                data += piece
+                if len(piece) < size:
+                    return data
         except MissingError:
             return None
-        if len(data) > limit:
-            raise StorageError(f"{self.url}/{name}: larger than {limit} bytes, refused")
-        return data
+        raise StorageError(f"{self.url}/{name}: larger than {limit} bytes, refused")
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         """At most `size` bytes from `start`.

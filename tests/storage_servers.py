@@ -134,6 +134,11 @@ class Bucket:
     def put(self, key: str, data: bytes) -> None:
         client(self.endpoint).put_object(Bucket=self.name, Key=key, Body=data)
 
+    def make_public(self) -> None:
+        """Everyone may read every object."""
+        for key in self.objects():
+            client(self.endpoint).put_object_acl(Bucket=self.name, Key=key, ACL="public-read")
+
     def remove(self, key: str) -> None:
         client(self.endpoint).delete_object(Bucket=self.name, Key=key)
 
