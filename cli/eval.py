@@ -72,14 +72,16 @@ def evaluate(
     lists = read_split(split, splits) if split is not None else None
     predictor = load(model, device) if model is not None else None
     with progress_bar("image") as bar:
-        left_out = 0
+        left_out, called = 0, None
         if lists is not None and not is_packed(dataset):
             size = (predictor.width, predictor.height) if predictor is not None else (640, 192)
             packed = pack_for_evaluation([dataset], lists, evaluation_part(lists, part), size, progress=_Packing(bar))
+            called = f"{lists.name} of {dataset}"
             dataset, left_out = packed.url, len(packed.skipped)
         options = EvalOptions(
             model=model,
             dataset=dataset,
+            dataset_name=called,
             part=part,
             protocol=protocol,
             crop=crop,

@@ -46,11 +46,13 @@ class EvalOptions:
     Attributes:
         model: name of what is evaluated; None with `predictions`.
         dataset: folder or URL of a packed dataset.
+        dataset_name: what to call it; None: its URL.
         order: sample key of each row of `predictions` (and of `save_predictions`); None: from PREDICTIONS.keys.txt.
     """
 
     model: str | None
     dataset: str
+    dataset_name: str | None = None
     part: str | None = None
     protocol: Literal["auto", "eigen", "eigen_benchmark"] = "auto"
     crop: Crop | None = None
@@ -128,7 +130,7 @@ def run_eval(
     published = published_rows() if manifest.split.name == "eigen" else {}
     rows |= published
     how = "median scaling" if scaling == "median" else f"metric, {scaling:g} m per unit"
-    title = f"{dataset.url} {part}: {len(evaluation.images)} images, crop {protocol.crop}, "
+    title = f"{options.dataset_name or dataset.url} {part}: {len(evaluation.images)} images, crop {protocol.crop}, "
     title += f"{protocol.min_depth:g}-{protocol.max_depth:g} m, {how}{', post-processed' * options.post_process}"
     report = EvalReport(evaluation, title, rows, frozenset(published), warnings)
     _write(options, report, dataset, part, keeper, extremes)

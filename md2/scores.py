@@ -37,11 +37,11 @@ def to_json(evaluation: Evaluation, **about: Any) -> str:
 
 
 def to_csv(evaluation: Evaluation) -> str:
-    """One line per image: key, the seven metrics, scale factor, counted pixels; empty cells where none counted."""
+    """One line per image, sorted by key: the seven metrics, scale factor, counted pixels; empty where none counted."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["key", *METRICS, "scale_ratio", "pixels"])
-    for image in evaluation.images:
+    for image in sorted(evaluation.images, key=lambda image: image.key):
         cells = [f"{value:.6g}" if math.isfinite(value) else "" for value in (*image.values, image.ratio)]
         writer.writerow([image.key, *cells, image.pixels])
     return buffer.getvalue()
