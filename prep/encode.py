@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from prep.calibration import Rig
 from prep.chunks import ChunkWriter
@@ -220,6 +220,8 @@ def encode_image(
             kind, mode, oriented = image.format, image.mode, 0x0112 in image.getexif()
             picture = ImageOps.exif_transpose(image) if oriented else image
             picture = picture if mode == "RGB" else picture.convert("RGB")
+    except UnidentifiedImageError as error:  # its own words are the address of a buffer
+        raise SampleError(f"{ref.place}: broken image (neither PNG nor JPEG); fetch it again") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SampleError(f"{ref.place}: broken image ({error}); fetch it again") from error
     native = picture.size

@@ -17,11 +17,13 @@ from prep_data import DATE, DRIVE, VAL_DRIVE, files_of, image, long_raw, read_pa
 
 from prep.calibration import read_raw_rig
 from prep.drives import Kitti
+from prep.encode import ImageFormat, encode_image
 from prep.options import make_content
 from prep.plan import make_plan
-from prep.sources import RawData
+from prep.sources import RawData, Ref
 from prep.splits import read_split
 from shards.manifest import Manifest
+from shards.sample import Codec
 
 
 def raw_image(drive: Path, frame: int, camera: str, name: str = DRIVE) -> Image.Image:
@@ -209,6 +211,22 @@ def test_jpg_frames_are_accepted_and_native_ones_go_through(drive: Path, tmp_pat
     (sample,) = read_part(tmp_path / "small")
     with Image.open(source) as picture:
         np.testing.assert_array_equal(image(sample["0.png"]), resized(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "png"])
+def test_a_camera_held_sideways_is_turned_upright(codec: Codec) -> None:
+    """By its EXIF orientation, which decoders on the way to the GPU treat differently: it must not go through."""
+    upright = Image.linear_gradient("L").resize((40, 20)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    buffer = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(buffer, "JPEG", quality=100, subsampling=0, exif=exif)
+    ref = Ref("a.jpg", "a.jpg", 1)
+    data, native = encode_image(buffer.getvalue(), ref, (40, 20), ImageFormat(None, codec, 100))
+    assert native == (40, 20)
+    with Image.open(io.BytesIO(data)) as stored:
+        assert 0x0112 not in stored.getexif()
+        np.testing.assert_allclose(np.asarray(stored, float), np.asarray(upright, float), atol=6)
 
 
 def test_png_comes_before_the_jpg_made_from_it(drive: Path, tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from prep_data import DATE, DRIVE, VAL_DRIVE, files_of, read_part, run_pack, ser
 
 from prep.drives import Kitti
 from prep.options import make_content, refuse_empty
+from prep.pack import pack
 from prep.plan import make_plan
 from prep.sources import RawData, read, read_many
 from prep.splits import read_split
+from prep.workers import start_workers
 from shards.errors import InputError, SampleError, StorageError
 
 IMAGES = f"{DATE}/{DRIVE}/image_02/data"
@@ -124,6 +126,32 @@ def test_any_file_system_of_fsspec_that_can_list(drive: Path, tmp_path: Path) ->
         run_pack(split, f"memory://prep_sources/{name}", tmp_path / name)
         assert files_of(tmp_path / name) == files_of(tmp_path / "expected")
     memory.rm("/prep_sources", recursive=True)
+
+
+def test_from_bucket_to_bucket(drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KITTI's zips in a bucket, the dataset into another prefix: nothing but scratch on this machine."""
+    import s3fs
+    from storage_servers import Bucket, client, moto_server, use_endpoint
+
+    split = write_split(tmp_path, f"{DATE}/{DRIVE} 3 l", f"{DATE}/{DRIVE} 4 r")
+    run_pack(split, drive, tmp_path / "expected")
+    with moto_server() as endpoint:
+        use_endpoint(monkeypatch, endpoint)
+        s3fs.S3FileSystem.clear_instance_cache()
+        client(endpoint).create_bucket(Bucket="kitti")
+        bucket = Bucket(endpoint, "kitti", "moto")
+        zips = zip_raw(drive, tmp_path / "zips", nested=True)
+        for path in zips.rglob("*.zip"):
+            bucket.put(f"archive/{path.relative_to(zips)}", path.read_bytes())
+        lists = read_split(str(split))
+        content = make_content(lists, size="96x32")
+        plan = make_plan(lists, Kitti(RawData(["s3://kitti/archive"]), content.depth), content)
+        with start_workers(1) as alone:
+            packed = pack(plan, lists, "s3://kitti/shards", tmp_path / "scratch", alone)
+        names = [key for key in bucket.objects() if key.startswith("shards/")]
+        assert packed.url == "s3://kitti/shards"
+        assert {n.removeprefix("shards/"): bucket.get(n) for n in names} == files_of(tmp_path / "expected")
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_nothing_there_says_what_is_expected_and_how_to_get_it(drive: Path, tmp_path: Path) -> None:
