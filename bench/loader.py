@@ -1,17 +1,19 @@
 """The loader against what it replaces and against its floor, on the same frames, in turns.
 
-    python -m bench.loader RAW [--modes mono,mono+stereo] [--batch 12] [--threads 2] [--seconds 4] [--repeats 5]
+    python -m bench.loader RAW [--modes mono,mono+stereo] [--batch 12] [--threads 2] [--append bench/RESULTS.md]
 
 RAW holds drives in KITTI's raw layout with both cameras (real ones, or `md2 sample --size 1242x375`). Compared are
 
     plain, png     PyTorch DataLoader: full-size PNG by Pillow, antialiased resize to 640x192, tensors
+    …, 4 scales    the same, and the pyramid of every image, plain and jittered, as Monodepth2's own trainer does
     plain, jpeg    the same from full-size JPEG (quality 92, as many people convert KITTI)
     webdataset     the webdataset library and Pillow in a DataLoader, on the very shards that md2 reads
     floor          bare libjpeg-turbo (simplejpeg) decode of the shards' JPEGs on threads, thrown away
 
 each with as many workers or threads as md2 has decoding threads. The plain loaders jitter colours as torchvision does
-(half of the samples, all frames alike) and, as the usual trainers do, hand out plain and jittered tensors. What loads
-is collated into float batches of 12 in every row but the floor. Ratios are taken within a turn; the table has medians.
+(half of the samples, all frames alike) and hand out plain and jittered tensors. Every row but the floor ends in float
+batches. Rows take turns; ratios are taken within a turn, and the table has medians of rates and ratios. CPU time
+is this process's and its workers': on a busy machine it says more than the rates do.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import argparse
 import os
 import platform
 import random
-import resource
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections import deque
@@ -121,10 +124,15 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
 
 
-def present(images: list[Image.Image], jitter: bool) -> dict[str, Tensor]:
-    """Flip, jitter, tensors."""
+def present(images: list[Image.Image], jitter: bool, scales: int = 1) -> dict[str, Tensor]:
+    """Flip, pyramid, jitter, tensors."""
     if random.random() < 0.5:
         images = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
+    level = images
+    for scale in range(1, scales):
+        size = (SIZE[0] >> scale, SIZE[1] >> scale)
+        level = [image.resize(size, Image.Resampling.LANCZOS) for image in level]
+        images = images + level
     result = {f"images{place}": to_tensor(image) for place, image in enumerate(images)}
     if jitter:
         seen = color_jitter(images) if random.random() < 0.5 else images
@@ -135,8 +143,8 @@ def present(images: list[Image.Image], jitter: bool) -> dict[str, Tensor]:
 class PlainDataset(Dataset[dict[str, Tensor]]):
     """Full-size image files, decoded and resized for every sample."""
 
-    def __init__(self, samples: list[list[Path]], jitter: bool) -> None:
-        self.samples, self.jitter = samples, jitter
+    def __init__(self, samples: list[list[Path]], jitter: bool, scales: int) -> None:
+        self.samples, self.jitter, self.scales = samples, jitter, scales
 
     def __len__(self) -> int:
         return 1 << 30
@@ -146,11 +154,11 @@ class PlainDataset(Dataset[dict[str, Tensor]]):
         for path in self.samples[number % len(self.samples)]:
             with path.open("rb") as file, Image.open(file) as image:
                 images.append(image.convert("RGB").resize(SIZE, Image.Resampling.LANCZOS))
-        return present(images, self.jitter)
+        return present(images, self.jitter, self.scales)
 
 
-def plain(samples: list[list[Path]], jitter: bool, batch: int, workers: int) -> Iterator[int]:
-    loader = DataLoader(PlainDataset(samples, jitter), batch, num_workers=workers, drop_last=True)
+def plain(samples: list[list[Path]], jitter: bool, batch: int, workers: int, scales: int = 1) -> Iterator[int]:
+    loader = DataLoader(PlainDataset(samples, jitter, scales), batch, num_workers=workers, drop_last=True)
     for found in loader:
         yield len(found["images0"])
 
@@ -266,7 +274,7 @@ def run(
     seconds: float = 4.0,
     repeats: int = 5,
     samples: int = 960,
-    show: Callable[[str], None] = print,
+    show: Callable[[str], object] = print,
 ) -> dict[str, dict[str, float]]:
     """Measure and print one table per mode; mode -> row -> median samples/s.
 
@@ -296,7 +304,7 @@ def measure_mode(
     threads: int,
     seconds: float,
     repeats: int,
-    show: Callable[[str], None],
+    show: Callable[[str], object],
 ) -> dict[str, float]:
     stems = STEMS[mode]
     images, stereo = len(stems), "s" in stems
@@ -305,6 +313,7 @@ def measure_mode(
     with ExitStack() as stack:
         rows = [
             Contender("plain, png, jitter", plain(pngs, True, batch, threads), queued),
+            Contender("plain, png, jitter, 4 scales", plain(pngs, True, batch, threads, 4), queued),
             Contender("plain, png", plain(pngs, False, batch, threads), queued),
             Contender("plain, jpeg, jitter", plain(jpegs, True, batch, threads), queued),
             Contender("webdataset", web(dataset, stems, False, batch, threads), queued),
@@ -328,7 +337,7 @@ def table(mode: str, rows: list[Contender]) -> str:
     def ratio(row: Contender, other: str) -> str:
         return f"{statistics.median(a / b for a, b in zip(row.rates, by_name[other].rates, strict=True)):.2f}"
 
-    against = ["plain, png, jitter", "webdataset", "floor"]
+    against = ["plain, png, jitter", "plain, png, jitter, 4 scales", "webdataset", "floor"]
     lines = [
         f"{mode}: samples/s",
         "",
@@ -348,12 +357,18 @@ def describe(found: list[list[Path]], batch: int, threads: int, repeats: int) ->
     packages = ", ".join(
         f"{name} {version(name)}" for name in ("torch", "nvidia-dali-cuda120", "webdataset", "pillow", "simplejpeg")
     )
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    command = shlex.join("RAW" if Path(word).is_dir() else word for word in sys.argv[1:])
     return (
-        f"{len(found)} instants of {size[0]}x{size[1]}, {SIZE[0]}x{SIZE[1]} JPEG quality {QUALITY}; batch {batch}, "
-        f"{threads} threads or workers, medians of {repeats} turns\n{platform.processor() or platform.machine()}, "
-        f"{len(os.sched_getaffinity(0))} cores, {memory} MB, Python {platform.python_version()}, {packages}\n"
+        f"### Loader\n\n`python -m bench.loader {command}`\n\n"
+        f"{len(found)} instants of {size[0]}x{size[1]}; {SIZE[0]}x{SIZE[1]} JPEG of quality {QUALITY}; batch {batch}, "
+        f"{threads} threads or workers, medians of {repeats} turns.\n{processor()}, {len(os.sched_getaffinity(0))} cores, "
+        f"Python {platform.python_version()}, {packages}.\n"
     )
+
+
+def processor() -> str:
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return models[0].partition(":")[2].strip() if models else platform.machine()
 
 
 def main() -> None:
@@ -365,7 +380,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--samples", type=int, default=960)
+    parser.add_argument("--append", type=Path, help="file that the result is appended to")
     options = parser.parse_args()
+    shown: list[str] = []
+
+    def show(text: str) -> None:
+        print(text, flush=True)
+        shown.append(text)
+
     run(
         options.raw,
         modes=options.modes.split(","),
@@ -374,7 +396,11 @@ def main() -> None:
         seconds=options.seconds,
         repeats=options.repeats,
         samples=options.samples,
+        show=show,
     )
+    if options.append:
+        with options.append.open("a") as file:
+            file.write("\n" + "\n".join(shown))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,195 @@
+"""What the loader costs as datasets and runs grow: start-up, memory, speed by number of shards; memory of a long run.
+
+    python -m bench.scale [--shards 10,100,1000,10000] [--steps 10000] [--append bench/RESULTS.md]
+
+Synthetic shards of a few small images. Each number of shards is opened in a process of its own: seconds until the
+dataset is open, until the loader is built and until the first batch is there; memory and open files on top of a process
+that has imported everything; samples/s after that. The long run takes batches with flips and jitter and prints the
+process's memory as it goes; epochs end within it, and a checkpoint is taken every 500 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from md2.batch import Batch
+from md2.config import DataConfig
+from md2.pipeline import Loader
+from shards.dataset import open_dataset, write_dataset
+from shards.manifest import Split
+from shards.sample import Sample
+
+SIZE = (96, 64)
+BATCH = 8
+SPEED_SECONDS = 4.0
+
+
+def make(folder: Path, shards: int, per_shard: int) -> None:
+    """A dataset of that many shards, with eight different images."""
+    rng = np.random.default_rng(0)
+    images = []
+    for _ in range(8):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8))
+        buffer = BytesIO()
+        coarse.resize(SIZE, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        images.append(buffer.getvalue())
+    camera = np.array([50, 50, 47.5, 31.5], "<f4").tobytes()
+
+    def samples() -> Iterator[Sample]:
+        for number in range(shards * per_shard):
+            frames = {f"{stem}.jpg": images[(number + place) % 8] for place, stem in enumerate(("0", "m1", "p1"))}
+            yield Sample(f"scale_{number:07d}", {**frames, "k.f32": camera, "meta.json": b"{}"})
+
+    write_dataset(
+        folder,
+        {"train": samples()},
+        split=Split(name="scale", sha256="0" * 64),
+        frames=[0, -1, 1],
+        stereo=False,
+        depth=None,
+        size=SIZE,
+        codec="jpeg",
+        quality=90,
+        seed=0,
+        samples_per_shard=per_shard,
+    )
+
+
+def memory() -> float:
+    """Resident memory of this process, MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def endless(loader: Loader) -> Iterator[Batch]:
+    while True:
+        yield from loader
+
+
+def make_loader(folder: Path) -> Loader:
+    config = DataConfig(width=SIZE[0], height=SIZE[1], threads=2)
+    return Loader(
+        open_dataset(str(folder)), "train", config, batch_size=BATCH, seed=0, train=True, device=torch.device("cpu")
+    )
+
+
+def measure_start(folder: Path) -> dict[str, Any]:
+    """In a fresh process: seconds, MB and files of opening one dataset, then samples/s."""
+    before, begin = memory(), time.perf_counter()
+    open_dataset(str(folder))
+    opened = time.perf_counter()
+    loader = make_loader(folder)
+    built = time.perf_counter()
+    batches = endless(loader)
+    next(batches)
+    first = time.perf_counter()
+    grown = memory() - before
+    steps = 0
+    while time.perf_counter() - first < SPEED_SECONDS:
+        next(batches)
+        steps += 1
+    speed = steps * BATCH / (time.perf_counter() - first)
+    return {
+        "samples": loader.samples,
+        "open": opened - begin,
+        "build": built - opened - (opened - begin),
+        "first": first - built,
+        "memory": grown,
+        "files": len(list(Path("/proc/self/fd").iterdir())),
+        "speed": speed,
+    }
+
+
+def measure_run(folder: Path, steps: int) -> dict[str, Any]:
+    """In a fresh process: memory along a run."""
+    loader = make_loader(folder)
+    batches = endless(loader)
+    marks = {}
+    begin = time.perf_counter()
+    for step in range(1, steps + 1):
+        next(batches)
+        if step % 500 == 0:
+            loader.state()
+        if step == min(500, steps) or step % max(1, steps // 10) == 0:
+            marks[step] = memory()
+    return {"marks": marks, "epochs": loader.epoch, "speed": steps * BATCH / (time.perf_counter() - begin)}
+
+
+def in_fresh_process(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.scale", *arguments]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def run(shards: list[int], per_shard: int, steps: int) -> str:
+    """The report, in Markdown."""
+    lines = [
+        f"{per_shard} samples of three {SIZE[0]}x{SIZE[1]} JPEGs a shard, batch {BATCH}, 2 threads, "
+        f"{len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, torch {version('torch')}, "
+        f"DALI {version('nvidia-dali-cuda120')}",
+        "",
+        "| shards | samples | open, s | build, s | first batch, s | memory, MB | open files | samples/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for count in shards:
+            data = Path(folder) / str(count)
+            make(data, count, per_shard)
+            found = in_fresh_process("--start", str(data))
+            times = " | ".join(f"{found[name]:.2f}" for name in ("open", "build", "first"))
+            lines.append(
+                f"| {count} | {found['samples']} | {times} | {found['memory']:.0f} | {found['files']} "
+                f"| {found['speed']:.0f} |"
+            )
+        if steps:
+            data = Path(folder) / str(shards[0])
+            found = in_fresh_process("--run", str(data), "--steps", str(steps))
+            marks = found["marks"]
+            lines += ["", f"{steps} steps, {found['epochs']} epochs, {found['speed']:.0f} samples/s; memory, MB:", ""]
+            lines += [f"| step | {' | '.join(marks)} |", "|---" * (1 + len(marks)) + "|"]
+            lines.append(f"| MB | {' | '.join(f'{value:.0f}' for value in marks.values())} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", default="10,100,1000,10000", help="numbers of shards")
+    parser.add_argument("--per-shard", type=int, default=16, help="samples in a shard")
+    parser.add_argument("--steps", type=int, default=10000, help="of the long run; 0: none")
+    parser.add_argument("--append", type=Path, help="file that the result is appended to")
+    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.start:
+        print(json.dumps(measure_start(options.start)))
+    elif options.run:
+        print(json.dumps(measure_run(options.run, options.steps)))
+    else:
+        report = run([int(count) for count in options.shards.split(",")], options.per_shard, options.steps)
+        print(report)
+        if options.append:
+            with options.append.open("a") as file:
+                file.write(f"\n### Loader at scale\n\n`python -m bench.scale {shlex.join(sys.argv[1:])}`\n\n{report}\n")
+
+
+if __name__ == "__main__":
+    main()
