@@ -6,6 +6,7 @@ import csv
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,3 +179,61 @@ def test_real_frames_of_eigens_test(kitti: Path, mono: Path, tmp_path: Path) -> 
     # About 17,000 velodyne points lie inside Garg's crop of such an image.
     pixels = [int(line.rpartition(",")[2]) for line in (tmp_path / "e.csv").read_text().splitlines()[1:]]
     assert all(14_000 < count < 20_000 for count in pixels)
+
+
+def _numbers(path: Path, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    line = next(line for line in path.read_text().splitlines() if line.startswith(f"{name}:"))
+    return np.array([float(word) for word in line.split()[1:]])
+
+
+def _lidar_depth(date: Path, frame: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The published ground truth from the raw scan: forward x, nearest point, rounded pixel minus one."""
+    cameras, lidar = date / "calib_cam_to_cam.txt", date / "calib_velo_to_cam.txt"
+    to_camera, rectify = np.eye(4), np.eye(4)
+    to_camera[:3] = np.column_stack([_numbers(lidar, "R").reshape(3, 3), _numbers(lidar, "T")])
+    rectify[:3, :3] = _numbers(cameras, "R_rect_00").reshape(3, 3)
+    width, height = _numbers(cameras, "S_rect_02").astype(int)
+    scan = date / "2011_09_26_drive_0002_sync" / "velodyne_points" / "data" / f"{frame:010d}.bin"
+    points = np.fromfile(scan, np.float32).reshape(-1, 4).astype(np.float64)
+    points = points[points[:, 0] >= 0]
+    points[:, 3] = 1
+    x, y, z = (_numbers(cameras, "P_rect_02").reshape(3, 4) @ rectify @ to_camera) @ points.T
+    column, row = (np.round(x / z) - 1).astype(int), (np.round(y / z) - 1).astype(int)
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    depth = np.full((height, width), np.inf)
+    np.minimum.at(depth, (row[inside], column[inside]), points[inside, 0])
+    return np.where(np.isinf(depth), 0, depth)
+
+
+def _stretch(line: np.ndarray[Any, np.dtype[np.float64]], size: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Linear interpolation at half-pixel positions (NumPy's holds the ends)."""
+    return np.interp((np.arange(size) + 0.5) * len(line) / size - 0.5, np.arange(len(line)), line)
+
+
+def test_the_whole_chain_against_the_published_formulas_from_raw_files(kitti: Path, mono: Path, tmp_path: Path) -> None:
+    """Nothing of md2 but the saved disparities enters the other side: lidar, resize, crop, median, metrics."""
+    md2(
+        *("eval", mono, kitti / "raw", "--split", "eigen", "--splits", kitti / "splits"),
+        *("--csv", tmp_path / "e.csv", "--save-predictions", tmp_path / "p.npy"),
+    )
+    rows = {row["key"]: row for row in csv.DictReader((tmp_path / "e.csv").read_text().splitlines())}
+    keys = (tmp_path / "p.npy.keys.txt").read_text().split()
+    assert len(keys) == len(rows) == 4
+    for key, disparity in zip(keys, np.load(tmp_path / "p.npy").astype(np.float64), strict=True):
+        true = _lidar_depth(kitti / "raw" / "2011_09_26", int(key[-10:]))
+        height, width = true.shape
+        tall = np.apply_along_axis(_stretch, 0, disparity, height)
+        resized = np.apply_along_axis(_stretch, 1, tall, width)
+        counted = (true > 1e-3) & (true < 80)
+        counted[: int(0.40810811 * height)] = counted[int(0.99189189 * height) :] = False
+        counted[:, : int(0.03594771 * width)] = counted[:, int(0.96405229 * width) :] = False
+        true, depth = true[counted], 1 / resized[counted]
+        ratio = np.median(true) / np.median(depth)
+        depth = np.clip(depth * ratio, 1e-3, 80)
+        row = {name: float(value) for name, value in rows[key].items() if name != "key"}
+        assert row["pixels"] == counted.sum()
+        # The packed ground truth is rounded to 1/256 m.
+        assert row["scale_ratio"] == pytest.approx(ratio, rel=1e-3)
+        assert row["abs_rel"] == pytest.approx(np.mean(np.abs(true - depth) / true), rel=1e-3)
+        assert row["rmse"] == pytest.approx(np.sqrt(np.mean((true - depth) ** 2)), rel=1e-3)
+        assert row["a1"] == pytest.approx(np.mean(np.maximum(true / depth, depth / true) < 1.25), abs=1e-3)
