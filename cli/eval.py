@@ -73,7 +73,10 @@ def evaluate(
     predictor = load(model, device) if model is not None else None
     with progress_bar("image") as bar:
         left_out, called = 0, None
-        if lists is not None and not is_packed(dataset):
+        packed_already = is_packed(dataset)
+        if lists is None and not packed_already and Path(dataset).is_dir():
+            raise UsageError(f"{dataset}: no packed dataset there; of raw KITTI, name what to take: --split eigen")
+        if lists is not None and not packed_already:
             size = (predictor.width, predictor.height) if predictor is not None else (640, 192)
             packed = pack_for_evaluation([dataset], lists, evaluation_part(lists, part), size, progress=_Packing(bar))
             called = f"{lists.name} of {dataset}"

@@ -125,6 +125,9 @@ def test_eval_mistakes(mono: Path, tmp_path: Path) -> None:
     _, _, error = md2("eval", mono, tmp_path / "nothing")
     assert error is not None
     assert "no dataset there" in str(error)
+    _, _, error = md2("eval", mono, tmp_path)
+    assert isinstance(error, UsageError)
+    assert "--split eigen" in str(error)
 
 
 def test_predict_odometry_export_report_from_outside(mono: Path, tmp_path: Path) -> None:

@@ -229,3 +229,16 @@ def test_post_processing_by_hand() -> None:
 def test_post_processing_of_a_mirror_symmetric_network_changes_nothing() -> None:
     disparity = torch.rand(2, 1, 3, 30, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(post_process(disparity, disparity.flip(-1)), disparity)
+
+
+@pytest.mark.gpu
+def test_the_gpu_gives_the_same_metrics() -> None:
+    generator = torch.Generator().manual_seed(0)
+    disparity = torch.rand(2, 1, 12, 40, generator=generator) + 0.02
+    depth = torch.rand(2, 1, 30, 90, generator=generator) * 90
+    depth *= torch.rand(2, 1, 30, 90, generator=generator) < 0.3
+    sizes = torch.tensor([[30, 90], [28, 85]])
+    here = evaluate_batch(disparity, depth, sizes)
+    there = evaluate_batch(disparity.cuda(), depth.cuda(), sizes.cuda())
+    torch.testing.assert_close(there.values.cpu(), here.values, rtol=1e-5, atol=1e-7)
+    assert there.pixels.tolist() == here.pixels.tolist()

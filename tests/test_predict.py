@@ -183,3 +183,12 @@ def test_the_documented_lines_work_and_importing_md2_stays_light(stereo_file: Pa
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.split("\n")[0] == "(70, 150) metres"
+
+
+@pytest.mark.gpu
+def test_the_gpu_predicts_the_same_depth(stereo_file: Path, picture: Array) -> None:
+    here, there = (
+        load(stereo_file, "cpu").predict(picture, flip=True),
+        load(stereo_file, "gpu").predict(picture, flip=True),
+    )
+    np.testing.assert_allclose(there.depth, here.depth, rtol=1e-2)

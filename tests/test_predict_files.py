@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -232,6 +233,26 @@ def test_a_cut_video_gives_its_frames_and_says_where_it_ends(
     assert not (tmp_path / "none").exists()
     with pytest.raises(InputError, match="no such video"):
         open_video(tmp_path / "absent.mp4")
+
+
+def test_a_phones_film_is_turned_upright(tmp_path: Path) -> None:
+    """The track's matrix says: a quarter turn clockwise, so that the left edge comes to lie on top."""
+    picture = np.zeros((64, 96, 3), np.uint8)
+    picture[:, :32] = 250
+    data = film(tmp_path / "a.mp4", [picture] * 3).read_bytes()
+    one = 0x10000
+    plain = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 0x40000000)
+    turned = struct.pack(">9i", 0, one, 0, -one, 0, 0, 64 * one, 0, 0x40000000)
+    track = data.index(b"tkhd")
+    at = data.index(plain, track)
+    assert at - track < 60
+    (tmp_path / "a.mp4").write_bytes(data[:at] + turned + data[at + len(plain) :])
+    source = open_video(tmp_path / "a.mp4")
+    frame = np.asarray(next(iter(source)))
+    source.close()
+    assert frame.shape == (96, 64, 3)
+    assert frame[:28].mean() > 200
+    assert frame[36:].mean() < 50
 
 
 def test_a_film_that_fails_leaves_nothing(tmp_path: Path, pictures: list[Array]) -> None:
