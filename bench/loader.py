@@ -361,8 +361,8 @@ def describe(found: list[list[Path]], batch: int, threads: int, repeats: int) ->
     return (
         f"### Loader\n\n`python -m bench.loader {command}`\n\n"
         f"{len(found)} instants of {size[0]}x{size[1]}; {SIZE[0]}x{SIZE[1]} JPEG of quality {QUALITY}; batch {batch}, "
-        f"{threads} threads or workers, medians of {repeats} turns.\n{processor()}, {len(os.sched_getaffinity(0))} cores, "
-        f"Python {platform.python_version()}, {packages}.\n"
+        f"{threads} threads or workers, medians of {repeats} turns.\n{processor()}, "
+        f"{len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, {packages}.\n"
     )
 
 

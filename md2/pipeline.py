@@ -22,7 +22,9 @@ from functools import cache
 from math import ceil
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
+from nvidia.dali.tensors import TensorListGPU
 from torch import Tensor
 
 from md2.augment import Jitter, camera_matrices, float_images, jitter_factors, sample_keys, stereo_transforms
@@ -315,7 +317,11 @@ def decode_device(wanted: str, device: torch.device) -> Device:
 
 def _tensor(output: Any) -> Tensor:
     """One of the pipeline's outputs, without a copy."""
-    return torch.utils.dlpack.from_dlpack(output.as_tensor())
+    dense = output.as_tensor()
+    if isinstance(output, TensorListGPU):
+        return torch.utils.dlpack.from_dlpack(dense)
+    # Through NumPy, for which host memory that DALI has pinned for a GPU is like any other.
+    return torch.from_numpy(np.asarray(dense))
 
 
 @cache

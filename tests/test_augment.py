@@ -25,6 +25,7 @@ from md2.augment import (
     sample_keys,
     stereo_transforms,
 )
+from md2.batch import Batch
 
 dali: Any = nvidia.dali
 UNCHANGED = [1.0, 1.0, 1.0, 0.0]
@@ -207,14 +208,23 @@ def test_memory_comes_back_only_when_nothing_holds_it() -> None:
 
 
 def test_batches_held_on_to_keep_their_values(tmp_path: Path) -> None:
-    dataset = pack(tmp_path, make_samples(24))
-    batches = loader(dataset, config(color_jitter=True, flip=True))
+    """Whatever memory the loader or DALI uses again, it is not that of a batch that somebody still has."""
+
+    def tensors(batch: Batch) -> list[torch.Tensor]:
+        assert batch.depth is not None
+        assert batch.depth_size is not None
+        whole = [*batch.images.values(), *batch.augmented.values()]
+        return [*whole, batch.intrinsics, batch.depth, batch.depth_size]
+
+    rng = np.random.default_rng(0)
+    samples = make_samples(24, depth=lambda number: rng.integers(0, 9999, (40, 60), dtype=np.uint16))
+    batches = loader(pack(tmp_path, samples, depth=True), config(color_jitter=True, flip=True), depth=True)
     held = list(batches)
-    copies = [{offset: image.clone() for offset, image in batch.augmented.items()} for batch in held]
-    for _ in range(2):
+    copies = [[tensor.clone() for tensor in tensors(batch)] for batch in held]
+    for _ in range(3):
         list(batches)
     for batch, copy in zip(held, copies, strict=True):
-        assert all(torch.equal(batch.augmented[offset], image) for offset, image in copy.items())
+        assert all(torch.equal(now, before) for now, before in zip(tensors(batch), copy, strict=True))
 
 
 def test_drawn_factors_fill_their_ranges_and_no_more(tmp_path: Path) -> None:
