@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from typing import NoReturn
 
@@ -26,6 +28,20 @@ def progress_bar(unit: str) -> Progress:
         TextColumn("left {task.fields[note]}"),
         console=errors,
     )
+
+
+class _OnConsole(logging.Handler):
+    """Log lines on stderr, above the progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        errors.print(f"md2: {self.format(record)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_log() -> None:
+    """Let the storage say what it is waiting for or fetching; ranks other than 0 only what is wrong."""
+    log = logging.getLogger("shards")
+    log.handlers = [_OnConsole()]
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
 def fail(error: Md2Error) -> NoReturn:

@@ -9,7 +9,7 @@ from types import FrameType
 import typer
 
 from cli.bench import SETTINGS, bench
-from cli.console import errors, fail
+from cli.console import errors, fail, show_log
 from cli.doctor import doctor
 from cli.eval import evaluate
 from cli.export import export
@@ -53,6 +53,7 @@ def terminated(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Console script: exit codes as listed in shards/errors.py."""
     signal.signal(signal.SIGTERM, terminated)
+    show_log()
     try:
         app()
     except Md2Error as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shards.cache import CachedFolder
+from shards.cache import CachedFolder, format_bytes
 from shards.errors import StorageError
 from shards.fetch import disk_error, fetch
 from shards.files import sha256_file
@@ -24,6 +25,8 @@ Progress = Callable[[int, int], None]
 PARALLEL = 8
 """Shards fetched or checked at once by one process."""
 _PAUSE = 0.05
+_TELL_EVERY = 10.0
+_log = logging.getLogger(__name__)
 _STALL_GRACE = 60.0
 """Seconds that another process's fetch may stand still, beyond its own patience with the storage."""
 
@@ -53,7 +56,13 @@ class Filler:
         if all(self.place.is_verified(shard) for shard in shards):
             return
         self.place.reserve(part, shards)
-        _Run(self, shards).run()
+        run = _Run(self, shards)
+        began = time.monotonic()
+        run.run()
+        if run.fetched:
+            took = time.monotonic() - began
+            rate = format_bytes(run.fetched / max(took, 1e-3))
+            _log.info("%s: %s fetched in %.0f s (%s/s)", self.url, format_bytes(run.fetched), took, rate)
 
 
 class _Run:
@@ -68,6 +77,8 @@ class _Run:
         self.queue = deque(shards[start:] + shards[:start])
         self.total = sum(shard.bytes + shard.index_bytes for shard in shards)
         self.done = 0
+        self.fetched = 0
+        self.url, self.told = filler.url, 0.0
         self.guard = threading.Lock()
         self.stopped = threading.Event()
         self.watch: dict[str, tuple[int, float]] = {}
@@ -131,7 +142,7 @@ class _Run:
             else:
                 # A damaged file: the jobs that have it open keep the old one until they end.
                 path.unlink(missing_ok=True)
-                fetch(self.storage, name, path, size=size, sha256=sha256, advance=self._advance)
+                fetch(self.storage, name, path, size=size, sha256=sha256, advance=self._came)
         self.place.mark_verified(shard)
 
     def _check_stalled(self, shard: Shard, holder: str) -> None:
@@ -147,9 +158,19 @@ class _Run:
                     f"{now - since:.0f} s; is it stopped? End it, and start this again"
                 )
 
+    def _came(self, count: int) -> None:
+        """Bytes that came from the storage, as against those that were on the disk."""
+        with self.guard:
+            self.fetched += count
+        self._advance(count)
+
     def _advance(self, count: int) -> None:
         with self.guard:
             self.done += count
+            if self.fetched and time.monotonic() - self.told > _TELL_EVERY:
+                self.told = time.monotonic()
+                have, total = format_bytes(self.done), format_bytes(self.total)
+                _log.info("%s: fetching into %s, %s of %s", self.url, self.place.folder, have, total)
             if self.progress is not None:
                 self.progress(self.done, self.total)
 
