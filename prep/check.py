@@ -11,12 +11,12 @@ from prep.encode import encode_image
 from prep.plan import Content, Plan
 from prep.sources import read
 from prep.splits import Side, SplitLists
-from prep.velodyne import encode_depth, points_in_view, project, read_scan
+from prep.velodyne import points_in_view, project, read_scan
 from shards.errors import SampleError
 
 _BYTES_PER_PIXEL = {"jpeg": 0.61, "png": 1.8}
 """Of KITTI's frames at 640x192 (JPEG at quality 93), where there is no frame to measure."""
-_DEPTH_BYTES = 54_000
+_DEPTH_BYTES = 56_000
 _NATIVE = (1242, 375)
 _OVERHEAD = 8 * 1024
 """Tar headers, padding and the small components of a sample."""
@@ -120,7 +120,7 @@ def _measure(plan: Plan) -> tuple[int | None, int | None, list[str]]:
             if instant.scan is not None and side in instant.depth_sides:
                 matrix = rig.lidar_projection(side)
                 points = points_in_view(read_scan(read(instant.scan), instant.scan.place), [matrix], native[0])
-                maps.append(len(encode_depth(project(points, matrix, native))))
+                maps.append(len(project(points, matrix, native).png()))
             maps += [ready.size for ready in instant.depth_maps.values()]
         except SampleError as error:
             broken.append(str(error))

@@ -22,7 +22,7 @@ from prep.calibration import Rig
 from prep.chunks import ChunkWriter
 from prep.sources import Ref, read_many
 from prep.splits import Side
-from prep.velodyne import Convention, check_depth_png, encode_depth, points_in_view, project, read_scan
+from prep.velodyne import Convention, check_depth_png, points_in_view, project, read_scan
 from prep.versions import versions
 from shards.errors import SampleError, StorageError, UsageError
 from shards.sample import Codec
@@ -160,7 +160,7 @@ def _encode_instant(
                 check_depth_png(data, sizes[side], ready.place)
             else:
                 points = _points(job, instant, files, sizes[side]) if points is None else points
-                data = encode_depth(project(points, job.rig.lidar_projection(side), sizes[side], job.convention))
+                data = project(points, job.rig.lidar_projection(side), sizes[side], job.convention).png()
             blob = writer.add(data)
             index["depth"][f"{instant.frame} {side}"] = [blob.offset, blob.size, blob.crc]
 
