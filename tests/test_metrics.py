@@ -242,3 +242,14 @@ def test_the_gpu_gives_the_same_metrics() -> None:
     there = evaluate_batch(disparity.cuda(), depth.cuda(), sizes.cuda())
     torch.testing.assert_close(there.values.cpu(), here.values, rtol=1e-5, atol=1e-7)
     assert there.pixels.tolist() == here.pixels.tolist()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.01, 100))
+def test_median_scaling_forgets_the_predictions_unit(factor: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    disparity = torch.rand(1, 1, 6, 9, generator=generator, dtype=torch.float64) + 0.1
+    depth = torch.rand(1, 1, 12, 18, generator=generator) * 60 + 1
+    plain, scaled = (evaluate_batch(d, depth, crop="none") for d in (disparity, disparity * factor))
+    torch.testing.assert_close(scaled.values, plain.values, rtol=1e-4, atol=1e-4)
+    assert scaled.ratios.item() == pytest.approx(plain.ratios.item() * factor, rel=1e-4)
