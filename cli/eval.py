@@ -111,13 +111,13 @@ def evaluate(
 
         report = run_eval(options, predictor, advance)
     for warning in report.warnings:
-        errors.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+        errors.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     _print(report)
     if latex:
         name, metrics = next(iter(report.rows.items()))
         print(to_latex(name, metrics))
     for path in report.written:
-        errors.print(f"wrote {path}", highlight=False, markup=False)
+        errors.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     if left_out:
         raise typer.Exit(INCOMPLETE)
 
@@ -144,7 +144,8 @@ def _model_and_dataset(paths: list[str], predictions: Path | None) -> tuple[str 
 
 
 def _print(report: EvalReport) -> None:
-    table = Table(title=report.title, title_justify="left", title_style="bold", show_edge=False)
+    console.print(report.title, style="bold", highlight=False, markup=False, soft_wrap=True)
+    table = Table(show_edge=False)
     table.add_column("")
     names = list(next(iter(report.rows.values())))
     for name in names:
@@ -160,6 +161,7 @@ def _print(report: EvalReport) -> None:
         console.print(
             f"scale factors: median {evaluation.ratio_median:.3f}, std / median {evaluation.ratio_spread:.3f}",
             highlight=False,
+            soft_wrap=True,
         )
     if missing:
-        console.print(f"{missing} images without a measurement that counts, left out", highlight=False)
+        console.print(f"{missing} images without a measurement that counts, left out", highlight=False, soft_wrap=True)

@@ -30,7 +30,7 @@ def export(
         if dynamic_batch:
             raise UsageError("--dynamic-batch has no meaning for weights: leave it out")
         written = export_monodepth2(model, out or Path("monodepth2"))
-        console.print(f"wrote {written.path}", highlight=False, markup=False)
+        console.print(f"wrote {written.path}", highlight=False, markup=False, soft_wrap=True)
         return
     predictor = load(model, "cpu")
     writer = export_onnx if to == "onnx" else export_torch
@@ -43,4 +43,5 @@ def export(
         f"differs from PyTorch by {written.difference:.1e} at most",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )

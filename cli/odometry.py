@@ -74,11 +74,14 @@ def odometry(
             f"sequence {name}: ATE on {len(report.error.errors)} 5-frame snippets "
             f"{report.error.mean:.3f} ± {report.error.std:.3f} m",
             highlight=False,
+            soft_wrap=True,
         )
     else:
-        console.print(f"sequence {name}: {report.frames} frames; no ground truth, so no error", highlight=False)
+        console.print(
+            f"sequence {name}: {report.frames} frames; no ground truth, so no error", highlight=False, soft_wrap=True
+        )
     if report.unit == "unknown":
         fitted = f"; {report.scale:.3g} m per unit fits it to the truth" if report.scale is not None else ""
-        console.print(f"scale unknown: the poses are in the model's own unit{fitted}", highlight=False)
+        console.print(f"scale unknown: the poses are in the model's own unit{fitted}", highlight=False, soft_wrap=True)
     for path in report.written:
-        console.print(f"wrote {path}", highlight=False, markup=False)
+        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)

@@ -64,13 +64,16 @@ def predict(
 
         found = run_predict(predictor, inputs, options, track)
     for failure in found.failed:
-        errors.print(f"left out: {failure}", highlight=False, markup=False)
-    console.print(f"{found.images} images, {len(found.written)} files in {out}", highlight=False, markup=False)
+        errors.print(f"left out: {failure}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{found.images} images, {len(found.written)} files in {out}", highlight=False, markup=False, soft_wrap=True
+    )
     if predictor.unit == "unknown" and scale is None:
         console.print(
             "scale unknown: this model learned from one camera, so depth is right up to one factor; .npy holds it in "
             "the model's own unit, and no 16-bit PNG in metres was written",
             highlight=False,
+            soft_wrap=True,
         )
     if found.failed:
         raise typer.Exit(INCOMPLETE)

@@ -42,5 +42,5 @@ def report(
             progress=advance,
         )
     for note in notes:
-        errors.print(f"warning: {note}", style="yellow", highlight=False, markup=False)
-    console.print(f"wrote {target}", highlight=False, markup=False)
+        errors.print(f"warning: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"wrote {target}", highlight=False, markup=False, soft_wrap=True)
