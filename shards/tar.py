@@ -15,7 +15,6 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -101,12 +100,13 @@ class ShardWriter:
         _check_sample(sample.key, components)
         entries = []
         for component, data in components:
-            info = tarfile.TarInfo(f"{sample.key}.{component}")
-            info.size = len(data)
-            info.mode = 0o644
-            self._tar.addfile(info, BytesIO(data))
-            padded = -(-info.size // _BLOCK) * _BLOCK
-            entries.append(IndexEntry(component, self._tar.offset - padded, info.size, info.name))
+            name = f"{sample.key}.{component}"
+            offset = self._tar.offset + _BLOCK
+            self._file.write(tar_header(name, len(data)))
+            self._file.write(data)
+            self._file.write(bytes(-len(data) % _BLOCK))
+            self._tar.offset = self._file.position
+            entries.append(IndexEntry(component, offset, len(data), name))
         self._keys.add(sample.key)
         self._entries.append(entries)
 
@@ -156,6 +156,23 @@ class ShardWriter:
             self.close()
         else:
             self.abort()
+
+
+_HEADER = bytes(tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT))
+_SIZE, _CHECKSUM, _CHECKSUM_END = 124, 148, 156
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """What `tarfile` writes for a plain file of mode 0644 and time 0; name below 100 ASCII characters.
+
+    Patched into a template: a shard has thousands of small files, and `tarfile` takes 50 microseconds for each.
+    """
+    header = bytearray(_HEADER)
+    header[: len(name)] = name.encode("ascii")
+    header[_SIZE : _SIZE + 11] = b"%011o" % size
+    header[_CHECKSUM:_CHECKSUM_END] = b" " * 8
+    header[_CHECKSUM:_CHECKSUM_END] = b"%06o\0 " % sum(header)
+    return bytes(header)
 
 
 class _HashingFile:

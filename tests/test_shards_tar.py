@@ -20,7 +20,7 @@ from storage_data import make_samples
 from shards import tar as tar_module
 from shards.errors import DatasetError
 from shards.sample import Sample
-from shards.tar import ShardWriter, build_index, parse_index, read_samples
+from shards.tar import ShardWriter, build_index, parse_index, read_samples, tar_header
 
 leaky = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 """webdataset's reader does not close the files it opens."""
@@ -47,6 +47,25 @@ def test_index_is_byte_identical_to_dalis_own_tool(tmp_path: Path) -> None:
     expected = wds2idx(tar, tmp_path / "dali.idx")
     assert tar.with_suffix(".idx").read_bytes() == expected
     assert build_index(tar) == expected
+
+
+@given(st.from_regex(r"[A-Za-z0-9_.-]{1,99}", fullmatch=True), st.integers(0, 8**11 - 1))
+def test_headers_are_tarfiles_own(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_shards_are_what_tarfile_writes(tmp_path: Path) -> None:
+    samples = [Sample(f"k{n}", {"0.jpg": os.urandom(n), "k.f32": b"x" * 16}) for n in (1, 511, 512, 513, 10_240)]
+    expected = io.BytesIO()
+    with tarfile.TarFile(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            for component, data in sample.components.items():
+                info = tarfile.TarInfo(f"{sample.key}.{component}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert write(tmp_path / "000000.tar", samples).read_bytes() == expected.getvalue()
 
 
 def test_close_reports_the_files_as_they_are(tmp_path: Path) -> None:
