@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 PARALLEL = 8
 """Shards fetched or checked at once by one process."""
 _PAUSE = 0.05
-_TELL_EVERY = 10.0
+_TELL_FIRST, _TELL_EVERY = 2.0, 10.0
 _log = logging.getLogger(__name__)
 _STALL_GRACE = 60.0
 """Seconds that another process's fetch may stand still, beyond its own patience with the storage."""
@@ -78,7 +78,7 @@ class _Run:
         self.total = sum(shard.bytes + shard.index_bytes for shard in shards)
         self.done = 0
         self.fetched = 0
-        self.url, self.told = filler.url, 0.0
+        self.url, self.told = filler.url, time.monotonic() - _TELL_EVERY + _TELL_FIRST
         self.guard = threading.Lock()
         self.stopped = threading.Event()
         self.watch: dict[str, tuple[int, float]] = {}

@@ -366,6 +366,25 @@ def test_a_cache_folder_that_cannot_be_made_is_named(
         open_dataset(moto_url)
 
 
+def test_training_data_are_the_same_from_a_bucket_and_from_a_folder(moto_url: str, packed: Packed) -> None:
+    import torch
+    from pipeline_data import config, loader
+
+    settings = config(width=64, height=64, stereo=True, flip=True)
+    near, far = (
+        loader(open_dataset(url), settings, batch_size=2, seed=3, depth=True) for url in (packed.url, moto_url)
+    )
+    count = 0
+    for ours, theirs in zip(near, far, strict=True):
+        assert ours.keys == theirs.keys
+        assert all(torch.equal(ours.images[name], theirs.images[name]) for name in (0, -1, 1, "s"))
+        assert ours.depth is not None
+        assert theirs.depth is not None
+        assert torch.equal(ours.depth, theirs.depth)
+        count += 1
+    assert count == 3
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("5000", 5000), ("200GB", 200 * 10**9), ("1.5 TiB", 3 * 2**39), ("10m", 10**7), ("1KiB", 1024), ("0", 0)],

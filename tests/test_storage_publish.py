@@ -300,6 +300,30 @@ def test_a_broken_claim_or_receipt_is_named(tmp_path: Path, packed: Packed) -> N
         open_store(str(tmp_path)).begin(PLAN)
 
 
+def test_prep_publishes_to_a_bucket_what_it_publishes_to_a_folder(
+    rclone_bucket: Bucket, drive: Path, dataset: Path, tmp_path: Path
+) -> None:
+    from prep.drives import Kitti
+    from prep.options import make_content
+    from prep.pack import pack
+    from prep.plan import make_plan
+    from prep.sources import RawData
+    from prep.splits import read_split
+    from prep.workers import start_workers
+
+    lists = read_split(str(drive / "splits" / "sample"))
+    content = make_content(lists, size="96x32")
+    plan = make_plan(lists, Kitti(RawData([str(drive)]), content.depth), content, parts=["train", "val"])
+    url = f"{rclone_bucket.url}/kitti/sample"
+    with start_workers(1) as workers:
+        packed = pack(plan, lists, url, tmp_path / "scratch", workers)
+        assert packed.url == url
+        assert not packed.already
+        assert pack(plan, lists, url, tmp_path / "scratch", workers).already
+    local = {p.relative_to(dataset).as_posix(): p.read_bytes() for p in dataset.rglob("*") if p.is_file()}
+    assert {k.removeprefix("kitti/sample/"): rclone_bucket.get(k) for k in rclone_bucket.objects()} == local
+
+
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "a//b", "", "a/./b", "a b", "a\\b", "ä", "a/", ".."])
 def test_names_cannot_leave_a_storage(tmp_path: Path, name: str) -> None:
     with pytest.raises(StorageError, match="leave"):
