@@ -31,13 +31,13 @@ def evaluate(
         typer.Option(help="eigen, eigen_benchmark, a file, a folder: what to take of raw KITTI, or of PREDICTIONS."),
     ] = None,
     splits: Annotated[Path | None, typer.Option(help="Folder that holds splits by name.")] = None,
-    part: Annotated[str | None, typer.Option(help="Part of the dataset [default: test, else val].")] = None,
+    part: Annotated[str | None, typer.Option(help="Part of the dataset (default: test, else val).")] = None,
     protocol: Annotated[
         Literal["auto", "eigen", "eigen_benchmark"], typer.Option(help="auto: what belongs to the ground truth.")
     ] = "auto",
     crop: Annotated[Literal["garg", "eigen", "none"] | None, typer.Option(help="Instead of the protocol's.")] = None,
-    min_depth: Annotated[float | None, typer.Option(help="Metres [default: 0.001].")] = None,
-    max_depth: Annotated[float | None, typer.Option(help="Metres [default: 80].")] = None,
+    min_depth: Annotated[float | None, typer.Option(help="Metres (default: 0.001).")] = None,
+    max_depth: Annotated[float | None, typer.Option(help="Metres (default: 80).")] = None,
     scaling: Annotated[
         Literal["auto", "median", "metric"], typer.Option(help="auto: metric where the model knows its unit.")
     ] = "auto",

@@ -18,7 +18,7 @@ def export(
         typer.Option(help="ONNX; torch.export (.pt2); a folder of official Monodepth2 weights."),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="File, or folder for monodepth2.  [default: depth.onnx, depth.pt2, monodepth2]")
+        Path | None, typer.Option(help="File, or folder for monodepth2. (default: depth.onnx, depth.pt2, monodepth2)")
     ] = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Any batch size instead of 1.")] = False,
 ) -> None:

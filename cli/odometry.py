@@ -17,8 +17,8 @@ def odometry(
         str, typer.Argument(help="KITTI odometry (folder, zips, URL) with --sequence; packed; or frames or a video.")
     ],
     sequence: Annotated[str | None, typer.Option(help="09, 10, ..., or a drive of KITTI raw.")] = None,
-    part: Annotated[str | None, typer.Option(help="Part of a packed dataset.  [default: test_<sequence>]")] = None,
-    poses: Annotated[Path | None, typer.Option(help="True poses in KITTI's format.  [default: beside SOURCE]")] = None,
+    part: Annotated[str | None, typer.Option(help="Part of a packed dataset. (default: test_<sequence>)")] = None,
+    poses: Annotated[Path | None, typer.Option(help="True poses in KITTI's format. (default: beside SOURCE)")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the trajectory, its picture and the numbers.")] = Path(
         "odometry"
     ),

@@ -19,7 +19,7 @@ def predict(
         str | None,
         typer.Option(
             help="Some of side_by_side, disparity, npy, png16 (metres x 256), ply, benchmark (KITTI's upload).  "
-            "[default: the first four; of a video side_by_side]"
+            " (default: the first four; of a video side_by_side)"
         ),
     ] = None,
     post_process: Annotated[bool, typer.Option("--post-process", help="Merge with the mirror image's.")] = False,
@@ -28,7 +28,7 @@ def predict(
         float | None, typer.Option(help="Metres per unit of depth, where you know better than the model.")
     ] = None,
     intrinsics: Annotated[
-        str | None, typer.Option(metavar="FX,FY,CX,CY", help="Camera in pixels, for ply.  [default: KITTI's, nominal]")
+        str | None, typer.Option(metavar="FX,FY,CX,CY", help="Camera in pixels, for ply. (default: KITTI's, nominal)")
     ] = None,
     max_depth: Annotated[float, typer.Option(help="Points farther than this are left out of ply.")] = 80.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Frames to take of a video or camera.")] = None,

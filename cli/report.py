@@ -12,9 +12,9 @@ from cli.console import console, errors, progress_bar
 
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    out: Annotated[Path | None, typer.Option(help="File to write.  [default: RUN/report.html]")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Measure on this one.  [default: the run's own]")] = None,
-    part: Annotated[str | None, typer.Option(help="Its part.  [default: test, else val]")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write. (default: RUN/report.html)")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Measure on this one. (default: the run's own)")] = None,
+    part: Annotated[str | None, typer.Option(help="Its part. (default: test, else val)")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Measure on at most so many images; 0: all.")] = 100,
     evaluate: Annotated[
         bool, typer.Option("--eval/--no-eval", help="Measure, for the table and the worst images.")
