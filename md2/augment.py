@@ -11,7 +11,7 @@ difference. One clamp to [0, 1] comes at the end, where torchvision clamps after
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -218,8 +218,3 @@ def stereo_transforms(translation: Tensor, flipped: Tensor | None, metres_per_un
     transforms = torch.eye(4).repeat(len(translation), 1, 1)
     transforms[:, 0, 3] = shift
     return transforms
-
-
-def sample_keys(sources: Sequence[bytes]) -> list[str]:
-    """Keys out of DALI's `source_info`, `<tar>:<offset>:<key>.<component>`."""
-    return [source.rpartition(b":")[2].partition(b".")[0].decode() for source in sources]

@@ -22,19 +22,21 @@ from functools import cache
 from math import ceil
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
-from nvidia.dali.tensors import TensorListGPU
 from torch import Tensor
 
-from md2.augment import Jitter, camera_matrices, float_images, jitter_factors, sample_keys, stereo_transforms
+from md2.augment import Jitter, camera_matrices, float_images, jitter_factors, stereo_transforms
 from md2.batch import Batch, Offset
 from md2.config import DataConfig
-from md2.reader import READER, Device, build, explain, plan, source_strings
+from md2.reader import Device, Reader, plan, sample_keys
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError, UsageError
 from shards.sample import DEPTH_SCALE
 
+SAMPLES_AHEAD = 96
+BYTES_AHEAD = 128 << 20
+"""So many samples are read at once, but not more bytes of decoded images: DALI's threads wait for one another at the
+end of every operator and batch, which in small batches costs a third of the rate."""
 PAPER_METRES_PER_UNIT = 5.4
 """The paper's stereo baseline is 0.1 for KITTI's 0.54 m."""
 
@@ -102,13 +104,18 @@ class Loader:
         self._plan = plan(dataset, part, config, train=train, depth=depth)
         self.samples = dataset.manifest.samples(part)
         """Samples of the part, over all ranks."""
-        self._steps, self._taken_by_reader = self._count(accumulate)
+        sample_bytes = len(self._plan.images) * config.width * config.height * 3
+        self._ahead = batches_ahead(batch_size, ceil(self.samples / world), sample_bytes)
+        self._steps = self._count(accumulate)
         self.epoch, self.step = 0, 0
-        self._failed: DatasetError | None = None
+        self._chunk: dict[str, Tensor] = {}
+        self._before_chunk = b""
         if state is not None:
             self._check(state)
             self.epoch, self.step = state["epoch"], state["step"]
-        self._pipeline = self._build(state["reader"] if state is not None else None)
+        self._reader = self._open(state["reader"] if state is not None else None)
+        if self.step % self._ahead:
+            self._read_chunk()
 
     def __len__(self) -> int:
         """Batches per epoch. In training the same on every rank; in evaluation of this rank's share."""
@@ -119,98 +126,73 @@ class Loader:
         if self.step >= self._steps:
             self._finish_epoch()
         elif self.step > 0 and not self.train:
-            self._pipeline = self._build(None)
+            self._reader = self._open(None)
             self.step = 0
         while self.step < self._steps:
-            outputs = self._run()
+            if self.step % self._ahead == 0:
+                self._read_chunk()
             self.step += 1
-            yield (
-                self._batch(outputs)
-                if self.device.type == "cuda"
-                else host_thread().submit(self._batch, outputs).result()
-            )
+            on_gpu = self.device.type == "cuda"
+            yield self._batch() if on_gpu else host_thread().submit(self._batch).result()
 
     def state(self) -> LoaderState:
         """Where this loader stands: after the batch last taken, whatever is prefetched already."""
-        if self._failed is not None:
-            raise self._failed
-        return LoaderState(
-            fingerprint=self._fingerprint(), epoch=self.epoch, step=self.step, reader=self._pipeline.checkpoint()
-        )
+        reader = self._before_chunk if self.step % self._ahead else self._reader.checkpoint()
+        return LoaderState(fingerprint=self._fingerprint(), epoch=self.epoch, step=self.step, reader=reader)
 
-    def _count(self, accumulate: int) -> tuple[int, int]:
-        """Batches per epoch that are handed out, and that DALI's reader makes of it (padded, alike on all ranks)."""
-        made = ceil(ceil(self.samples / self.world) / self.batch_size)
+    def _count(self, accumulate: int) -> int:
+        """Batches per epoch."""
         if self.train:
-            whole = self.samples // self.world // self.batch_size
-            return whole // accumulate * accumulate, made
-        return ceil(self._share() / self.batch_size), made
+            return self.samples // self.world // self.batch_size // accumulate * accumulate
+        return ceil(self._share() / self.batch_size)
 
     def _share(self) -> int:
         """Samples of this rank in evaluation; the reader cuts the dataset at these places."""
         begin, end = (self.samples * cut // self.world for cut in (self.rank, self.rank + 1))
         return end - begin
 
-    def _build(self, checkpoint: bytes | None) -> Any:
-        gpu = self.device.type == "cuda"
-        target: Device = "gpu" if gpu else "cpu"
+    def _open(self, checkpoint: bytes | None) -> Reader:
+        where = f"{self.dataset.url}: part {self.part!r}"
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        try:
-            pipeline = build(
-                self._plan,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                rank=self.rank,
-                world=self.world,
-                threads=self.config.threads or max(1, cores),
-                prefetch=self.config.prefetch,
-                decode=self._decode,
-                target=target,
-                device_id=(self.device.index or 0) if gpu else None,
-                checkpoint=checkpoint,
-            )
-        except RuntimeError as error:
-            if checkpoint is not None:
-                raise UsageError(f"the loader's state does not fit this set-up: {explain(error, None)}") from error
+        reader = Reader(
+            self._plan,
+            where,
+            count=self._ahead * self.batch_size,
+            seed=self.seed,
+            rank=self.rank,
+            world=self.world,
+            threads=self.config.threads or max(1, cores),
+            prefetch=self.config.prefetch,
+            decode=self._decode,
+            device=self.device,
+            checkpoint=checkpoint,
+        )
+        if reader.samples != self.samples:
             raise DatasetError(
-                f"{self.dataset.url}: part {self.part!r} cannot be read: {explain(error, None)}"
-            ) from error
-        found = pipeline.reader_meta(READER)["epoch_size"]
-        if found != self.samples:
-            raise DatasetError(
-                f"{self.dataset.url}: part {self.part!r} has {found} readable samples, its manifest says "
-                f"{self.samples}; verify it with md2 shards verify"
+                f"{where} has {reader.samples} readable samples, its manifest says {self.samples}; "
+                "verify it with md2 shards verify"
             )
-        return pipeline
+        return reader
 
-    def _run(self) -> dict[str, Any]:
-        """The next batch of the pipeline, by output name.
-
-        DALI goes on after an error and loses the batch: here an error is final, so that no epoch ends early in silence.
-        """
-        if self._failed is not None:
-            raise self._failed
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        try:
-            outputs = self._pipeline.run(stream)
-        except (RuntimeError, StopIteration) as error:
-            self._failed = DatasetError(
-                f"{self.dataset.url}: part {self.part!r}, epoch {self.epoch}, batch {self.step}: "
-                f"{explain(error, self._plan)}; verify it with md2 shards verify"
-            )
-            raise self._failed from error
-        return dict(zip(self._plan.outputs, outputs, strict=True))
+    def _read_chunk(self) -> None:
+        """The next batches; what is needed to read them once more, if a state is taken in their middle, is kept."""
+        self._before_chunk = self._reader.checkpoint()
+        self._chunk = self._reader.read()
 
     def _finish_epoch(self) -> None:
-        """Pass over what the reader made beyond the epoch's batches: padding, and what fills no batch."""
-        for _ in range(self._taken_by_reader - self._steps):
-            self._run()
+        """Pass over what the reader makes beyond the epoch's batches: padding, and what fills no batch.
+
+        DALI pads each rank's share to as many reads as the largest takes.
+        """
+        made = ceil(ceil(self.samples / self.world) / (self._ahead * self.batch_size))
+        for _ in range(made - ceil(self._steps / self._ahead)):
+            self._reader.read()
         self.epoch, self.step = self.epoch + 1, 0
 
-    def _batch(self, outputs: dict[str, Any]) -> Batch:
-        count = self._valid()
-        keys = sample_keys(source_strings(_tensor(outputs["source"]).numpy()[:count]))
-        host = {name: self._dense(name, value, keys) for name, value in outputs.items()}
+    def _batch(self) -> Batch:
+        """The batch that `step` has just been counted for, out of the chunk."""
+        begin = (self.step - 1) % self._ahead * self.batch_size
+        host = {name: values[begin : begin + self._valid()] for name, values in self._chunk.items()}
         flipped = host["flip"].bool().flatten() if self._plan.flip else None
         mirror = self._to_device(flipped) if flipped is not None else None
         images: dict[Offset, Tensor] = {
@@ -233,25 +215,8 @@ class Loader:
             metres_per_unit=self.metres_per_unit,
             depth=depth,
             depth_size=depth_size,
-            keys=keys,
+            keys=sample_keys(host["source"]),
         )
-
-    def _dense(self, name: str, output: Any, keys: list[str]) -> Tensor:
-        """An output of the batch's samples as one tensor.
-
-        Raises:
-            DatasetError: a sample's image, intrinsics or translation is not of the size that the manifest promises.
-        """
-        expected = self._plan.shapes.get(name)
-        if expected is not None and (not output.is_dense_tensor() or tuple(output[0].shape()) != expected):
-            for key, array in zip(keys, output, strict=False):
-                if tuple(array.shape()) != expected:
-                    self._failed = DatasetError(
-                        f"{self.dataset.url}: part {self.part!r}: {key}: {name} has the shape {tuple(array.shape())}, "
-                        f"the manifest promises {expected}; pull or pack the dataset again"
-                    )
-                    raise self._failed
-        return _tensor(output)[: len(keys)]
 
     def _valid(self) -> int:
         """Samples of the batch just taken that are no padding."""
@@ -284,6 +249,7 @@ class Loader:
             "shards": hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest(),
             "batch_size": self.batch_size,
             "steps": self._steps,
+            "batches_ahead": self._ahead,
             "seed": self.seed,
             "train": self.train,
             "rank": self.rank,
@@ -315,13 +281,19 @@ def decode_device(wanted: str, device: torch.device) -> Device:
     return "gpu" if wanted != "cpu" and device.type == "cuda" else "cpu"
 
 
-def _tensor(output: Any) -> Tensor:
-    """One of the pipeline's outputs, without a copy."""
-    dense = output.as_tensor()
-    if isinstance(output, TensorListGPU):
-        return torch.utils.dlpack.from_dlpack(dense)
-    # Through NumPy, for which host memory that DALI has pinned for a GPU is like any other.
-    return torch.from_numpy(np.asarray(dense))
+def batches_ahead(batch_size: int, samples: int, sample_bytes: int) -> int:
+    """How many batches to read at once, up to `SAMPLES_AHEAD` and `BYTES_AHEAD`.
+
+    Only as many as divide a rank's `samples` well: what is decoded for nothing at an epoch's end is at most a
+    sixteenth, unless single batches leave more.
+    """
+
+    def padding(batches: int) -> int:
+        return -samples % (batches * batch_size)
+
+    most = min(SAMPLES_AHEAD, BYTES_AHEAD // sample_bytes) // batch_size
+    allowed = max(padding(1), samples // 16)
+    return max(batches for batches in range(1, max(1, most) + 1) if padding(batches) <= allowed)
 
 
 @cache

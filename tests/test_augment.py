@@ -22,10 +22,10 @@ from md2.augment import (
     camera_matrices,
     jitter_factors,
     jitter_matrices,
-    sample_keys,
     stereo_transforms,
 )
 from md2.batch import Batch
+from md2.reader import sample_keys
 
 dali: Any = nvidia.dali
 UNCHANGED = [1.0, 1.0, 1.0, 0.0]
@@ -184,8 +184,9 @@ def test_the_baselines_sign_turns_with_the_flip() -> None:
 
 
 def test_keys_come_out_of_paths_with_dots_and_colons() -> None:
-    sources = [b"/data/v1.2:x/train/000000.tar:512:2011_09_26_drive_0001_l_0000000005.0.jpg"]
-    assert sample_keys(sources) == ["2011_09_26_drive_0001_l_0000000005"]
+    sources = [b"/data/v1.2:x/train/000000.tar:512:2011_09_26_drive_0001_l_0000000005.0.jpg", b"a.tar:1:b.m1.jpg"]
+    padded = np.array(sources).view(np.uint8).reshape(2, -1)
+    assert sample_keys(torch.from_numpy(padded)) == ["2011_09_26_drive_0001_l_0000000005", "b"]
 
 
 def test_memory_comes_back_only_when_nothing_holds_it() -> None:
@@ -233,8 +234,8 @@ def test_drawn_factors_fill_their_ranges_and_no_more(tmp_path: Path) -> None:
         UNCHANGED,
     ]
     dataset = pack(tmp_path, make_samples(64))
-    outputs = loader(dataset, config(color_jitter=True), batch_size=32)._run()
-    found = jitter_factors(torch.from_numpy(np.array(outputs["draws"].as_tensor())))
+    outputs = loader(dataset, config(color_jitter=True), batch_size=32)._reader.read()
+    found = jitter_factors(outputs["draws"][:32])
     assert found.shape == (32, 4)
     assert ((found - torch.tensor(UNCHANGED)).abs().amax(0) <= torch.tensor([0.2, 0.2, 0.2, 0.1])).all()
     assert (found.amax(0) - found.amin(0) > torch.tensor([0.3, 0.3, 0.3, 0.15])).all()

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pipeline_data import config, loader, make_samples, pack
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -114,6 +116,27 @@ def test_an_image_costs_a_few_tensor_operations_on_the_cpu_and_a_batch_a_few_hun
     assert calls[8] < (800 if settings.color_jitter else 400)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 64), st.integers(1, 5000), st.integers(1, 8 << 20))
+def test_reading_ahead_decodes_little_for_nothing_and_keeps_to_its_limits(
+    batch_size: int, samples: int, sample_bytes: int
+) -> None:
+    batches = md2.pipeline.batches_ahead(batch_size, samples, sample_bytes)
+    assert batches >= 1
+    read = batches * batch_size
+    if batches > 1:
+        assert read <= 96
+        assert read * sample_bytes <= 128 << 20
+        wasted, unavoidable = -samples % read, -samples % batch_size
+        assert wasted <= max(unavoidable, samples / 16)
+
+
+def test_kitti_is_read_in_chunks_of_several_batches() -> None:
+    """39,810 samples of three and of four 640x192 images, and of four 1024x320 ones."""
+    sizes = [(3, 640, 192), (4, 640, 192), (4, 1024, 320)]
+    assert [md2.pipeline.batches_ahead(12, 39810, n * w * h * 3) for n, w, h in sizes] == [8, 7, 2]
+
+
 @pytest.mark.gpu
 def test_only_small_tensors_are_copied_to_the_gpu(dataset: LocalDataset) -> None:
     """Images are decoded there: what torch copies is intrinsics, baseline, and the draws of jitter."""
@@ -129,6 +152,6 @@ def test_only_small_tensors_are_copied_to_the_gpu(dataset: LocalDataset) -> None
 def _graph(batches: Loader, folder: Path) -> Counter[str]:
     """Operators of the pipeline's graph, by kind; each runs once per sample."""
     file = folder / "graph.dot"
-    batches._pipeline.save_graph_to_dot_file(str(file))
+    batches._reader.pipeline.save_graph_to_dot_file(str(file))
     nodes = set(re.findall(r"(?<!\w)__([A-Za-z]+)_(\d+)", file.read_text()))
     return Counter(kind for kind, _ in nodes)

@@ -16,6 +16,12 @@ from shards.dataset import LocalDataset
 COUNT = 23
 
 
+@pytest.fixture(autouse=True, params=[96, 8], ids=["read whole", "read by 8"])
+def samples_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many samples are read at once must not show."""
+    monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", request.param)
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> LocalDataset:
     """23 samples in shards of 5, 5, 5, 5 and 3."""
@@ -127,3 +133,16 @@ def test_reading_leaves_torchs_threads_as_they_are(dataset: LocalDataset) -> Non
             assert fresh.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_order_does_not_depend_on_how_much_is_read_at_once(
+    dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def orders() -> list[list[str]]:
+        batches = one(dataset, batch_size=2)
+        return [keys(batches) for _ in range(3)]
+
+    expected = orders()
+    for ahead in (1, 4, 6, 22):
+        monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", ahead)
+        assert orders() == expected

@@ -13,6 +13,7 @@ import pytest
 import torch
 from pipeline_data import config, loader, make_samples, pack
 
+import md2.pipeline
 from md2.batch import Batch
 from md2.pipeline import Loader
 from shards.dataset import LocalDataset, open_dataset
@@ -52,17 +53,21 @@ def take(batches: Loader, count: int) -> list[str]:
     return found
 
 
-def test_another_process_goes_on_with_the_same_batches(dataset: LocalDataset, tmp_path: Path) -> None:
-    """World 2: two steps an epoch, so that 1 and 5 are in the middle of one, 0, 2 and 4 at its end."""
+@pytest.mark.parametrize("ahead", [96, 6, 2])
+def test_another_process_goes_on_with_the_same_batches(
+    dataset: LocalDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    """World 2, batch 2: five steps an epoch, so that some states are at its end, others in the middle of a read."""
+    monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", ahead)
     expected = []
     for rank in (0, 1):
-        for taken in (0, 1, 2, 4, 5):
-            here = make(dataset, rank=rank, world=2)
+        for taken in (0, 1, 3, 5, 9):
+            here = make(dataset, rank=rank, world=2, batch_size=2)
             take(here, taken)
             torch.save(here.state(), tmp_path / f"{rank}-{taken}.pt")
             expected += take(here, 6)
     assert len(set(expected)) > 20
-    command = [sys.executable, __file__, str(dataset.folder), str(tmp_path)]
+    command = [sys.executable, __file__, str(dataset.folder), str(tmp_path), str(ahead)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == expected
@@ -118,8 +123,18 @@ def test_the_same_dataset_elsewhere_is_not_refused(dataset: LocalDataset, tmp_pa
     assert take(make(moved, state=here.state()), 4) == take(here, 4)
 
 
+def test_a_state_from_reading_another_number_at_once_is_refused(
+    dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = make(dataset).state()
+    monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", 8)
+    with pytest.raises(UsageError, match="batches_ahead was 6, is 2"):
+        make(dataset, state=state)
+
+
 if __name__ == "__main__":
+    md2.pipeline.SAMPLES_AHEAD = int(sys.argv[3])
     for file in sorted(Path(sys.argv[2]).glob("*.pt")):
         saved = torch.load(file, weights_only=True)
-        restored = make(open_dataset(sys.argv[1]), state=saved, rank=int(file.name[0]), world=2)
+        restored = make(open_dataset(sys.argv[1]), state=saved, rank=int(file.name[0]), world=2, batch_size=2)
         print("\n".join(take(restored, 6)))
