@@ -33,7 +33,7 @@ def read_scan(data: bytes, name: str) -> npt.NDArray[np.float32]:
 
 
 def points_in_view(scan: npt.NDArray[np.float32], projections: Sequence[Matrix], width: int) -> npt.NDArray[np.float64]:
-    """(3, n) x, y, z of the points that any of the cameras may see: the lidar's x >= 0, between the image's sides.
+    """(3, n) x, y, z of the points that any of the cameras may see: the lidar's x >= 0, between the images' sides.
 
     About a quarter of a scan; what it costs is shared by the cameras. Single precision with slack decides, so that
     some points beside the images are left.
@@ -41,12 +41,14 @@ def points_in_view(scan: npt.NDArray[np.float32], projections: Sequence[Matrix],
     # A row as one 16-byte number: numpy takes those four times as fast as rows of four.
     ahead = scan.view(np.complex128)[:, 0][scan[:, 0] >= 0].view(np.float32).reshape(-1, _POINT_BYTES // 4)
     x, y, z = np.ascontiguousarray(ahead.T[:3])
-    seen = np.zeros(len(ahead), dtype=bool)
-    for p in projections:
-        left, right = p[0].astype(np.float32), ((width + 2) * p[2] - p[0]).astype(np.float32)
-        inside = left[0] * x + left[1] * y + left[2] * z > -left[3] - 1
-        inside &= right[0] * x + right[1] * y + right[2] * z > -right[3] - 1
-        seen |= inside
+    seen = np.ones(len(ahead), dtype=bool)
+    for side in ([p[0] for p in projections], [(width + 2) * p[2] - p[0] for p in projections]):
+        # The cameras of a rectified pair differ in the last column alone: then one plane holds for both.
+        inside = np.zeros(len(ahead), dtype=bool)
+        for a, b, c in {tuple(plane[:3].astype(np.float32)) for plane in side}:
+            nearest = -1 - max(plane[3] for plane in side)
+            inside |= a * x + b * y + c * z > np.float32(nearest)
+        seen &= inside
     return np.stack([x[seen], y[seen], z[seen]]).astype(np.float64)
 
 
@@ -103,9 +105,9 @@ def project(
     seen = (depth > 0) & (u >= 1) & (u <= width) & (v >= 1) & (v <= height) & (units >= 1) & (units < _BEYOND)
     # Pixel and depth as one number: sorted, the nearest point comes first in each pixel.
     keys = np.sort((((v[seen] - 1) * width + (u[seen] - 1)) * _BEYOND + units[seen]).astype(np.int64))
-    pixels, values = np.divmod(keys, _BEYOND)
+    pixels = keys >> 16
     nearest = np.flatnonzero(np.diff(pixels, prepend=-1))
-    return SparseDepth(pixels[nearest], values[nearest].astype(np.uint16), size)
+    return SparseDepth(pixels[nearest], (keys[nearest] & 0xFFFF).astype(np.uint16), size)
 
 
 def check_depth_png(data: bytes, size: tuple[int, int], name: str) -> None:
