@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="md2.train", description="Train under torchrun; see md2 train --help")
     parser.add_argument("config", nargs="?", help="YAML file or recipe name")
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
-    parser.add_argument("--run", type=Path, help="run folder")
+    parser.add_argument("--run", "--run-dir", type=Path, help="run folder")
     parser.add_argument("--resume", type=Path, help="run folder to go on with")
     options = parser.parse_intermixed_args(arguments)
     try:

@@ -73,7 +73,7 @@ def test_gradients_of_two_ranks_are_those_of_one_with_twice_the_batch(tmp_path: 
 def test_two_ranks_train_write_once_and_resume(dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["-m", "md2.train", "mono_stereo", f"data.url={dataset}", *SETTINGS, "train.epochs=1"]
-    process = torchrun(2, *arguments, "--run", str(run))
+    process = torchrun(2, *arguments, "--run-dir", str(run))
     output = finish(process)
     assert process.returncode == 0, output
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -97,7 +97,7 @@ def test_two_ranks_train_write_once_and_resume(dataset: Path, tmp_path: Path) ->
 def test_a_rank_that_dies_ends_the_job(dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["-m", "md2.train", "mono_stereo", f"data.url={dataset}", *SETTINGS, "train.epochs=1000"]
-    process = torchrun(2, *arguments, "--run", str(run))
+    process = torchrun(2, *arguments, "--run-dir", str(run))
     try:
         deadline = time.monotonic() + LIMIT
         while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
