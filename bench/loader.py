@@ -48,7 +48,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from md2.config import DataConfig
-from md2.pipeline import Loader
+from md2.pipeline import SAMPLES_AHEAD, Loader
 from shards.dataset import LocalDataset, open_dataset, write_dataset
 from shards.manifest import Split
 from shards.sample import Sample
@@ -57,6 +57,9 @@ from shards.tar import read_samples
 SIZE = (640, 192)
 QUALITY = 95
 FULL_QUALITY = 92
+MIN_BATCHES = 8
+READ_AHEAD = 4 * SAMPLES_AHEAD
+"""Samples that md2 may have prepared while other rows were timed."""
 STEMS = {"mono": ["0", "m1", "p1"], "mono+stereo": ["0", "m1", "p1", "s"]}
 
 
@@ -72,11 +75,12 @@ class Contender:
 
     def measure(self, seconds: float) -> None:
         """Adds a turn: samples per second, and CPU milliseconds per sample of this process and its workers."""
+        time.sleep(0.5)  # until the row before has filled its queues and rests
         for _ in range(self.buffered):
             next(self.batches)
-        samples, begin, cpu = 0, time.perf_counter(), cpu_seconds()
-        while time.perf_counter() - begin < seconds:
-            samples += next(self.batches)
+        samples, batches, begin, cpu = 0, 0, time.perf_counter(), cpu_seconds()
+        while time.perf_counter() - begin < seconds or batches < MIN_BATCHES:
+            samples, batches = samples + next(self.batches), batches + 1
         self.rates.append(samples / (time.perf_counter() - begin))
         self.costs.append(1000 * (cpu_seconds() - cpu) / samples)
 
@@ -318,9 +322,9 @@ def measure_mode(
             Contender("plain, jpeg, jitter", plain(jpegs, True, batch, threads), queued),
             Contender("webdataset", web(dataset, stems, False, batch, threads), queued),
             Contender("webdataset, jitter", web(dataset, stems, True, batch, threads), queued),
-            Contender("floor", floor(dataset, stems, batch, threads), 1),
-            Contender("md2", md2(dataset, stereo, False, batch, threads), 4),
-            Contender("md2, jitter", md2(dataset, stereo, True, batch, threads), 4),
+            Contender("floor", floor(dataset, stems, batch, threads), 3),
+            Contender("md2", md2(dataset, stereo, False, batch, threads), READ_AHEAD // batch),
+            Contender("md2, jitter", md2(dataset, stereo, True, batch, threads), READ_AHEAD // batch),
         ]
         for row in rows:
             stack.callback(row.batches.close)  # type: ignore[attr-defined]
