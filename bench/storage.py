@@ -1,0 +1,306 @@
+"""Reading a dataset from object storage: cached, streamed, by DALI itself, against the same dataset in a local folder.
+
+    python -m bench.storage [--samples 800] [--shard-mb 8] [--latency 0 10 50] [--repeats 3]
+
+An S3 server (rclone) runs on loopback behind a proxy, in a process of its own; the proxy adds the latency to every
+request, counts bytes and, for the last table, answers with 503 for two seconds. Samples are three 640x192 JPEGs; every
+row decodes all of them on the CPU in DALI with the same threads, so that only the way of reading differs.
+
+    local    DALI's webdataset reader on the folder itself
+    cached   open_dataset on an empty cache: epoch 1 fills it, epoch 2 is local
+    stream   stream_samples into DALI's external_source: nothing is kept
+    native   DALI's webdataset reader on s3:// itself (on fewer samples, it is slow)
+
+Cold start: from opening to the first batch in hand. Fetched / needed: bytes that left the server in an epoch over the
+bytes of the images that were decoded. Medians of the repeats. Bytes are exact, seconds depend on the machine: trust
+the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from shards.cache import Cache, _in_use
+from shards.dataset import open_dataset, write_dataset
+from shards.manifest import Manifest, Split
+from shards.sample import Sample
+from shards.stream import stream_samples
+from shards.transfer import copy_dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from storage_servers import ACCESS_KEY, SECRET_KEY, Fault, faulty_proxy, rclone_server
+
+IMAGES = ["0.jpg", "m1.jpg", "p1.jpg"]
+BATCH, THREADS = 12, 2
+OUTAGE, OUTAGE_AFTER = 2.0, 12
+"""Seconds for which the failing server answers 503, and the request at which that begins."""
+BUCKET = "bench"
+URL = f"s3://{BUCKET}/drive"
+
+
+@dataclass
+class Run:
+    """One way of reading, once."""
+
+    first: float
+    """Seconds to the first batch."""
+    epochs: list[float]
+    """Samples per second of each epoch, its start included."""
+    fetched: list[int]
+    """Bytes from the server in each epoch."""
+
+
+def serve(folder: str, pipe: Connection) -> None:
+    """The server's process: tells its address, then obeys each (latency, failing) and answers with the bytes sent."""
+    with rclone_server(Path(folder)) as endpoint, faulty_proxy(endpoint) as proxy:
+        latency, failing, asked = 0.0, False, 0
+        outage = (float("inf"), float("inf"))
+
+        def rule(method: str, path: str, number: int) -> Fault:
+            nonlocal asked, outage
+            asked += 1
+            now = time.monotonic()
+            if failing and asked == OUTAGE_AFTER:
+                outage = (now, now + OUTAGE)
+            return Fault(status=503) if outage[0] <= now < outage[1] else Fault(delay=latency)
+
+        proxy.rule = rule
+        pipe.send(proxy.endpoint)
+        while (message := pipe.recv()) is not None:
+            latency, failing = message
+            asked, outage = 0, (float("inf"), float("inf"))
+            pipe.send(sum(request.sent for request in proxy.requests))
+
+
+class Server:
+    """The server from outside. One for all tables: DALI's S3 client keeps to the address it saw first."""
+
+    def __init__(self, folder: Path) -> None:
+        self._pipe, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        self._process = context.Process(target=serve, args=(str(folder), theirs))
+        self._process.start()
+        self.latency, self.failing = 0.0, False
+        os.environ["AWS_ENDPOINT_URL"] = self._pipe.recv()
+
+    def sent(self) -> int:
+        """Bytes sent so far; from now on it behaves as `latency` (seconds) and `failing` say."""
+        self._pipe.send((self.latency, self.failing))
+        return int(self._pipe.recv())
+
+    def stop(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+
+def make_samples(count: int) -> Iterator[Sample]:
+    """Street-like amounts of detail: about 45 kB an image at quality 93."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        components = {"k.f32": b"\0" * 16, "meta.json": b"{}"}
+        for name in IMAGES:
+            coarse = Image.fromarray(rng.integers(0, 256, (24, 80, 3), np.uint8)).resize((640, 192))
+            picture = np.clip(np.asarray(coarse, np.int16) + rng.integers(-7, 8, (192, 640, 3)), 0, 255)
+            buffer = io.BytesIO()
+            Image.fromarray(picture.astype(np.uint8)).save(buffer, "JPEG", quality=93)
+            components[name] = buffer.getvalue()
+        yield Sample(f"drive_l_{number:010d}", components)
+
+
+def reader(tars: list[str], indexes: list[str]) -> Any:
+    """A built DALI pipeline over tars and indexes."""
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(batch_size=BATCH, num_threads=THREADS, device_id=None)
+    def pipeline() -> Any:
+        raw = fn.readers.webdataset(paths=tars, index_paths=indexes, ext=IMAGES, name="r", prefetch_queue_depth=2)
+        return tuple(fn.decoders.image(list(raw)))
+
+    built = pipeline()
+    built.build()
+    return built
+
+
+def streamer(samples: Iterator[Sample]) -> Any:
+    """A built DALI pipeline over samples that Python hands in."""
+    from nvidia.dali import fn, pipeline_def
+
+    def batches() -> Iterator[tuple[list[np.ndarray], ...]]:
+        while batch := list(itertools.islice(samples, BATCH)):
+            yield tuple([np.frombuffer(s.components[name], np.uint8) for s in batch] for name in IMAGES)
+
+    @pipeline_def(batch_size=BATCH, num_threads=THREADS, device_id=None, exec_dynamic=True)
+    def pipeline() -> Any:
+        raw = fn.external_source(batches(), num_outputs=len(IMAGES), batch=True)
+        return tuple(fn.decoders.image(list(raw)))
+
+    built = pipeline()
+    built.build()
+    return built
+
+
+def take(pipeline: Any, batches: int) -> None:
+    for _ in range(batches):
+        pipeline.run()
+
+
+def measure(samples: int, epochs: list[Callable[[], Any]], server: Server | None) -> Run:
+    """Time epochs; each callable opens the dataset and gives a pipeline."""
+    run, batches = Run(0.0, [], []), samples // BATCH
+    before = server.sent() if server else 0
+    for open_pipeline in epochs:
+        began = time.monotonic()
+        pipeline = open_pipeline()
+        pipeline.run()
+        run.first = run.first or time.monotonic() - began
+        take(pipeline, batches - 1)
+        run.epochs.append(batches * BATCH / (time.monotonic() - began))
+        del pipeline
+        after = server.sent() if server else 0
+        run.fetched.append(after - before)
+        before = after
+    return run
+
+
+def from_folder(folder: Path) -> Callable[[], Any]:
+    def open_pipeline() -> Any:
+        dataset = open_dataset(str(folder))
+        return reader([str(p) for p in dataset.tars("train")], [str(p) for p in dataset.indexes("train")])
+
+    return open_pipeline
+
+
+def from_cache() -> Callable[[], Any]:
+    folder = tempfile.TemporaryDirectory(prefix="md2-bench-")
+
+    def open_pipeline() -> Any:
+        dataset = open_dataset(URL, cache=Cache(Path(folder.name)))
+        return reader([str(p) for p in dataset.tars("train")], [str(p) for p in dataset.indexes("train")])
+
+    return open_pipeline
+
+
+def from_stream() -> Any:
+    return streamer(stream_samples(URL, "train"))
+
+
+def native(manifest: Manifest) -> Callable[[], Any]:
+    def open_pipeline() -> Any:
+        shards = manifest.part("train")
+        return reader([f"{URL}/{s.name}" for s in shards], [f"{URL}/{s.index_name}" for s in shards])
+
+    return open_pipeline
+
+
+def row(name: str, runs: list[Run], needed: int, base: float) -> str:
+    """A line of the table; each number the median over the runs."""
+    first = statistics.median(run.first for run in runs)
+    rates = [statistics.median(rates) for rates in zip(*(run.epochs for run in runs), strict=True)]
+    fetched = [statistics.median(f) / needed for f in zip(*(run.fetched for run in runs), strict=True)]
+    rate = " / ".join(f"{r:.0f} ({r / base:.2f})" for r in rates)
+    return f"| {name} | {first:.2f} s | {rate} | {' / '.join(f'{f:.2f}' for f in fetched)} |"
+
+
+def payload(samples: int, per_sample: float) -> int:
+    return int(samples // BATCH * BATCH * per_sample)
+
+
+def table(options: argparse.Namespace, drive: Path, manifest: Manifest, per_sample: float, server: Server) -> None:
+    few = min(options.samples, options.native_samples)
+    print(f"\nlatency {server.latency * 1000:g} ms a request\n")
+    print("| | cold start | samples/s, epoch 1 / 2 (over local) | fetched / needed, epoch 1 / 2 |")
+    print("|---|---|---|---|")
+    runs: dict[str, list[Run]] = {"local": [], "cached": [], "stream": [], "native": []}
+    for _ in range(options.repeats):
+        local, cached = from_folder(drive), from_cache()
+        runs["local"].append(measure(options.samples, [local, local], None))
+        runs["cached"].append(measure(options.samples, [cached, cached], server))
+        runs["stream"].append(measure(options.samples, [from_stream, from_stream], server))
+        runs["native"].append(measure(few, [native(manifest)], server))
+        for lock in _in_use.values():
+            lock.release()
+        _in_use.clear()
+    base = statistics.median(run.epochs[1] for run in runs["local"])
+    for name, done in runs.items():
+        needed = payload(few if name == "native" else options.samples, per_sample)
+        print(row(name, done, needed, base), flush=True)
+
+
+def faults(options: argparse.Namespace, manifest: Manifest, server: Server) -> None:
+    """What an outage of two seconds in the middle does."""
+    server.latency, server.failing = 0.0, True
+    few = min(options.samples, options.native_samples)
+    print(f"\n{OUTAGE:g} s of nothing but 503 in mid-epoch\n\n| | |\n|---|---|")
+    ways: dict[str, tuple[int, Callable[[], Any]]] = {
+        "cached": (options.samples, from_cache()),
+        "stream": (options.samples, from_stream),
+        "native": (few, native(manifest)),
+    }
+    for name, (samples, way) in ways.items():
+        try:
+            run = measure(samples, [way], server)
+        except RuntimeError as error:
+            reason = str(error).rpartition("encountered:")[2].split("Current pipeline")[0]
+            print(f"| {name} | the pipeline dies: {' '.join(reason.split())[:120]} |", flush=True)
+        else:
+            print(f"| {name} | {samples // BATCH * BATCH} samples, {run.epochs[0]:.0f} samples/s |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=800)
+    parser.add_argument("--native-samples", type=int, default=36)
+    parser.add_argument("--shard-mb", type=int, default=8)
+    parser.add_argument("--latency", type=float, nargs="*", default=[0.0, 10.0, 50.0])
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    os.environ |= {"AWS_EC2_METADATA_DISABLED": "true"}
+    with tempfile.TemporaryDirectory(prefix="md2-bench-") as name:
+        folder = Path(name)
+        (folder / "server" / BUCKET).mkdir(parents=True)
+        manifest = write_dataset(
+            folder / "drive", {"train": make_samples(options.samples)}, split=Split(name="bench", sha256="0" * 64),
+            frames=[0, -1, 1], stereo=False, depth=None, size=(640, 192), codec="jpeg", quality=93, seed=0,
+            shard_bytes=options.shard_mb << 20,
+        )  # fmt: skip
+        copy_dataset(str(folder / "drive"), str(folder / "server" / BUCKET / "drive"))
+        first = next(make_samples(1))
+        per_sample = float(sum(len(first.components[name]) for name in IMAGES))
+        total = sum(shard.bytes for shard in manifest.shards)
+        print(
+            f"{options.samples} samples, {per_sample / 3e3:.0f} kB an image, {len(manifest.shards)} shards, "
+            f"{total / 1e6:.0f} MB; {THREADS} decoding threads, batch {BATCH}, {os.cpu_count()} cores"
+        )
+        measure(BATCH, [from_folder(folder / "drive")], None)  # DALI's own start is not what is measured
+        server = Server(folder / "server")
+        try:
+            for server.latency in (milliseconds / 1000 for milliseconds in options.latency):
+                table(options, folder / "drive", manifest, per_sample, server)
+            faults(options, manifest, server)
+        finally:
+            server.stop()
+
+
+if __name__ == "__main__":
+    main()
