@@ -17,7 +17,7 @@ def md2(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProc
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "100"}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, cwd=folder or root, env=environment
+        command, capture_output=True, text=True, timeout=240, check=False, cwd=folder or root, env=environment
     )
 
 

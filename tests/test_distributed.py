@@ -15,7 +15,7 @@ import torch
 
 from md2.checkpoint import load_checkpoint
 
-LIMIT = 150
+LIMIT = 240
 SETTINGS = [
     "model.weights=scratch",
     "data.width=96",

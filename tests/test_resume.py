@@ -30,7 +30,7 @@ SETTINGS = [
     "train.image_every=1000",
     "train.checkpoint_every=2",
 ]
-LIMIT = 120
+LIMIT = 240
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:

@@ -35,7 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "cli.main", "sample", *(str(argument) for argument in arguments)]
     environment = {**os.environ, **environment}
-    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
 def test_every_file_of_the_layout_is_there(drive: Path) -> None:
