@@ -129,6 +129,30 @@ def test_a_pull_that_was_killed_goes_on(
     assert files(tmp_path / "d") == files(packed.folder)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_is_obeyed_while_the_server_is_silent(
+    md2: Run, proxied: Proxy, bucket: Bucket, packed: Packed, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    md2("push", packed.url, f"{bucket.url}/d")
+    proxied.rule = lambda method, path, number: Fault(silent=True) if path.endswith(".tar") else None
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli.main", "shards", "pull", f"{bucket.url}/d", str(tmp_path / "d")],
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while not any(r.method == "GET" and r.path.endswith(".tar") for r in proxied.requests):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=10)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == code
+    assert b"Traceback" not in err
+
+
 def damaged(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
     (folder / name).write_bytes(change((folder / name).read_bytes()))
 
