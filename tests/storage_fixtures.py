@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,13 @@ from storage_servers import Bucket, Proxy, client, faulty_proxy, moto_server, rc
 from shards.manifest import Manifest
 
 _numbers = itertools.count()
+
+
+def note_fault(fault: str, seen: str, began: float) -> None:
+    """Append a row to the table of faults, where MD2_FAULT_TABLE names a file."""
+    if table := os.environ.get("MD2_FAULT_TABLE"):
+        with Path(table).open("a") as file:
+            file.write(f"| {fault} | {seen} | {time.monotonic() - began:.1f} s |\n")
 
 
 @dataclass(frozen=True)

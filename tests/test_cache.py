@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from storage_data import all_samples, make_dataset
-from storage_fixtures import Packed
+from storage_fixtures import Packed, note_fault
 from storage_servers import Bucket, Fault, Proxy
 
 from shards import cache as cache_module
@@ -145,10 +145,11 @@ def test_a_process_killed_while_filling_loses_nothing(
     kept = sum(p.stat().st_size for p in (tmp_path / "cache").rglob("*.tar.part"))
     whole = {p.name: p.stat().st_size for p in (tmp_path / "cache").rglob("*.tar")}
     moto_proxy.rule = None
-    before = moto_proxy.sent(".tar")
+    before, began = moto_proxy.sent(".tar"), time.monotonic()
     dataset = open_dataset(moto_url)
     assert contents(dataset, "train") == published(packed, "train")
     assert moto_proxy.sent(".tar") - before == total - kept - sum(whole.values()), "what had come came again"
+    note_fault("process killed while the cache fills", "the next one goes on, no byte fetched twice", began)
 
 
 def test_a_part_of_a_file_that_is_rubbish_is_thrown_away(moto_url: str, packed: Packed, moto_proxy: Proxy) -> None:
@@ -173,7 +174,9 @@ def test_a_corrupted_file_is_found_and_fetched_again(url: str, packed: Packed, p
     victim.write_bytes(data)
     os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))  # same length, same date
     proxied.requests.clear()
+    began = time.monotonic()
     assert contents(open_dataset(url), "train") == published(packed, "train")
+    note_fault("cache file corrupted on disk (same length and date)", "found, that file fetched again", began)
     assert [r.path.rpartition("/")[2] for r in proxied.requests if r.path.endswith(".tar")] == [victim.name]
 
 
@@ -325,6 +328,7 @@ def test_a_full_disk(moto_url: str, packed: Packed, tmp_path: Path, when: str) -
         or subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode
     ):
         pytest.skip("no small file system can be mounted here (needs unshare and user namespaces)")
+    began = time.monotonic()
     script = f'{mount} && "$0" -c "$1" {moto_url} {when}; ls -A {disk}/*/train'
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, sys.executable, DISK],
@@ -335,6 +339,7 @@ def test_a_full_disk(moto_url: str, packed: Packed, tmp_path: Path, when: str) -
         check=False,
     )
     message = done.stdout.splitlines()[0]
+    note_fault(f"full cache disk, {when}", message, began)
     assert str(disk) in message
     assert ("no room" if when == "before" else "the disk is full") in message, done.stdout + done.stderr
     assert "MD2_CACHE" in message
@@ -352,8 +357,10 @@ def test_a_process_that_stands_still_is_not_waited_for_for_ever(
         other.send_signal(signal.SIGSTOP)
         monkeypatch.setenv("MD2_STORAGE_PATIENCE", "0.5")
         monkeypatch.setattr(fill_module, "_STALL_GRACE", 0.5)
-        with pytest.raises(StorageError, match=rf"process {other.pid} .* stood still"):
+        began = time.monotonic()
+        with pytest.raises(StorageError, match=rf"process {other.pid} .* stood still") as caught:
             open_dataset(moto_url).tars("train")
+        note_fault("the process that fetches is stopped (patience and grace 0.5 s)", str(caught.value), began)
         other.send_signal(signal.SIGCONT)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from storage_data import all_samples
-from storage_fixtures import Packed
+from storage_fixtures import Packed, note_fault
 from storage_servers import Bucket, Fault, Proxy, faulty_proxy, free_port, plain_web_server
 
 from shards import http, remote
@@ -43,11 +43,8 @@ def seen_by_user(fault: str, kind: type[Md2Error] | None, *words: str) -> Iterat
         assert os.environ["AWS_SECRET_ACCESS_KEY"] not in message
     else:
         assert kind is None, "no error"
-    took = time.monotonic() - began
-    assert took < BOUND
-    if table := os.environ.get("MD2_FAULT_TABLE"):
-        with Path(table).open("a") as file:
-            file.write(f"| {fault} | {message} | {took:.1f} s |\n")
+    assert time.monotonic() - began < BOUND
+    note_fault(fault, message, began)
 
 
 @pytest.fixture
