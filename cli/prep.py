@@ -66,7 +66,7 @@ def prep(
         typer.Option(help="Which depth a lidar point has (default: camera_z; lidar_x for eigen, as published)."),
     ] = None,
     codec: Annotated[
-        Literal["jpeg", "png"], typer.Option(help="png is lossless, and about four times the size.")
+        Literal["jpeg", "png"], typer.Option(help="png is lossless, and about three times the size.")
     ] = "jpeg",
     quality: Annotated[int, typer.Option(help="JPEG quality, 1 to 100.")] = 93,
     part: Annotated[list[str] | None, typer.Option(help="Only this part of the split; repeat for several.")] = None,

@@ -16,6 +16,8 @@ from storage_servers import Bucket, Proxy, client, faulty_proxy, moto_server, rc
 from shards.manifest import Manifest
 
 _numbers = itertools.count()
+one_server = pytest.mark.parametrize("bucket", ["moto"], indirect=True)
+"""For tests of what does not depend on the server."""
 
 
 def note_fault(fault: str, seen: str, began: float) -> None:

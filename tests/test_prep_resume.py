@@ -167,9 +167,8 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
     finally:
         for process in reversed(processes):
-            process.terminate()
-        for process in processes:
-            process.wait(30)
+            process.kill()  # asked nicely, a worker whose scheduler is going too may take its time
+            process.wait()
 
 
 def test_dask_gives_the_same_bytes(

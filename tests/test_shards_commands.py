@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from storage_data import SIZE, all_samples, make_dataset, make_samples
-from storage_fixtures import Packed
+from storage_fixtures import Packed, one_server
 from storage_servers import Bucket, Fault, Proxy
 
 from cli.main import main
@@ -129,6 +129,7 @@ def test_a_pull_that_was_killed_goes_on(
     assert files(tmp_path / "d") == files(packed.folder)
 
 
+@one_server
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interruption_is_obeyed_while_the_server_is_silent(
     md2: Run, proxied: Proxy, bucket: Bucket, packed: Packed, tmp_path: Path, number: signal.Signals, code: int
@@ -260,6 +261,7 @@ def test_the_contact_sheet_shows_each_image_in_its_column(tmp_path: Path) -> Non
     assert far[2] > far[0], "far is blue"
 
 
+@one_server
 def test_show_fetches_only_what_it_shows(
     md2: Run, bucket: Bucket, proxied: Proxy, packed: Packed, tmp_path: Path
 ) -> None:
@@ -282,6 +284,7 @@ def test_an_image_that_claims_to_be_huge_is_not_decoded(tmp_path: Path, monkeypa
         contact_sheet(manifest, [broken])
 
 
+@one_server
 def test_streaming_gives_every_sample_once_through_faults(
     bucket: Bucket, proxied: Proxy, packed: Packed, tmp_path: Path
 ) -> None:

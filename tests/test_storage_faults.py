@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from storage_data import all_samples
-from storage_fixtures import Packed, note_fault
+from storage_fixtures import Packed, note_fault, one_server
 from storage_servers import Bucket, Fault, Proxy, faulty_proxy, free_port, plain_web_server
 
 from shards import http, remote
@@ -91,6 +91,7 @@ def test_missing_bucket_dataset_and_shard(bucket: Bucket, published: str) -> Non
         open_dataset(published).tars("train")
 
 
+@one_server
 def test_nobody_listens(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("MD2_STORAGE_PATIENCE", "8")
@@ -129,6 +130,7 @@ def test_every_third_request_fails(published: str, packed: Packed, proxied: Prox
     nothing_wrong_in(tmp_path / "copy", packed)
 
 
+@one_server
 def test_errors_for_ever_end_with_patience(published: str, proxied: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MD2_STORAGE_PATIENCE", "2")
     proxied.rule = lambda method, path, number: Fault(status=503) if ".tar" in path else None
@@ -173,6 +175,7 @@ def test_a_connection_cut_while_publishing(bucket: Bucket, packed: Packed, proxi
     assert open_dataset(f"{bucket.url}/drive").manifest == packed.manifest
 
 
+@one_server
 def test_a_silent_server(published: str, proxied: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_CALL_TIMEOUT", 1.0)
     monkeypatch.setattr(remote, "_SLOWEST", 1e9)
@@ -182,6 +185,7 @@ def test_a_silent_server(published: str, proxied: Proxy, monkeypatch: pytest.Mon
         open_dataset(published)
 
 
+@one_server
 def test_a_trickle_is_not_waited_for(published: str, proxied: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes keep coming, so no socket ever times out; the whole request has a limit."""
     monkeypatch.setattr(remote, "_CALL_TIMEOUT", 0.5)
@@ -211,6 +215,7 @@ def test_an_object_changed_after_publishing(
     nothing_wrong_in(tmp_path / "cache", packed)
 
 
+@one_server
 def test_a_changed_index(bucket: Bucket, published: str) -> None:
     lines = bucket.get("drive/train/000000.idx").decode().splitlines()
     bucket.put("drive/train/000000.idx", ("\n".join(["v1.2 1", lines[1]]) + "\n").encode())
@@ -230,6 +235,7 @@ def test_more_than_was_announced_is_neither_read_nor_kept(
     assert proxied.sent("/train/000000.tar") <= remote.CHUNK
 
 
+@one_server
 def test_a_manifest_of_any_size_is_refused_unread(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     from shards import store
 
