@@ -130,14 +130,12 @@ def test_any_file_system_of_fsspec_that_can_list(drive: Path, tmp_path: Path) ->
 
 def test_from_bucket_to_bucket(drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """KITTI's zips in a bucket, the dataset into another prefix: nothing but scratch on this machine."""
-    import s3fs
     from storage_servers import Bucket, client, moto_server, use_endpoint
 
     split = write_split(tmp_path, f"{DATE}/{DRIVE} 3 l", f"{DATE}/{DRIVE} 4 r")
     run_pack(split, drive, tmp_path / "expected")
     with moto_server() as endpoint:
         use_endpoint(monkeypatch, endpoint)
-        s3fs.S3FileSystem.clear_instance_cache()
         client(endpoint).create_bucket(Bucket="kitti")
         bucket = Bucket(endpoint, "kitti", "moto")
         zips = zip_raw(drive, tmp_path / "zips", nested=True)
@@ -151,7 +149,6 @@ def test_from_bucket_to_bucket(drive: Path, tmp_path: Path, monkeypatch: pytest.
         names = [key for key in bucket.objects() if key.startswith("shards/")]
         assert packed.url == "s3://kitti/shards"
         assert {n.removeprefix("shards/"): bucket.get(n) for n in names} == files_of(tmp_path / "expected")
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_nothing_there_says_what_is_expected_and_how_to_get_it(drive: Path, tmp_path: Path) -> None:
