@@ -91,9 +91,39 @@ def rclone_bucket(rclone: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     return _bucket(rclone, "rclone", monkeypatch, tmp_path)
 
 
-@pytest.fixture
-def proxied(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The proxy before `bucket`; the code under test talks to it, the test's own client does not."""
-    with faulty_proxy(bucket.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+@pytest.fixture(scope="session")
+def moto_gate(moto: str) -> Iterator[Proxy]:
+    with faulty_proxy(moto) as proxy:
         yield proxy
+
+
+@pytest.fixture(scope="session")
+def rclone_gate(rclone: str) -> Iterator[Proxy]:
+    with faulty_proxy(rclone) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxied(bucket: Bucket, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The proxy before `bucket`; the code under test talks to it, the test's own client does not."""
+    yield from _through(request.getfixturevalue(f"{bucket.server}_gate"), monkeypatch)
+
+
+@pytest.fixture
+def moto_proxy(moto_bucket: Bucket, moto_gate: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """As `proxied`, for `moto_bucket`."""
+    yield from _through(moto_gate, monkeypatch)
+
+
+@pytest.fixture
+def rclone_proxy(rclone_bucket: Bucket, rclone_gate: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """As `proxied`, for `rclone_bucket`."""
+    yield from _through(rclone_gate, monkeypatch)
+
+
+def _through(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """One proxy serves all tests, so that not each of them has to connect anew."""
+    proxy.rule, proxy.requests = None, []
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    yield proxy
+    proxy.rule = None

@@ -38,15 +38,6 @@ def moto_url(moto_bucket: Bucket, packed: Packed) -> str:
     return f"{moto_bucket.url}/drive"
 
 
-@pytest.fixture
-def moto_proxy(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    from storage_servers import faulty_proxy
-
-    with faulty_proxy(moto_bucket.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        yield proxy
-
-
 @pytest.fixture(autouse=True)
 def forget_what_is_open() -> Iterator[None]:
     """Each test is a job of its own."""
