@@ -7,11 +7,40 @@ from pathlib import Path
 
 # Before torch is imported: idle OpenMP threads spin, which starves the other processes that the tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before anything imports Triton, which torch does where it is installed: without a GPU its kernels are interpreted.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from storage_fixtures import bucket, moto, moto_bucket, packed, proxied, rclone, rclone_bucket, repacked
+from storage_fixtures import (
+    bucket,
+    moto,
+    moto_bucket,
+    moto_gate,
+    moto_proxy,
+    packed,
+    proxied,
+    rclone,
+    rclone_bucket,
+    rclone_gate,
+    rclone_proxy,
+    repacked,
+)
 
-__all__ = ["bucket", "moto", "moto_bucket", "packed", "proxied", "rclone", "rclone_bucket", "repacked"]
+__all__ = [
+    "bucket",
+    "moto",
+    "moto_bucket",
+    "moto_gate",
+    "moto_proxy",
+    "packed",
+    "proxied",
+    "rclone",
+    "rclone_bucket",
+    "rclone_gate",
+    "rclone_proxy",
+    "repacked",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
