@@ -7,11 +7,9 @@ from pathlib import Path
 
 # Before torch is imported: idle OpenMP threads spin, which starves the other processes that the tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Before anything imports Triton, which torch does where it is installed: without a GPU its kernels are interpreted.
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+import torch
 from storage_fixtures import (
     bucket,
     moto,
@@ -26,6 +24,10 @@ from storage_fixtures import (
     rclone_proxy,
     repacked,
 )
+
+# Before Triton is imported: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 __all__ = [
     "bucket",
@@ -44,10 +46,6 @@ __all__ = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not any(item.get_closest_marker("gpu") for item in items):
-        return
-    import torch
-
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
