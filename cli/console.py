@@ -9,7 +9,16 @@ from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from shards.errors import Md2Error
 
@@ -17,13 +26,30 @@ console = Console()
 errors = Console(stderr=True)
 
 
+class _Rate(ProgressColumn):
+    """Units per second: what the task says as `rate`, else what the bar measures, the mean once it is done."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        rate = task.fields.get("rate")
+        if rate is None:
+            rate = task.completed / task.elapsed if task.finished and task.elapsed else task.speed
+        return Text("" if rate is None else f"{rate:.1f} {self._unit}/s")
+
+
 def progress_bar(unit: str) -> Progress:
-    """A bar `label ━━━ 3/10 · 12.3 unit/s · 0:00:42 left`, on stderr so that stdout can be piped."""
+    """A bar `label ━━━ 3/10 · 12.3 unit/s · 0:00:42 left`, on stderr so that stdout can be piped.
+
+    Tasks are added with a `note`, which stands at the end, and may give their own `rate`.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.1f} " + unit + "/s"),
+        _Rate(unit),
         TimeRemainingColumn(),
         TextColumn("left {task.fields[note]}"),
         console=errors,

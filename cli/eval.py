@@ -104,10 +104,10 @@ def evaluate(
             batch_size=batch_size,
             limit=limit,
         )
-        task = bar.add_task("evaluate", total=None, rate=0.0, note="")
+        task = bar.add_task("evaluate", total=None, note="")
 
         def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, rate=bar.tasks[task].speed or 0.0)
+            bar.update(task, completed=done, total=total)
 
         report = run_eval(options, predictor, advance)
     for warning in report.warnings:
@@ -129,10 +129,10 @@ class _Packing:
         self._bar = bar
 
     def phase(self, label: str, total: int, unit: str) -> None:
-        self._task = self._bar.add_task(label, total=total, rate=0.0, note="")
+        self._task = self._bar.add_task(label, total=total, note="")
 
     def advance(self, count: int) -> None:
-        self._bar.update(self._task, advance=count, rate=self._bar.tasks[self._task].speed or 0.0)
+        self._bar.update(self._task, advance=count)
 
 
 def _model_and_dataset(paths: list[str], predictions: Path | None) -> tuple[str | None, str]:

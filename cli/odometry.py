@@ -43,10 +43,10 @@ def odometry(
     predictor = load(model, device)
     found = None
     with progress_bar("frame") as bar:
-        task = bar.add_task("odometry", total=None, rate=0.0, note="")
+        task = bar.add_task("odometry", total=None, note="")
 
         def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total or None, rate=bar.tasks[task].speed or 0.0)
+            bar.update(task, completed=done, total=total or None)
 
         if sequence is not None and not is_packed(source):
             found = open_sequence([source], sequence)

@@ -55,10 +55,10 @@ def predict(
     with progress_bar("image") as bar:
 
         def track(name: str) -> Progress:
-            task = bar.add_task(name, total=None, rate=0.0, note="")
+            task = bar.add_task(name, total=None, note="")
 
             def advance(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total or None, rate=bar.tasks[task].speed or 0.0)
+                bar.update(task, completed=done, total=total or None)
 
             return advance
 

@@ -26,10 +26,10 @@ def report(
 
     target = out or run / "report.html"
     with progress_bar("image") as bar:
-        task = bar.add_task("report", total=None, rate=0.0, note="")
+        task = bar.add_task("report", total=None, note="")
 
         def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, rate=bar.tasks[task].speed or 0.0)
+            bar.update(task, completed=done, total=total)
 
         notes = write_report(
             run,

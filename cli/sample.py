@@ -28,10 +28,10 @@ def sample(
     from prep.synthetic import write_drives
 
     with progress_bar("frame") as bar:
-        task = bar.add_task("sample", total=drives * frames, rate=0.0, note="")
+        task = bar.add_task("sample", total=drives * frames, note="")
 
         def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, rate=bar.tasks[task].speed or 0.0)
+            bar.update(task, completed=done, total=total)
 
         written = write_drives(
             out,

@@ -22,13 +22,13 @@ class BarReporter:
 
     def start(self, total: int, done: int) -> None:
         if self.main:
-            self.task = self.bar.add_task("train", total=total, completed=done, rate=0.0, note="")
+            self.task = self.bar.add_task("train", total=total, completed=done, rate=None, note="")
             self.bar.start()
 
     def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None:
         if self.task is None:
             return
-        self.bar.update(self.task, completed=step, description=f"epoch {epoch}")
+        self.bar.update(self.task, completed=step, description=f"epoch {epoch + 1}")
         if loss is not None:
             self.bar.update(self.task, rate=images_per_second, note=f"loss {loss:.4f}")
 

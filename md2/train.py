@@ -166,7 +166,7 @@ class PlainReporter:
     def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None:
         if loss is not None:
             print(
-                f"step {step}/{self.total}  epoch {epoch}  loss {loss:.4f}  {images_per_second:.1f} images/s",
+                f"step {step}/{self.total}  epoch {epoch + 1}  loss {loss:.4f}  {images_per_second:.1f} images/s",
                 flush=True,
             )
 

@@ -42,6 +42,8 @@ from shards.errors import TrainingError
 
 STOP_CHECK = 10
 """Steps between asking all ranks whether one was told to stop (each asking is a collective)."""
+SHOWN = ("loss", "abs_rel", "rmse", "a1")
+"""What the console's line for an epoch holds; metrics.jsonl and TensorBoard have all of it."""
 
 
 class Reporter(Protocol):
@@ -251,7 +253,7 @@ class Trainer:
             self.log.scalars("val", self.step, self.epoch, metrics)
             if picture is not None:
                 self.log.panel("val", self.step, picture)
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
             self.reporter.message(f"epoch {self.epoch}: {shown}")
         return metrics
 

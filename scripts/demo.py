@@ -77,7 +77,7 @@ def main(folder: Path) -> int:
     if folder.exists():
         print(f"{folder} exists: remove it, or name another (make demo DEMO=...)", file=sys.stderr)
         return 2
-    run("md2", "sample", str(raw), "--drives", "2", "--frames", "60", "--size", "416x128")
+    run("md2", "sample", str(raw), "--drives", "4", "--frames", "40", "--size", "416x128")
     run(
         "md2",
         "prep",
