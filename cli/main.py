@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
+from importlib.metadata import version
 from types import FrameType
+from typing import Annotated
 
 import typer
 
@@ -25,11 +27,24 @@ from shards.errors import Md2Error
 
 app = typer.Typer(
     name="md2",
-    help="Train Monodepth2 on KITTI at high throughput.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"md2 {version('md2')}")
+        raise typer.Exit
+
+
+@app.callback()
+def md2(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Train Monodepth2 on KITTI at high throughput."""
+
 
 app.command()(sample)
 app.command(cls=PrepCommand)(prep)

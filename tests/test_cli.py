@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,10 @@ def test_a_mistake_ends_with_one_line_and_its_exit_code(
 def test_unknown_commands_and_options_are_usage_errors() -> None:
     assert md2("nonsense").returncode == 2
     assert md2("prep", "--nonsense").returncode == 2
+
+
+def test_version_is_the_installed_one() -> None:
+    assert md2("--version").stdout == f"md2 {version('md2')}\n"
 
 
 def test_doctor_checks_the_decoder() -> None:
