@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ from shards.errors import InputError, UsageError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"})
+
+RESULT_SUFFIXES = ("_disparity", "_depth")
+"""What the names of an image's results may end with, before the file type (`md2.predict_output.Output`)."""
 
 
 @dataclass(frozen=True)
@@ -30,26 +34,31 @@ class Inputs:
 
 
 def sort_inputs(inputs: Sequence[str]) -> Inputs:
-    """A number that is no file is a camera; a file with a video's suffix a video; the rest are images.
+    """A number that is no file is a camera; a file or glob with a video's suffix is video; the rest are images.
 
     Raises:
         UsageError: nothing given, or a camera together with anything else (it has no end).
+        InputError: a glob without videos.
     """
     if not inputs:
         raise UsageError("name at least one image, folder, glob, video or camera index")
-    cameras = [int(text) for text in inputs if text.isdecimal() and not Path(text).exists()]
-    videos = [Path(text) for text in inputs if Path(text).suffix.lower() in VIDEO_SUFFIXES]
-    images = [text for text in inputs if Path(text) not in videos and not (text.isdecimal() and int(text) in cameras)]
+    cameras = [text for text in inputs if text.isdecimal() and not Path(text).exists()]
+    films = [text for text in inputs if Path(text).suffix.lower() in VIDEO_SUFFIXES and not Path(text).is_dir()]
+    images = [text for text in inputs if text not in films and text not in cameras]
     if cameras and len(inputs) > 1:
         raise UsageError(f"camera {cameras[0]} never ends: give it alone")
-    return Inputs(images, videos, cameras)
+    videos = [path for text in films for path in _videos(text)]
+    return Inputs(images, videos, [int(text) for text in cameras])
 
 
-def find_images(inputs: Sequence[str]) -> list[ImageFile]:
+def find_images(inputs: Sequence[str], out: Path | None = None) -> list[ImageFile]:
     """Files as given; folders with everything below, in the order of names; globs (`**` too).
 
-    Two images never get the same name: folders are kept below a given folder, and names that would collide
-    are numbered.
+    Names are ordered as people count, 2 before 10. No two images get names whose results could be the same file:
+    folders are kept below a given folder, and names that would collide are numbered.
+
+    Args:
+        out: where results go; what lies there is not taken when a folder above it is searched.
 
     Raises:
         InputError: something that is not there, a folder or glob without images.
@@ -58,44 +67,66 @@ def find_images(inputs: Sequence[str]) -> list[ImageFile]:
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            found += _below(path)
+            found += _below(path, out)
         elif path.is_file():
             found.append(ImageFile(path, path.stem))
         else:
-            found += _matching(text)
-    return _unique(found)
+            found += [ImageFile(match, match.stem) for match in _matching(text, IMAGE_SUFFIXES, "image")]
+    names = unique_names([image.name for image in found])
+    return [ImageFile(image.path, name) for image, name in zip(found, names, strict=True)]
 
 
-def _matching(pattern: str) -> list[ImageFile]:
-    path = Path(pattern)
-    if not any(mark in pattern for mark in "*?["):
-        raise InputError(f"{pattern}: no such image, folder or video")
-    files = sorted(
-        match for match in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))) if _image(match)
-    )
-    if not files:
-        raise InputError(f"{pattern}: no image matches")
-    return [ImageFile(match, match.stem) for match in files]
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The names, numbered (`a`, `a_2`) where the files of two of them could be the same.
 
-
-def _image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-
-
-def _below(folder: Path) -> list[ImageFile]:
-    files = sorted(path for path in folder.rglob("*") if _image(path))
-    if not files:
-        raise InputError(f"{folder}: no image in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return [ImageFile(path, str(path.relative_to(folder).with_suffix(""))) for path in files]
-
-
-def _unique(images: Sequence[ImageFile]) -> list[ImageFile]:
+    `a` gives a.png, a_disparity.png and a_depth.png, which would be the pictures of an `a_depth`, too.
+    """
     taken: set[str] = set()
     result = []
-    for image in images:
-        name, number = image.name, 2
-        while name in taken:
-            name, number = f"{image.name}_{number}", number + 1
-        taken.add(name)
-        result.append(ImageFile(image.path, name))
+    for name in names:
+        free, number = name, 2
+        while not taken.isdisjoint(stems := {free, *(free + suffix for suffix in RESULT_SUFFIXES)}):
+            free, number = f"{name}_{number}", number + 1
+        taken |= stems
+        result.append(free)
     return result
+
+
+def _videos(text: str) -> list[Path]:
+    path = Path(text)
+    return _matching(text, VIDEO_SUFFIXES, "video") if _is_glob(text) and not path.exists() else [path]
+
+
+def _is_glob(text: str) -> bool:
+    return any(mark in text for mark in "*?[")
+
+
+def _matching(pattern: str, suffixes: frozenset[str], what: str) -> list[Path]:
+    path = Path(pattern)
+    if not _is_glob(pattern):
+        raise InputError(f"{pattern}: no such image, folder or video")
+    matches = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))
+    files = sorted((match for match in matches if _is_file(match, suffixes)), key=_counting)
+    if not files:
+        raise InputError(f"{pattern}: no {what} matches")
+    return files
+
+
+def _is_file(path: Path, suffixes: frozenset[str]) -> bool:
+    return path.suffix.lower() in suffixes and path.is_file()
+
+
+def _below(folder: Path, out: Path | None) -> list[ImageFile]:
+    results = out.resolve() if out is not None and out.resolve() != folder.resolve() else None
+    files = [path for path in folder.rglob("*") if _is_file(path, IMAGE_SUFFIXES)]
+    if results is not None and results.is_relative_to(folder.resolve()):
+        files = [path for path in files if not path.resolve().is_relative_to(results)]
+    if not files:
+        raise InputError(f"{folder}: no image in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return [ImageFile(path, str(path.relative_to(folder).with_suffix(""))) for path in sorted(files, key=_counting)]
+
+
+def _counting(path: Path) -> tuple[list[tuple[str, int]], str]:
+    """Sorts by folder, and by the value of the numbers in names: frame2, frame10."""
+    pieces = [piece for part in path.parts for piece in (*re.split(r"(\d+)", part), "/")]
+    return [("", int(piece)) if piece.isdecimal() else (piece, -1) for piece in pieces], str(path)

@@ -129,8 +129,8 @@ class Predictor:
         """
         return self.predict_batch([image], flip=flip)[0]
 
-    def predict_batch(self, images: Sequence[ImageLike], *, flip: bool = False) -> list[DepthMap]:
-        """Depth of several images, which may differ in size, in one pass of the networks.
+    def predict_batch(self, images: Sequence[ImageLike] | Tensor, *, flip: bool = False) -> list[DepthMap]:
+        """Depth of several images, which may differ in size, in one pass of the networks; or (B, 3, H, W).
 
         Raises:
             InputError: as `predict`.
@@ -217,8 +217,11 @@ def to_pil(image: ImageLike) -> Image.Image:
         return image.convert("RGB")
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3:
-            raise InputError(f"tensor of shape {tuple(image.shape)}: (3, H, W) is needed")
-        image = image.detach().cpu().permute(1, 2, 0).numpy()
+            several = " (predict_batch takes several)" if image.ndim == 4 else ""
+            raise InputError(f"tensor of shape {tuple(image.shape)}: (3, H, W) is needed{several}")
+        image = image.detach().cpu().permute(1, 2, 0)
+        # NumPy has no bfloat16.
+        image = (image.float() if image.is_floating_point() else image).numpy()
     if image.ndim == 2:
         image = image[..., None].repeat(3, axis=2)
     if image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -227,6 +230,8 @@ def to_pil(image: ImageLike) -> Image.Image:
 
 
 def _to_uint8(image: NDArray[Any]) -> NDArray[np.uint8]:
+    if image.dtype == np.bool_:
+        raise InputError("image of True and False: integers 0..255 or floats 0..1 are needed")
     if image.dtype == np.uint8:
         return np.ascontiguousarray(image)
     if not np.isfinite(image).all():

@@ -7,12 +7,22 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from md2.inputs import sort_inputs
+from md2.inputs import sort_inputs, unique_names
 from md2.predict import Predictor, intrinsics_option
 from md2.predict_images import predict_images
-from md2.predict_output import IMAGE_KINDS, METRIC_KINDS, VIDEO_KINDS, Output, Predicted, Progress, check_kinds
-from md2.predict_video import predict_video
+from md2.predict_output import (
+    IMAGE_KINDS,
+    METRIC_KINDS,
+    VIDEO_KINDS,
+    Output,
+    Predicted,
+    Progress,
+    check_kinds,
+    refuse_overwriting,
+)
+from md2.predict_video import film_paths, predict_video
 from md2.video import VideoSource, open_camera, open_video
+from md2.visualize import check_color_map
 from shards.errors import UsageError
 
 
@@ -43,10 +53,11 @@ def run_predict(
         tracker: called with a name for each input that is shown on its own; gives what is told its progress.
 
     Raises:
-        UsageError: options that make no sense.
-        InputError: an input that is not there, or the folder cannot be written.
+        UsageError: options that make no sense, or a result that would replace an input.
+        InputError: an input or a colour map that is not there, or the folder cannot be written.
     """
     given = sort_inputs(inputs)
+    check_color_map(options.cmap)
     kinds = check_kinds(options.save) if options.save is not None else None
     camera = intrinsics_option(options.intrinsics) if options.intrinsics is not None else None
     output = Output(options.out, kinds or IMAGE_KINDS, options.cmap, options.max_depth, camera)
@@ -58,6 +69,9 @@ def run_predict(
             f"--save {metric[0]} is in metres, and this model's scale is unknown (trained on one camera): give --scale "
             "METRES_PER_UNIT, or save npy"
         )
+
+    videos = list(zip(given.videos, unique_names([path.stem for path in given.videos]), strict=True))
+    refuse_overwriting(given.videos, (path for _, name in videos for path in film_paths(name, films).values()))
 
     def film(source: VideoSource, name: str, *, live: bool) -> Predicted:
         with closing(source):
@@ -85,7 +99,7 @@ def run_predict(
                 progress=tracker("images"),
             )
         )
-    done += [film(open_video(path), path.stem, live=False) for path in given.videos]
+    done += [film(open_video(path), name, live=False) for path, name in videos]
     done += [film(open_camera(index), f"camera{index}", live=True) for index in given.cameras]
     return Predicted(
         sum(part.images for part in done),

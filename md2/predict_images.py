@@ -11,7 +11,7 @@ from PIL import Image
 
 from md2.inputs import ImageFile, find_images
 from md2.predict import Predictor, read_image
-from md2.predict_output import Output, Predicted, Progress
+from md2.predict_output import Output, Predicted, Progress, refuse_overwriting
 from shards.errors import InputError
 
 WORKERS = 2
@@ -30,9 +30,12 @@ def predict_images(
     """Predict images, folders and globs; an unreadable image is listed, and the others go on.
 
     Raises:
+        UsageError: a result would replace an input.
         InputError: nothing there, every image unreadable, or the folder cannot be written.
     """
-    images = find_images(inputs)
+    images = find_images(inputs, output.folder)
+    targets = (output.path(kind, image.name) for image in images for kind in output.kinds)
+    refuse_overwriting((image.path for image in images), targets)
     written: list[Path] = []
     failed: list[str] = []
     done = 0

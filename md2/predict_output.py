@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -67,7 +68,7 @@ class Output:
         """
         written = []
         for kind in self.kinds:
-            path = self._path(kind, name)
+            path = self.path(kind, name)
             if kind in METRIC_KINDS and not result.metric:
                 continue
             if kind == "side_by_side":
@@ -85,7 +86,8 @@ class Output:
             written.append(path)
         return written
 
-    def _path(self, kind: Kind, name: str) -> Path:
+    def path(self, kind: Kind, name: str) -> Path:
+        """Where an image of this name gets its file of this kind."""
         suffix = {"disparity": "_disparity.png", "npy": "_depth.npy", "png16": "_depth.png", "ply": ".ply"}
         return self.folder / f"{name}{suffix.get(kind, '.png')}"
 
@@ -94,6 +96,18 @@ class Output:
         points, kept = point_cloud(result.depth, self.intrinsics or nominal_intrinsics(width, height), self.max_depth)
         unit = "metres" if result.metric else "unknown (right up to one factor)"
         return ply_bytes(points, result.image[kept], f"unit {unit}; x right, y down, z forward")
+
+
+def refuse_overwriting(inputs: Iterable[Path], results: Iterable[Path]) -> None:
+    """Results must not replace what they are predicted from.
+
+    Raises:
+        UsageError: a result would have the path of an input.
+    """
+    sources = {os.path.realpath(path) for path in inputs}
+    for path in results:
+        if path.exists() and os.path.realpath(path) in sources:
+            raise UsageError(f"{path} is an input, and its result would replace it: name another folder with --out")
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def predict_video(
         InputError: no frame can be read, or the folder cannot be written. Damaged data after some frames are
             listed in the result, and the film ends there.
     """
-    films = {kind: _film(kind, name, output.folder) for kind in FILM_KINDS if kind in output.kinds}
+    films = film_paths(name, output)
     per_frame = replace(output, kinds=[kind for kind in output.kinds if kind not in FILM_KINDS])
     written: list[Path] = []
     failed: list[str] = []
@@ -92,8 +92,10 @@ def predict_video(
     return Predicted(done, [*films.values(), *written], failed)
 
 
-def _film(kind: Kind, name: str, folder: Path) -> Path:
-    return folder / f"{name}{'_disparity' if kind == 'disparity' else ''}.mp4"
+def film_paths(name: str, output: Output) -> dict[Kind, Path]:
+    """Where the MP4s of a video of this name go."""
+    suffixes: dict[Kind, str] = {"side_by_side": ".mp4", "disparity": "_disparity.mp4"}
+    return {kind: output.folder / f"{name}{suffixes[kind]}" for kind in FILM_KINDS if kind in output.kinds}
 
 
 def _pictures(result: DepthMap, scale: SteadyScale, cmap: str) -> dict[Kind, Picture]:

@@ -41,6 +41,15 @@ def _table(name: str) -> Picture:
     return table
 
 
+def check_color_map(name: str) -> None:
+    """Known before any work is done.
+
+    Raises:
+        InputError: no colour map of that name.
+    """
+    _table(name)
+
+
 def color_disparity(disparity: Map, cmap: str = "magma") -> Picture:
     """Disparity (H, W) -> colours as in the published pictures: from the minimum to the 95th percentile."""
     return colorize(disparity, cmap=cmap, percentile=95.0)
@@ -176,10 +185,11 @@ class Tile:
     pictures: Sequence[Picture]
 
 
-def sheet(title: str, tiles: Sequence[Tile], width: int = 480) -> Picture:
-    """Rows of captioned pictures, each picture scaled to `width`."""
+def sheet(title: str, tiles: Sequence[Tile], width: int = 480, legend: str = "") -> Picture:
+    """Rows of captioned pictures, each picture scaled to `width`; under the title what the columns are."""
     full = width * max((len(tile.pictures) for tile in tiles), default=1)
     rows = [_caption(title, full, bold=True)] if title else []
+    rows += [_caption(legend, full)] if legend else []
     for tile in tiles:
         scaled = [_scale_to(picture, width) for picture in tile.pictures]
         height = max(picture.shape[0] for picture in scaled)

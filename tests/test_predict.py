@@ -74,6 +74,7 @@ def test_a_mono_model_says_that_its_scale_is_unknown(mono: Predictor, picture: A
 def test_pil_array_and_tensor_of_one_image_give_one_depth(mono: Predictor, picture: Array) -> None:
     expected = mono.predict(Image.fromarray(picture)).depth
     tensor = torch.from_numpy(picture.copy()).permute(2, 0, 1)
+    assert mono.predict((tensor.float() / 255).bfloat16()).depth.shape == expected.shape
     for same in (picture, picture / 255, (picture / 255).astype(np.float32), tensor, tensor.float() / 255):
         np.testing.assert_array_equal(mono.predict(same).depth, expected)
 
@@ -91,7 +92,8 @@ def test_grey_and_palette_images_are_images(mono: Predictor, picture: Array) -> 
     [
         (np.zeros((4, 5, 4), np.uint8), r"\(H, W, 3\)"),
         (np.zeros((0, 5, 3), np.uint8), r"\(H, W, 3\)"),
-        (torch.zeros(2, 3, 4, 5), r"\(3, H, W\)"),
+        (torch.zeros(2, 3, 4, 5), r"\(3, H, W\) is needed \(predict_batch takes several\)"),
+        (np.zeros((4, 5, 3), bool), "True and False"),
         (torch.zeros(4, 5, 3), r"\(3, H, W\)"),
         (np.full((4, 5, 3), 200.0), "0..1 is needed"),
         (np.full((4, 5, 3), -0.1), "0..1 is needed"),
@@ -110,6 +112,8 @@ def test_a_batch_of_different_sizes_gives_each_its_own(mono: Predictor, picture:
     together = mono.predict_batch([picture, other])
     assert [result.depth.shape for result in together] == [(70, 150), (90, 33)]
     np.testing.assert_allclose(together[1].depth, mono.predict(other).depth, rtol=1e-4)
+    tensors = mono.predict_batch(torch.from_numpy(np.stack([picture, picture])).permute(0, 3, 1, 2))
+    np.testing.assert_allclose(tensors[1].depth, together[0].depth, rtol=1e-4)
     assert mono.predict_batch([]) == []
 
 

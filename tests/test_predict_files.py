@@ -93,6 +93,40 @@ def test_folders_keep_their_structure_and_globs_match(tmp_path: Path, mono: Pred
         find_images([str(tmp_path / "empty")])
 
 
+def test_results_of_different_images_are_different_files(tmp_path: Path, mono: Predictor) -> None:
+    """`a` gives a_disparity.png, which would be the picture of `a_disparity`; `b/a` is another image still."""
+    for name in ("in/a.png", "in/a_disparity.png", "in/a.jpg", "other/a.png"):
+        save_image(tmp_path / name)
+    inputs = [str(tmp_path / "in"), str(tmp_path / "other" / "a.png")]
+    found = run_predict(mono, inputs, PredictOptions(tmp_path / "out"))
+    assert found.images == 4
+    assert len(found.written) == 4 * 3
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in found.written) == names(tmp_path / "out")
+
+
+def test_results_never_replace_their_inputs(tmp_path: Path, mono: Predictor) -> None:
+    image = save_image(tmp_path / "in" / "a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    before = image.read_bytes()
+    for out in (tmp_path / "in", tmp_path / "link"):
+        with pytest.raises(UsageError, match=r"a\.png is an input.*--out"):
+            run_predict(mono, [str(tmp_path / "in")], PredictOptions(out))
+    assert image.read_bytes() == before
+    # Beside their inputs under other names they may lie; and what lies in the folder of results is no input.
+    run_predict(mono, [str(tmp_path / "in")], PredictOptions(tmp_path / "in", save="npy"))
+    inside = PredictOptions(tmp_path / "in" / "depth", save="disparity")
+    for _ in range(2):
+        assert run_predict(mono, [str(tmp_path / "in")], inside).images == 1
+    assert names(tmp_path / "in") == ["a.png", "a_depth.npy", "depth/a_disparity.png"]
+
+
+def test_frames_are_taken_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("frame10", "frame2", "frame1"):
+        save_image(tmp_path / f"{name}.png")
+    for given in (str(tmp_path), str(tmp_path / "*.png")):
+        assert [image.name for image in find_images([given])] == ["frame1", "frame2", "frame10"]
+
+
 def test_a_broken_image_is_listed_and_the_others_go_on(tmp_path: Path, mono: Predictor) -> None:
     good = save_image(tmp_path / "good.png")
     bad = tmp_path / "bad.png"
@@ -158,7 +192,10 @@ def test_what_is_saved_is_checked(tmp_path: Path, mono: Predictor) -> None:
     image = str(save_image(tmp_path / "a.png"))
     for wrong, message in (("jpeg", "choose from"), ("", "nothing"), ("benchmark,side_by_side", "both write")):
         with pytest.raises(UsageError, match=message):
-            run_predict(mono, [image], PredictOptions(tmp_path, save=wrong))
+            run_predict(mono, [image], PredictOptions(tmp_path / "out", save=wrong))
+    with pytest.raises(InputError, match="no such colour map"):
+        run_predict(mono, [image], PredictOptions(tmp_path / "out", cmap="mauve"))
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="positive"):
         run_predict(mono, [image], PredictOptions(tmp_path, scale=-1))
 
@@ -204,6 +241,21 @@ def test_a_video_becomes_a_film_of_the_same_length(tmp_path: Path, stereo: Predi
     source.close()
     shown = frame[:64, :96] if frame.shape[1] == 96 else frame[:, :96]
     assert np.abs(shown - first).mean() < 12
+
+
+def test_films_of_one_name_are_different_films(tmp_path: Path, stereo: Predictor, pictures: list[Array]) -> None:
+    for place in ("a/drive.mp4", "b/drive.mp4"):
+        (tmp_path / place).parent.mkdir()
+        film(tmp_path / place, pictures[:2])
+    found = run_predict(stereo, [str(tmp_path / "*" / "drive.mp4")], PredictOptions(tmp_path / "out"))
+    assert found.images == 4
+    assert names(tmp_path / "out") == ["drive.mp4", "drive_2.mp4"]
+    before = (tmp_path / "a" / "drive.mp4").read_bytes()
+    with pytest.raises(UsageError, match=r"drive\.mp4 is an input"):
+        run_predict(stereo, [str(tmp_path / "a" / "drive.mp4")], PredictOptions(tmp_path / "a"))
+    assert (tmp_path / "a" / "drive.mp4").read_bytes() == before
+    with pytest.raises(InputError, match="no video matches"):
+        run_predict(stereo, [str(tmp_path / "*" / "night*.mp4")], PredictOptions(tmp_path / "out"))
 
 
 def test_a_videos_depth_files_are_per_frame(tmp_path: Path, stereo: Predictor, pictures: list[Array]) -> None:
