@@ -145,11 +145,12 @@ def _model_and_dataset(paths: list[str], predictions: Path | None) -> tuple[str 
 
 def _print(report: EvalReport) -> None:
     console.print(report.title, style="bold", highlight=False, markup=False, soft_wrap=True)
-    table = Table(show_edge=False)
-    table.add_column("")
+    # Narrow, so that a terminal of 80 columns shows every name and number whole.
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("", overflow="fold")
     names = list(next(iter(report.rows.values())))
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for label, metrics in report.rows.items():
         style = "dim" if label in report.published else None
         cells = [f"{metrics[name]:.3f}" if math.isfinite(metrics[name]) else "nan" for name in names]

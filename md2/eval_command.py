@@ -29,7 +29,7 @@ from md2.metrics import Crop
 from md2.model import Networks
 from md2.predict import Predictor
 from md2.scores import to_csv, to_json
-from md2.sheets import BenchmarkPngs, Extremes, Keeper
+from md2.sheets import LEGEND, BenchmarkPngs, Extremes, Keeper
 from md2.visualize import write_file, write_npy, write_png
 from md2.zoo import zoo
 from shards.dataset import LocalDataset, open_dataset
@@ -47,7 +47,8 @@ class EvalOptions:
         model: name of what is evaluated; None with `predictions`.
         dataset: folder or URL of a packed dataset.
         dataset_name: what to call it; None: its URL.
-        order: sample key of each row of `predictions` (and of `save_predictions`); None: from PREDICTIONS.keys.txt.
+        order: sample key of each row of `predictions` (and of `save_predictions`); None: from PREDICTIONS.keys.txt,
+            which is believed in any case where it is there.
     """
 
     model: str | None
@@ -117,16 +118,19 @@ def run_eval(
     keeper, extremes = Keeper(), Extremes(protocol)
     watchers: list[Watcher] = [keeper] if options.save_predictions else []
     watchers += [extremes] if options.sheet else []
-    watchers += [BenchmarkPngs(options.save_png, protocol.max_depth)] if options.save_png else []
+    pngs = BenchmarkPngs(options.save_png, protocol.max_depth) if options.save_png is not None else None
+    watchers += [pngs] if pngs is not None else []
     evaluation = evaluate(work.source(), work.batches(progress), protocol, scaling, watchers)
 
-    rows = {options.model or str(options.predictions): evaluation.metrics}
+    if pngs is not None and pngs.without:
+        warnings.append(f"{pngs.without} images without ground truth, and so without size or scale: no PNG of them")
+    rows = {model_name(options.model or str(options.predictions)): evaluation.metrics}
     if options.baselines:
         median = evaluate(constant_disparity, work.batches(), protocol, "median")
-        rows["constant depth (median-scaled)"] = median.metrics
+        rows["constant depth, median"] = median.metrics
         if predictor is not None:
             fresh = network_disparity(_untrained(predictor))
-            rows["untrained network (median-scaled)"] = evaluate(fresh, work.batches(), protocol, "median").metrics
+            rows["untrained net, median"] = evaluate(fresh, work.batches(), protocol, "median").metrics
     published = published_rows() if manifest.split.name == "eigen" else {}
     rows |= published
     how = "median scaling" if scaling == "median" else f"metric, {scaling:g} m per unit"
@@ -182,16 +186,25 @@ def _scaling(options: EvalOptions, predictor: Predictor | None) -> tuple[Literal
     )
 
 
+def model_name(model: str) -> str:
+    """What to call a model in a table: the run's or the folder's own name, `RUN last` for another checkpoint of it."""
+    path = Path(model)
+    if path.parent.name == "checkpoints" and path.suffix == ".pt":
+        run = path.parent.parent.resolve().name
+        return run if path.stem == "best" else f"{run} {path.stem}"
+    return path.stem if path.suffix in (".pt", ".npy") else path.resolve().name
+
+
 def keys_file(predictions: Path) -> Path:
     """Where the sample keys of saved predictions are."""
     return predictions.with_name(predictions.name + ".keys.txt")
 
 
 def _order(options: EvalOptions) -> Sequence[str]:
-    if options.order is not None:
-        return options.order
     assert options.predictions is not None
     path = keys_file(options.predictions)
+    if options.order is not None and not path.exists():
+        return options.order
     try:
         return path.read_text(encoding="utf-8").split()
     except OSError as error:
@@ -225,11 +238,12 @@ def published_rows() -> dict[str, dict[str, float]]:
 def _write(
     options: EvalOptions, report: EvalReport, dataset: LocalDataset, part: str, keeper: Keeper, extremes: Extremes
 ) -> None:
-    name = options.model or str(options.predictions)
+    name = next(iter(report.rows))
     about = {
         "model": options.model,
         "predictions": str(options.predictions) if options.predictions else None,
         "dataset": dataset.url,
+        "split": dataset.manifest.split.name,
         "manifest_sha256": dataset.manifest_sha256,
         "part": part,
         "post_processed": options.post_process,
@@ -241,7 +255,7 @@ def _write(
             write_file(path, text.encode())
             report.written.append(path)
     if options.sheet is not None:
-        write_png(options.sheet, extremes.picture(f"{name} on {report.title}"))
+        write_png(options.sheet, extremes.picture(f"{name} on {report.title}", LEGEND))
         report.written.append(options.sheet)
     if options.save_predictions is not None:
         rows, keys = keeper.stacked(list(options.order) if options.order is not None else None)

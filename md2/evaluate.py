@@ -6,6 +6,7 @@ evaluation.metrics["abs_rel"]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -88,7 +89,8 @@ def evaluate(
 
     Raises:
         DatasetError: a batch has no ground truth, or there is no image with a counted pixel.
-        InputError: a prediction that is NaN or negative, by the sample's key.
+        InputError: a prediction that is NaN or negative, or too much of it infinitely far to be scaled by its
+            median, by the sample's key.
     """
     images: list[ImageScore] = []
     for batch in batches:
@@ -107,7 +109,10 @@ def evaluate(
             cap_ground_truth=protocol.cap_ground_truth,
         )
         rows = zip(batch.keys, scores.values.tolist(), scores.ratios.tolist(), scores.pixels.tolist(), strict=True)
-        images += [ImageScore(key, tuple(values), ratio, pixels) for key, values, ratio, pixels in rows]
+        for key, values, ratio, pixels in rows:
+            if pixels and not 0 < ratio < math.inf:
+                raise InputError(f"sample {key}: half of its predicted disparities or more are 0, so it has no scale")
+            images.append(ImageScore(key, tuple(values), ratio, pixels))
         for watcher in watchers:
             watcher(batch, disparity, scores)
     if not any(image.pixels for image in images):
@@ -306,9 +311,11 @@ def choose_scaling(
         scale: metres per unit given by hand (predictions of other projects); means metric.
 
     Raises:
-        UsageError: a scale together with median scaling.
+        UsageError: a scale together with median scaling, or one that is not positive.
     """
     if scale is not None:
+        if not 0 < scale < math.inf:
+            raise UsageError(f"--scale {scale:g}: a positive number of metres per unit is needed")
         if wanted == "median":
             raise UsageError("a scale in metres per unit and median scaling exclude each other: give one of them")
         return scale, []

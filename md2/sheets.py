@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -18,6 +19,8 @@ from md2.visualize import Picture, Tile, color_disparity, colorize, depth_to_uin
 
 ERROR_SHOWN = 0.5
 """Relative error that gets the last colour."""
+LEGEND = "image; disparity (bright is near); relative error at the measured points (blue 0, red a half or more)"
+"""What the columns of the worst and the best images are."""
 
 
 @dataclass
@@ -72,14 +75,16 @@ class Extremes:
         grey[at] = colorize(error[None], cmap="turbo", low=0.0, high=ERROR_SHOWN)[0]
         return grey
 
-    def picture(self, title: str) -> Picture:
+    def picture(self, title: str, legend: str = "") -> Picture:
         """Worst images above, best below: image, disparity, relative error (blue 0, red half or more)."""
         worst = [tile for _, _, tile in sorted(self._worst, reverse=True)]
-        shown = {tile.caption for tile in worst}  # of a few images the worst are also the best
-        best = [tile for _, _, tile in sorted(self._best, reverse=True) if tile.caption not in shown]
+        best = [tile for _, _, tile in sorted(self._best, reverse=True)]
+        # Of a few images the worst are also the best: each is shown once, on the half where it belongs.
+        different = len({tile.caption for tile in (*worst, *best)})
+        worst, best = worst[: (different + 1) // 2], best[: different // 2]
         named = [Tile(f"worst {i + 1}:  {t.caption}", t.pictures) for i, t in enumerate(worst)]
         named += [Tile(f"best {i + 1}:  {t.caption}", t.pictures) for i, t in enumerate(best)]
-        return sheet(title, named)
+        return sheet(title, named, legend=legend)
 
 
 @dataclass
@@ -102,10 +107,15 @@ class Keeper:
 
 @dataclass
 class BenchmarkPngs:
-    """Writes each prediction as KITTI's depth benchmark wants it: 16-bit PNG, metres x 256, native size."""
+    """Writes each prediction as KITTI's depth benchmark wants it: 16-bit PNG, metres x 256, native size.
+
+    Both the native size and the median scaling come from an image's ground truth: `without` counts the images that
+    have none, and get no file.
+    """
 
     folder: Path
     max_depth: float
+    without: int = 0
 
     def __call__(self, batch: Batch, disparity: Tensor, scores: BatchMetrics) -> None:
         assert batch.depth is not None and batch.depth_size is not None
@@ -113,5 +123,8 @@ class BenchmarkPngs:
         resized = resize_to(disparity.float(), batch.depth_size, padded)
         for index, key in enumerate(batch.keys):
             height, width = (int(side) for side in batch.depth_size[index])
+            if not height or not math.isfinite(float(scores.ratios[index])):
+                self.without += 1
+                continue
             depth: NDArray[Any] = (float(scores.ratios[index]) / resized[index, 0, :height, :width]).cpu().numpy()
             write_png(self.folder / f"{key}.png", depth_to_uint16(np.minimum(depth, self.max_depth)))

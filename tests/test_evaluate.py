@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import torch
 from evaluation_data import HEIGHT, WIDTH, constant, pack_truth, tiny_checkpoint, tiny_config
 from PIL import Image
 
-from md2.eval_command import EvalOptions, EvalReport, keys_file, run_eval
+from md2.eval_command import EvalOptions, EvalReport, keys_file, model_name, run_eval
 from md2.evaluate import Evaluation, ImageScore, choose_protocol, choose_scaling
 from md2.metrics import EIGEN, EIGEN_BENCHMARK, METRICS, Protocol
 from md2.predict import load
 from md2.scores import to_latex
-from md2.visualize import depth_to_uint16
+from md2.visualize import Tile, depth_to_uint16, sheet
 from shards.errors import DatasetError, InputError, UsageError
 from shards.manifest import Manifest
 
@@ -93,6 +94,10 @@ def test_predictions_are_found_by_key_and_not_by_place(packed: Path, tmp_path: P
     assert run(packed, predictions=predictions, scale=1.0).evaluation.metrics["abs_rel"] == pytest.approx(0, abs=1e-6)
     listed = run(packed, predictions=predictions, scale=1.0, order=names)
     assert listed.evaluation.metrics["a1"] == 1
+    # Keys that were saved beside the file are believed before a split that says otherwise.
+    assert run(packed, predictions=predictions, scale=1.0, order=names[::-1]).evaluation.metrics["a1"] == 1
+    keys_file(predictions).unlink()
+    assert run(packed, predictions=predictions, scale=1.0, order=names).evaluation.metrics["a1"] == 1
     with pytest.raises(InputError, match="4 predictions for 3 images"):
         run(packed, predictions=predictions, order=names[:3])
     with pytest.raises(InputError, match="drive_001 is not in the list"):
@@ -126,6 +131,16 @@ def test_nan_predictions_are_named(packed: Path, tmp_path: Path) -> None:
     predictions = save(tmp_path / "d.npy", [4, float("nan"), 20])
     with pytest.raises(InputError, match=r"drive_001.*NaN"):
         run(packed, predictions=predictions)
+
+
+def test_predictions_that_are_mostly_infinitely_far_have_no_scale(packed: Path, tmp_path: Path) -> None:
+    """Their median depth is infinite; in metres they are merely wrong, 80 m for 4 m."""
+    predictions = save(tmp_path / "d.npy", [math.inf, 10, 20])
+    with pytest.raises(InputError, match=r"drive_000: half .* no scale"):
+        run(packed, predictions=predictions)
+    assert run(packed, predictions=predictions, scale=1.0).evaluation.images[0].values[0] == pytest.approx(19)
+    with pytest.raises(UsageError, match="positive"):
+        run(packed, predictions=predictions, scale=0.0)
 
 
 def test_the_network_is_measured_in_its_own_unit(packed: Path, stereo: Path) -> None:
@@ -205,6 +220,9 @@ def test_images_without_ground_truth_are_counted_and_left_out(tmp_path: Path, mo
     evaluation = run(packed, model=str(mono)).evaluation
     assert [image.pixels > 0 for image in evaluation.images] == [True, False, False]
     assert evaluation.metrics["abs_rel"] == pytest.approx(evaluation.images[0].values[0])
+    report = run(packed, model=str(mono), save_png=tmp_path / "png")
+    assert [path.name for path in (tmp_path / "png").iterdir()] == ["drive_000.png"]
+    assert "2 images without ground truth" in report.warnings[-1]
     empty = pack_truth(tmp_path / "none", [np.zeros((40, 120), np.uint16)])
     with pytest.raises(DatasetError, match="no measurement"):
         run(empty, model=str(mono))
@@ -260,8 +278,8 @@ def test_files_hold_what_the_table_says(packed: Path, stereo: Path, tmp_path: Pa
 def test_baselines_stand_beside_the_model(packed: Path, mono: Path) -> None:
     """True depth is constant in each image, so the constant guess, median-scaled, is exact."""
     rows = run(packed, model=str(mono), baselines=True).rows
-    assert rows["constant depth (median-scaled)"]["abs_rel"] == pytest.approx(0, abs=1e-9)
-    assert rows["untrained network (median-scaled)"]["abs_rel"] > 0
+    assert rows["constant depth, median"]["abs_rel"] == pytest.approx(0, abs=1e-9)
+    assert rows["untrained net, median"]["abs_rel"] > 0
     assert rows["published M 640x192"]["abs_rel"] == 0.115
 
 
@@ -286,6 +304,32 @@ def test_options_that_exclude_each_other(packed: Path, mono: Path, tmp_path: Pat
         run(packed)
     with pytest.raises(UsageError, match="saved predictions"):
         run(packed, predictions=tmp_path / "d.npy", post_process=True)
+
+
+def test_names_of_models_in_tables() -> None:
+    names = {
+        "runs/night.v2": "night.v2",
+        "runs/night/checkpoints/best.pt": "night",
+        "runs/night/checkpoints/last.pt": "night last",
+        "copies/mono.pt": "mono",
+        "mono_640x192/": "mono_640x192",
+        "saved/disparities.npy": "disparities",
+    }
+    assert {path: model_name(path) for path in names} == names
+
+
+def test_the_sheet_shows_each_image_once(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors 1/2, 0 and 1 of the truth: two worst ones above, the best below."""
+    captions: list[str] = []
+
+    def keep(title: str, tiles: Sequence[Tile], **options: Any) -> Any:
+        captions.extend(tile.caption for tile in tiles)
+        return sheet(title, tiles, **options)
+
+    monkeypatch.setattr("md2.sheets.sheet", keep)
+    run(packed, predictions=save(tmp_path / "d.npy", [2, 10, 40]), scale=1.0, sheet=tmp_path / "s.png")
+    shown = [caption.split("   ")[0] for caption in captions]
+    assert shown == ["worst 1:  drive_002", "worst 2:  drive_000", "best 1:  drive_001"]
 
 
 def test_ranking_and_latex_row() -> None:
