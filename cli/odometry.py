@@ -50,14 +50,16 @@ def odometry(
 
         if sequence is not None and not is_packed(source):
             found = open_sequence([source], sequence)
-            frames = decode_frames(found.read(), len(found.frames))
+            frames = decode_frames(sequence, found.read(), len(found.frames))
         elif sequence is None and part is None:
             frames = open_frames(source)
         else:
             frames = None
         if frames is None:
             part = part or f"test_{sequence}"
-            motions = dataset_motions(predictor, open_dataset(source), part, batch_size=batch_size, progress=advance)
+            motions = dataset_motions(
+                predictor, open_dataset(source), part, limit=limit, batch_size=batch_size, progress=advance
+            )
         else:
             motions = predict_motions(
                 predictor,
@@ -67,7 +69,7 @@ def odometry(
                 progress=advance,
             )
     truth = true_poses(poses, found.poses if found is not None else None, limit)
-    name = sequence or part or Path(source).stem
+    name = frames.name if frames is not None else sequence or part or source
     report = report_motions(motions, name, predictor.metres_per_unit, truth, out, model)
     if report.error is not None:
         console.print(

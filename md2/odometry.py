@@ -253,7 +253,7 @@ def trajectory_scale(true: Matrices, predicted: Matrices) -> float:
     return float((a * b).sum()) / squared if squared else 1.0
 
 
-def trajectory_png(predicted: Matrices, true: Matrices | None, title: str, note: str) -> bytes:
+def trajectory_png(predicted: Matrices, true: Matrices | None, title: str, note: str, *, metres: bool = False) -> bytes:
     """The trajectory seen from above (x to the right, z up), PNG; true (n, 4, 4) in its own first frame."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -266,8 +266,9 @@ def trajectory_png(predicted: Matrices, true: Matrices | None, title: str, note:
     axes.plot(predicted[:, 0, 3], predicted[:, 2, 3], color="tab:red", linewidth=1.5, label=f"predicted{note}")
     axes.plot(0, 0, "o", color="black", markersize=6, label="start")
     axes.set_aspect("equal", adjustable="datalim")
-    axes.set_xlabel("x, to the right [m]" if true is not None else "x, to the right")
-    axes.set_ylabel("z, forward [m]" if true is not None else "z, forward")
+    unit = "m" if metres else "the model's unit"
+    axes.set_xlabel(f"x, to the right [{unit}]")
+    axes.set_ylabel(f"z, forward [{unit}]")
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -55,8 +55,9 @@ class OdometryReport:
 
 @dataclass(frozen=True)
 class Frames:
-    """Images of a sequence, in order; `total` is 0 where a video does not say."""
+    """Images of a sequence, in order; `total` is 0 where a video does not say. `name` is the video's or folder's."""
 
+    name: str
     images: Iterator[Image.Image]
     total: int
 
@@ -65,19 +66,26 @@ def open_frames(source: str) -> Frames:
     """A folder, a glob or a video.
 
     Raises:
-        InputError: nothing there.
+        InputError: nothing there, or images in several folders (two cameras, two drives).
     """
     given = sort_inputs([source])
     if given.videos:
         video = open_video(given.videos[0])
-        return Frames(iter(video), video.frames or 0)
+        return Frames(given.videos[0].stem, iter(video), video.frames or 0)
     images = find_images(given.images)
-    return Frames((read_image(image.path) for image in images), len(images))
+    folders = sorted({str(image.path.parent) for image in images})
+    if len(folders) > 1:
+        raise InputError(
+            f"{source}: frames in {len(folders)} folders ({folders[0]}, {folders[1]} ...); a sequence is the frames of "
+            "one camera, in one folder"
+        )
+    name = Path(folders[0]).resolve().name if folders else source
+    return Frames(name, (read_image(image.path) for image in images), len(images))
 
 
-def decode_frames(files: Iterable[tuple[str, bytes]], total: int) -> Frames:
+def decode_frames(name: str, files: Iterable[tuple[str, bytes]], total: int) -> Frames:
     """Frames from named file contents."""
-    return Frames((decode_image(data, where) for where, data in files), total)
+    return Frames(name, (decode_image(data, where) for where, data in files), total)
 
 
 def true_poses(path: Path | None, given: Matrices | None, limit: int | None) -> Matrices | None:
@@ -119,12 +127,21 @@ def predict_motions(
 
 
 def dataset_motions(
-    predictor: Predictor, dataset: LocalDataset, part: str, *, batch_size: int = 8, progress: Progress
+    predictor: Predictor,
+    dataset: LocalDataset,
+    part: str,
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    progress: Progress = lambda done, total: None,
 ) -> Matrices:
     """The same from packed samples of one sequence (`md2 prep --split odom`), whatever their order.
 
     Each sample gives the motion to its next frame, or from the one before, so that what a list leaves out at its
     ends is found in its neighbours.
+
+    Args:
+        limit: of so many frames at the start; all samples are looked at, since packed ones are in random order.
 
     Raises:
         DatasetError: the samples have no neighbouring frames, are of two sequences, or frames are missing.
@@ -151,7 +168,7 @@ def dataset_motions(
     if starts != list(range(starts[0], starts[-1] + 1)):
         missing = next(n for n in range(starts[0], starts[-1]) if n not in found)
         raise DatasetError(f"{dataset.url} part {part}: no sample leads from frame {missing} to the next")
-    return np.stack([found[start] for start in starts])
+    return np.stack([found[start] for start in starts[: limit - 1 if limit is not None else None]])
 
 
 def report_motions(
@@ -183,7 +200,7 @@ def report_motions(
     title = f"sequence {name}: {len(motions) + 1} frames" + (
         f", ATE {error.mean:.3f} ± {error.std:.3f} m" if error else ""
     )
-    write_file(files[".png"], trajectory_png(shown, truth, title, note))
+    write_file(files[".png"], trajectory_png(shown, truth, title, note, metres=unit == "metres" or truth is not None))
     summary = {
         "sequence": name,
         "model": model,

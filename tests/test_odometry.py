@@ -23,7 +23,7 @@ from md2.odometry import (
     trajectory_scale,
     write_poses,
 )
-from md2.odometry_command import dataset_motions, predict_motions, report_motions, true_poses
+from md2.odometry_command import dataset_motions, open_frames, predict_motions, report_motions, true_poses
 from md2.predict import Predictor, load
 from prep.sequence import open_sequence
 from shards.dataset import open_dataset, write_dataset
@@ -42,10 +42,6 @@ def move(x: float = 0, y: float = 0, z: float = 0, yaw: float = 0) -> Matrices:
     pose[0, 2], pose[2, 0] = math.sin(yaw), -math.sin(yaw)
     pose[:3, 3] = x, y, z
     return pose
-
-
-def silent(done: int, total: int) -> None:
-    """Progress that nobody looks at."""
 
 
 # Trajectories
@@ -155,6 +151,20 @@ def test_pose_files_are_kittis(tmp_path: Path) -> None:
 # Prediction
 
 
+def test_frames_are_one_folders_in_the_order_of_their_numbers(tmp_path: Path, pictures: list[Image.Image]) -> None:
+    """A drive's folder holds two cameras: their frames in a row would be no trajectory."""
+    for number, picture in enumerate(pictures[:3]):
+        for camera in ("image_02", "image_03"):
+            (tmp_path / "drive" / camera).mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / "drive" / camera / f"{(10, 2, 1)[number]}.png")
+    found = open_frames(str(tmp_path / "drive" / "image_02" / "*.png"))
+    assert (found.name, found.total) == ("image_02", 3)
+    for image, picture in zip(found.images, reversed(pictures[:3]), strict=True):
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(picture))
+    with pytest.raises(InputError, match=r"frames in 2 folders .*image_02.*image_03"):
+        open_frames(str(tmp_path / "drive"))
+
+
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
     return [Image.fromarray(smooth(np.random.default_rng(seed), WIDTH, HEIGHT)) for seed in range(FRAMES)]
@@ -242,13 +252,15 @@ def test_packed_samples_in_any_order_give_the_same_motions(tmp_path: Path, pictu
     model = predictor(tmp_path)
     expected = predict_motions(model, iter(pictures))
     packed = open_dataset(str(pack_sequence(tmp_path / "d", pictures, [0, -1, 1], [3, 1, 4, 2])))
-    found = dataset_motions(model, packed, "test_09", batch_size=3, progress=silent)
+    found = dataset_motions(model, packed, "test_09", batch_size=3)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     forward = open_dataset(str(pack_sequence(tmp_path / "f", pictures, [0, 1], [0, 4, 1, 2, 3])))
-    np.testing.assert_allclose(dataset_motions(model, forward, "test_09", progress=silent), expected, atol=1e-5)
+    np.testing.assert_allclose(dataset_motions(model, forward, "test_09"), expected, atol=1e-5)
+    first = dataset_motions(model, forward, "test_09", limit=3)
+    np.testing.assert_allclose(first, expected[:2], atol=1e-5)
     hole = open_dataset(str(pack_sequence(tmp_path / "h", pictures, [0, 1], [0, 1, 3])))
     with pytest.raises(DatasetError, match="frame 2 to the next"):
-        dataset_motions(model, hole, "test_09", progress=silent)
+        dataset_motions(model, hole, "test_09")
 
 
 def test_report_writes_trajectory_picture_and_numbers(tmp_path: Path) -> None:
