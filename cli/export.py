@@ -37,9 +37,10 @@ def export(
     default = Path("depth.onnx" if to == "onnx" else "depth.pt2")
     written = writer(predictor, out or default, dynamic_batch=dynamic_batch)
     about = metadata(predictor)
+    unit = "metres" if predictor.unit == "metres" else "the model's own unit"
     batch = "any batch" if dynamic_batch else "batch 1"
     console.print(
-        f"wrote {written.path}: {about['width']}x{about['height']}, {batch}, depth in {predictor.unit} unit; "
+        f"wrote {written.path}: {about['width']}x{about['height']}, {batch}, depth in {unit}; "
         f"differs from PyTorch by {written.difference:.1e} at most",
         highlight=False,
         markup=False,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def write_report(
         table=_table(run, config, lines, measured),
         table_note=_table_note(measured),
         curves=curves_of(lines),
-        panels=_panels(run),
+        panels=_panels(run, _columns(config)),
         extremes=_figure(measured.sheet, f"Measured on {measured.where}.") if measured is not None else None,
         config=_settings(config),
         card=_card(opened),
@@ -230,7 +230,14 @@ def _of(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line.get("kind") == kind]
 
 
-def _panels(run: Path) -> list[Figure]:
+def _columns(config: Config) -> list[str]:
+    """What the columns of a panel are (`md2.panels.panel`)."""
+    sources = [f"frame {offset:+d}, warped" for offset in config.data.temporal]
+    sources += ["other camera, warped"] if config.data.stereo else []
+    return ["target", *sources, "disparity", *([] if config.loss.disable_automasking else ["auto-mask"])]
+
+
+def _panels(run: Path, columns: list[str]) -> list[Figure]:
     """First, middle and last panel of training and of validation, latest first."""
     figures = []
     for kind, label in (("val", "Validation"), ("train", "Training")):
@@ -243,7 +250,7 @@ def _panels(run: Path) -> list[Figure]:
                     picture: Picture = np.asarray(image.convert("RGB"))
             except OSError as error:
                 raise InputError(f"{files[place]}: cannot be read ({error}); delete it and try again") from error
-            figures.append(_figure(picture, f"{label}, step {step:,}"))
+            figures.append(replace(_figure(picture, f"{label}, step {step:,}"), columns=columns))
     return figures
 
 

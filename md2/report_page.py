@@ -13,9 +13,14 @@ from typing import Any
 LOWER_IS_BETTER = ("abs_rel", "sq_rel", "rmse", "rmse_log")
 
 _STYLE = """
-:root { --ink: #1d2430; --soft: #5b6677; --line: #dfe4ea; --mark: #b3261e; --wash: #f6f8fa; }
+:root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6677; --line: #dfe4ea; --wash: #f6f8fa;
+  --paper: #fff; --link: #0b57d0; --note: #fff8e6; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ee; --soft: #a3adba; --line: #363c45; --wash: #1f242b; --paper: #14181d; --link: #8ab4f8;
+    --note: #3a3115; }
+}
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 32px 28px 64px; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 1180px; padding: 32px 28px 64px; color: var(--ink); background: var(--paper);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { margin: 0; font-size: 30px; letter-spacing: -0.01em; }
 h2 { margin: 44px 0 12px; padding-bottom: 6px; border-bottom: 1px solid var(--line); font-size: 20px; }
@@ -23,37 +28,44 @@ h3 { font-size: 16px; margin: 22px 0 6px; }
 .subtitle, figcaption, .note { color: var(--soft); }
 .subtitle { margin: 4px 0 0; font-size: 16px; }
 nav { margin: 14px 0 0; font-size: 14px; }
-nav a { margin-right: 16px; color: #0b57d0; text-decoration: none; }
+nav a { display: inline-block; margin-right: 16px; color: var(--link); text-decoration: none; }
 .facts { display: flex; flex-wrap: wrap; gap: 12px; margin: 22px 0 0; padding: 0; }
 .facts div { flex: 1 1 150px; padding: 12px 14px; background: var(--wash); border-radius: 8px; }
 .facts dt { color: var(--soft); font-size: 13px; }
 .facts dd { margin: 2px 0 0; font-size: 20px; font-variant-numeric: tabular-nums; }
-.warning { margin: 14px 0 0; padding: 10px 14px; border-left: 4px solid #e3a008; background: #fff8e6; }
+.warning { margin: 14px 0 0; padding: 10px 14px; border-left: 4px solid #e3a008; background: var(--note); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-thead th { color: var(--soft); font-weight: 600; font-size: 13px; }
+thead th { color: var(--soft); font-weight: 600; font-size: 13px; white-space: nowrap; }
 tr.own td { font-weight: 600; }
 tr.published td { color: var(--soft); }
 .scroll { overflow-x: auto; }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 14px; }
 .curves img, figure img { width: 100%; height: auto; display: block; }
 figure { margin: 0 0 22px; }
-figure img { border-radius: 4px; }
+.curves img { border-radius: 4px; background: #fff; }
+.columns { display: flex; margin-bottom: 4px; color: var(--soft); font-size: 13px; }
+.columns span { flex: 1 1 0; padding-left: 2px; }
 figcaption { margin-top: 5px; font-size: 14px; }
 pre { padding: 14px 16px; background: var(--wash); border-radius: 8px; overflow-x: auto;
   font-size: 13px; line-height: 1.45; }
 .settings { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 4px 26px; }
 .settings table { font-size: 13.5px; }
 .settings td { padding: 3px 4px; overflow-wrap: anywhere; }
-.settings tr.changed td { font-weight: 600; background: #fff8e6; }
+.settings tr.changed td { font-weight: 600; background: var(--note); }
 .environment td { text-align: left; overflow-wrap: anywhere; }
 .environment td:first-child { color: var(--soft); white-space: nowrap; }
 .card h1 { font-size: 19px; margin: 14px 0 0; }
 .card h2 { font-size: 16px; margin: 18px 0 6px; padding: 0; border: 0; }
 .card { padding: 2px 18px; border: 1px solid var(--line); border-radius: 8px; overflow-x: auto; }
 .card th, .card td { text-align: left; }
-details summary { cursor: pointer; color: #0b57d0; }
+@media (max-width: 700px) {
+  body { padding: 20px 16px 48px; }
+  .metrics th, .metrics td { padding: 5px 3px; font-size: 11.5px; }
+  .metrics .arrow { display: none; }
+  .wide { min-width: 860px; }
+}
 @media print { nav { display: none; } }
 """
 
@@ -69,12 +81,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Figure:
-    """A JPEG with its size and caption."""
+    """A JPEG with its size and caption; `columns`: what its equally wide columns are, written above."""
 
     jpeg: bytes
     width: int
     height: int
     caption: str
+    columns: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -140,12 +153,13 @@ def render(page: Page) -> str:
 
 def _metrics(page: Page) -> str:
     names = list(page.table[0][1]) if page.table else []
-    head = "".join(f"<th>{escape(name)} {'↓' if name in LOWER_IS_BETTER else '↑'}</th>" for name in names)
+    arrows = {name: "↓" if name in LOWER_IS_BETTER else "↑" for name in names}
+    head = "".join(f'<th>{escape(name)}<span class="arrow"> {arrows[name]}</span></th>' for name in names)
     rows = []
     for label, metrics, published in page.table:
         cells = "".join(f"<td>{metrics[name]:.3f}</td>" for name in names)
         rows.append(f'<tr class="{"published" if published else "own"}"><td>{escape(label)}</td>{cells}</tr>')
-    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    table = f'<table class="metrics"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return f'<div class="scroll">{table}</div><p class="note">{escape(page.table_note)}</p>'
 
 
@@ -193,10 +207,10 @@ def _panels(figures: Sequence[Figure]) -> str:
     if not figures:
         return '<p class="note">The run has drawn no panels (train.image_every).</p>'
     note = (
-        '<p class="note">Columns: target; each source warped into it; disparity (bright is near); '
-        "auto-mask (white counts in the loss).</p>"
+        "One row a sample: the target; its sources warped into it, which should look like it; disparity (bright is "
+        "near); auto-mask (white counts in the loss)."
     )
-    return note + "".join(_image(figure) for figure in figures)
+    return f'<p class="note">{note}</p>' + "".join(_image(figure) for figure in figures)
 
 
 def _extremes(figure: Figure | None) -> str:
@@ -213,8 +227,11 @@ def _image(figure: Figure) -> str:
     data = base64.b64encode(figure.jpeg).decode()
     size = f'width="{figure.width}" height="{figure.height}"'
     caption = escape(figure.caption)
+    names = "".join(f"<span>{escape(column)}</span>" for column in figure.columns)
+    heads = f'<div class="columns">{names}</div>' if names else ""
     return (
-        f'<figure><img alt="{caption}" {size} src="data:image/jpeg;base64,{data}">'
+        f'<figure><div class="scroll"><div class="wide">{heads}'
+        f'<img alt="{caption}" {size} src="data:image/jpeg;base64,{data}"></div></div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 

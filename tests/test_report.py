@@ -122,6 +122,12 @@ def test_the_table_holds_what_was_measured_what_was_logged_and_what_was_publishe
     assert rows["published S 640x192"] == ["0.109", "0.873", "4.960", "0.209", "0.864", "0.948", "0.975"]
 
 
+def test_panels_say_what_their_columns_are(page: str) -> None:
+    heads = re.findall(r'<div class="columns">(.+?)</div>', page)
+    columns = ("target", "frame -1, warped", "frame +1, warped", "disparity", "auto-mask")
+    assert heads == ["".join(f"<span>{column}</span>" for column in columns)] * 2
+
+
 def test_changed_settings_stand_out(page: str) -> None:
     assert '<tr class="changed"><td>pose_network</td><td>posecnn</td></tr>' in page
     assert '<tr class="default"><td>learning_rate</td><td>0.0001</td></tr>' in page
