@@ -29,7 +29,7 @@ def doctor() -> None:
             console.print(f"[green]ok[/]    {name:10} {check()}", highlight=False)
         except (ImportError, RuntimeError, OSError) as error:
             failed = True
-            console.print(f"[red]fails[/] {name:10} {str(error).splitlines()[0]}", highlight=False)
+            console.print(f"[red]fails[/] {name:10} {(str(error) or repr(error)).splitlines()[0]}", highlight=False)
     raise typer.Exit(1 if failed else 0)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +22,7 @@ from shards.sample import Sample
 
 Array = np.ndarray[Any, np.dtype[Any]]
 WIDTH, HEIGHT = 96, 64
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def constant(metres: float, height: int = 40, width: int = 120) -> Array:
@@ -77,3 +81,21 @@ def tiny_checkpoint(path: Path, config: Config | None = None, seed: int = 0) -> 
         Checkpoint(config=config.model_dump(mode="json"), networks=states, metres_per_unit=config.metres_per_unit), path
     )
     return path
+
+
+def documented(page: str) -> list[str]:
+    """The lines of Python under "From Python" in a page of docs/."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    section = text.partition("## From Python\n")[2].partition("\n#")[0]
+    return [line.removeprefix("    ") for line in section.splitlines() if line.startswith("    ")]
+
+
+def run_lines(lines: Sequence[str], folder: Path) -> str:
+    """What they print, run by a new Python in `folder`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

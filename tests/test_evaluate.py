@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation_data import HEIGHT, WIDTH, constant, pack_truth, tiny_checkpoint, tiny_config
+from evaluation_data import HEIGHT, WIDTH, constant, documented, pack_truth, run_lines, tiny_checkpoint, tiny_config
 from PIL import Image
 
 from md2.eval_command import EvalOptions, EvalReport, keys_file, model_name, run_eval
@@ -330,6 +330,19 @@ def test_the_sheet_shows_each_image_once(packed: Path, tmp_path: Path, monkeypat
     run(packed, predictions=save(tmp_path / "d.npy", [2, 10, 40]), scale=1.0, sheet=tmp_path / "s.png")
     shown = [caption.split("   ")[0] for caption in captions]
     assert shown == ["worst 1:  drive_002", "worst 2:  drive_000", "best 1:  drive_001"]
+
+
+def test_the_documented_lines_measure_what_the_command_measures(packed: Path, mono: Path, tmp_path: Path) -> None:
+    """As they stand in docs/evaluation.md."""
+    (tmp_path / "runs" / "mono" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "mono" / "checkpoints" / "best.pt").symlink_to(mono)
+    (tmp_path / "kitti_shards").mkdir()
+    (tmp_path / "kitti_shards" / "eigen").symlink_to(packed)
+    abs_rel, spread, worst = run_lines(documented("evaluation.md"), tmp_path).split()
+    evaluation = run(packed, model=str(mono)).evaluation
+    assert float(abs_rel) == pytest.approx(evaluation.metrics["abs_rel"], rel=1e-6)
+    assert float(spread) == pytest.approx(evaluation.ratio_spread, rel=1e-6)
+    assert worst == evaluation.ranked()[0].key
 
 
 def test_ranking_and_latex_row() -> None:

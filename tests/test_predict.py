@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from evaluation_data import HEIGHT, WIDTH, tiny_checkpoint, tiny_config
+from evaluation_data import HEIGHT, WIDTH, documented, run_lines, tiny_checkpoint, tiny_config
 from PIL import Image
 from pipeline_data import smooth
 from torch.nn.functional import interpolate
@@ -173,20 +171,14 @@ def test_intrinsics_option() -> None:
             intrinsics_option(wrong)
 
 
-def test_the_documented_lines_work_and_importing_md2_stays_light(stereo_file: Path, tmp_path: Path) -> None:
+def test_the_documented_lines_work_and_importing_md2_stays_light(tmp_path: Path) -> None:
+    """As they stand in docs/prediction.md, in a folder that has the run and the picture."""
+    tiny_checkpoint(tmp_path / "runs" / "mono_stereo" / "checkpoints" / "best.pt", tiny_config(stereo=True))
     Image.fromarray(smooth(np.random.default_rng(5), 150, 70)).save(tmp_path / "street.png")
-    script = (
-        "import sys, md2\n"
-        "assert 'torch' not in sys.modules\n"
-        "from PIL import Image\n"
-        f"model = md2.load({str(stereo_file)!r})\n"
-        "result = model.predict(Image.open('street.png'))\n"
-        "print(result.depth.shape, result.unit)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
-    )
-    assert done.stdout.split("\n")[0] == "(70, 150) metres"
+    lines = documented("prediction.md")
+    assert len(lines) == 5
+    lines.insert(1, "import sys; assert 'torch' not in sys.modules")
+    assert run_lines(lines, tmp_path) == "(70, 150) metres\n"
 
 
 @pytest.mark.gpu
