@@ -76,7 +76,7 @@ def pick_device(setting: Literal["auto", "cpu", "gpu"], local_rank: int = 0) -> 
     if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UsageError("train.device gpu: torch sees no CUDA device; use cpu, or install a CUDA build of torch")
+        raise UsageError("device gpu: torch sees no CUDA device; use cpu, or install a CUDA build of torch")
     if local_rank >= torch.cuda.device_count():
         raise UsageError(f"rank {local_rank} on this machine has no GPU: {torch.cuda.device_count()} found")
     return torch.device("cuda", local_rank)

@@ -174,7 +174,9 @@ def read_predictions(path: Path) -> NDArray[np.floating[Any]]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path}: not an .npy of plain numbers ({error})") from error
+        # NumPy would advise to unpickle, which is what must not be done.
+        reason = "it holds Python objects, or is no .npy at all" if "pickle" in str(error) else str(error)
+        raise InputError(f"{path}: not an .npy of plain numbers ({reason})") from error
     if not isinstance(rows, np.ndarray):
         raise InputError(f"{path}: an archive of arrays; one .npy with all disparities, (N, H, W), is needed")
     if rows.ndim == 4 and rows.shape[1] == 1:
