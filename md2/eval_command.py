@@ -112,7 +112,7 @@ def run_eval(
         manifest, options.protocol, crop=options.crop, min_depth=options.min_depth, max_depth=options.max_depth
     )
     scaling, warnings = _scaling(options, predictor)
-    warnings += dataset_warnings(manifest, protocol)
+    warnings += dataset_warnings(manifest, protocol, predictor)
     work = _Work(options, dataset, part, predictor)
 
     keeper, extremes = Keeper(), Extremes(protocol)

@@ -336,9 +336,17 @@ def choose_scaling(
     return metres_per_unit, []
 
 
-def dataset_warnings(manifest: Manifest, protocol: Protocol) -> list[str]:
-    """Why numbers on this dataset with this protocol cannot be compared with published ones."""
+def dataset_warnings(manifest: Manifest, protocol: Protocol, predictor: Predictor | None = None) -> list[str]:
+    """Why numbers on this dataset with this protocol (of these networks) cannot be compared with published ones."""
     found = []
+    if predictor is not None and manifest.size is not None:
+        width, height = manifest.size
+        if width < predictor.width or height < predictor.height:
+            wanted = f"{predictor.width}x{predictor.height}"
+            found.append(
+                f"the images are stored at {width}x{height} and enlarged to the networks' {wanted}, which costs "
+                f"accuracy: pack them with --size {wanted}"
+            )
     depth = manifest.depth
     if manifest.skipped:
         found.append(

@@ -141,7 +141,7 @@ def _measure(
         evaluation,
         where,
         comparable=dataset.manifest.split.name == "eigen" and whole,
-        warnings=[*warnings, *dataset_warnings(dataset.manifest, protocol)],
+        warnings=[*warnings, *dataset_warnings(dataset.manifest, protocol, predictor)],
         sheet=extremes.picture(""),
     )
 

@@ -198,6 +198,17 @@ def test_camera_z_for_eigen_and_raw_points_for_the_benchmark_are_warned_of(tmp_p
     assert "no crop" in run(improved, model=str(mono), crop="garg").warnings[0]
 
 
+def test_images_stored_smaller_than_the_networks_input_are_warned_of(packed: Path, tmp_path: Path) -> None:
+    larger = tiny_config(data={"width": WIDTH + 32})
+    report = run(packed, model=str(tiny_checkpoint(tmp_path / "large.pt", larger)))
+    assert report.warnings == [
+        "the images are stored at 96x64 and enlarged to the networks' 128x64, which costs accuracy: pack them with "
+        "--size 128x64"
+    ]
+    smaller = tiny_config(data={"width": WIDTH - 32})
+    assert run(packed, model=str(tiny_checkpoint(tmp_path / "small.pt", smaller))).warnings == []
+
+
 def test_protocol_of_the_ground_truth_with_options_on_top() -> None:
     manifest = Manifest.model_construct(depth=None)
     assert choose_protocol(manifest) == EIGEN
