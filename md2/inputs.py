@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from shards.errors import InputError, UsageError
@@ -55,7 +56,7 @@ def find_images(inputs: Sequence[str], out: Path | None = None) -> list[ImageFil
     """Files as given; folders with everything below, in the order of names; globs (`**` too).
 
     Names are ordered as people count, 2 before 10. No two images get names whose results could be the same file:
-    folders are kept below a given folder, and names that would collide are numbered.
+    folders are kept below a given folder or a glob's first mark, and names that would collide are numbered.
 
     Args:
         out: where results go; what lies there is not taken when a folder above it is searched.
@@ -71,7 +72,9 @@ def find_images(inputs: Sequence[str], out: Path | None = None) -> list[ImageFil
         elif path.is_file():
             found.append(ImageFile(path, path.stem))
         else:
-            found += [ImageFile(match, match.stem) for match in _matching(text, IMAGE_SUFFIXES, "image")]
+            base = Path(*takewhile(lambda part: not _is_glob(part), path.parent.parts))
+            matches = _matching(text, IMAGE_SUFFIXES, "image")
+            found += [ImageFile(match, str(match.relative_to(base).with_suffix(""))) for match in matches]
     names = unique_names([image.name for image in found])
     return [ImageFile(image.path, name) for image, name in zip(found, names, strict=True)]
 

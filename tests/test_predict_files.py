@@ -82,8 +82,10 @@ def test_folders_keep_their_structure_and_globs_match(tmp_path: Path, mono: Pred
     options = PredictOptions(tmp_path / "out", save="npy", batch_size=2)
     assert run_predict(mono, [str(tmp_path / "in")], options).images == 3
     assert names(tmp_path / "out") == ["a/1_depth.npy", "a/2_depth.npy", "b/1_depth.npy"]
+    assert [image.name for image in find_images([str(tmp_path / "in" / "*" / "1.*")])] == ["a/1", "b/1"]
     # Two images of one name: neither is lost.
-    assert [image.name for image in find_images([str(tmp_path / "in" / "*" / "1.*")])] == ["1", "1_2"]
+    files = [str(tmp_path / "in" / "a" / "1.jpg"), str(tmp_path / "in" / "b" / "1.png")]
+    assert [image.name for image in find_images(files)] == ["1", "1_2"]
     assert [i.path.name for i in find_images([str(tmp_path / "in" / "**" / "*.jpg")])] == ["1.jpg"]
     for nothing in ("absent.png", "*.webp", "b/*.jpg"):
         with pytest.raises(InputError, match="no "):
