@@ -81,7 +81,7 @@ def prep(
     workers: Annotated[int, typer.Option(help="Processes on this machine; 0: one per core.")] = 0,
     scheduler: Annotated[str | None, typer.Option(metavar="tcp://HOST:PORT", help="Work on a dask cluster.")] = None,
     scratch: Annotated[
-        Path | None, typer.Option(help="Folder for unfinished work (default: beside the dataset).")
+        Path | None, typer.Option(help="Where to make the folder for unfinished work (default: beside the dataset).")
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Report what is there and what is missing; pack nothing.")
@@ -98,7 +98,7 @@ def prep(
     from prep.check import format_check
     from prep.job import make_job
     from prep.options import refuse_empty
-    from prep.pack import default_scratch, pack
+    from prep.pack import pack, scratch_folder
     from prep.workers import start_workers
 
     job = make_job(
@@ -134,7 +134,7 @@ def prep(
                 plan,
                 job.lists,
                 job.out,
-                scratch or default_scratch(job.out),
+                scratch_folder(job.out, scratch),
                 pool,
                 skip_broken=on_error == "skip",
                 progress=bar,

@@ -16,7 +16,7 @@ import pooch
 
 from prep.drives import Kitti
 from prep.options import make_content, refuse_empty
-from prep.pack import Packed, Progress, default_scratch, pack
+from prep.pack import Packed, Progress, pack, scratch_folder
 from prep.plan import Plan, make_plan
 from prep.sources import RawData
 from prep.splits import SplitLine, SplitLists
@@ -89,7 +89,7 @@ def pack_for_evaluation(
     refuse_empty(plan, list(raw))
     folder = (cache or Path(pooch.os_cache("md2")) / "evaluation") / _identity(raw, lists, plan)
     with start_workers(workers or len(os.sched_getaffinity(0))) as pool:
-        return pack(plan, lists, str(folder), default_scratch(str(folder)), pool, progress=progress)
+        return pack(plan, lists, str(folder), scratch_folder(str(folder)), pool, progress=progress)
 
 
 def _identity(raw: Sequence[str], lists: SplitLists, plan: Plan) -> str:

@@ -76,12 +76,20 @@ class Packed:
     already: bool
 
 
-def default_scratch(out: str) -> Path:
-    """Folder for unfinished work: beside a local dataset, else in the user's cache."""
+def scratch_folder(out: str, within: Path | None = None) -> Path:
+    """Folder for a dataset's unfinished work; it is removed in the end, so it is never a folder of the user's.
+
+    Args:
+        within: where to make it; default beside a local dataset, for others in the user's cache.
+    """
+    where = str(local_path(out).absolute()) if is_local(out) else out
+    name = hashlib.sha256(where.encode()).hexdigest()[:16]
+    if within is not None:
+        return within.absolute() / f"{name}.prep"
     if is_local(out):
-        folder = local_path(out).absolute()
+        folder = Path(where)
         return folder.with_name(f".{folder.name}.prep")
-    return Path(pooch.os_cache("md2")) / "prep" / hashlib.sha256(out.encode()).hexdigest()[:16]
+    return Path(pooch.os_cache("md2")) / "prep" / name
 
 
 def pack(

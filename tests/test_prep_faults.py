@@ -19,6 +19,7 @@ from PIL import Image
 from prep_data import DATE, DRIVE, VAL_DRIVE, copy_raw, files_of, long_raw, read_part, run_pack, write_split
 
 from prep.encode import ImageFormat, encode_image
+from prep.pack import scratch_folder
 from prep.sources import Ref
 from shards.errors import InputError, SampleError, StorageError
 from shards.sample import Codec
@@ -317,9 +318,10 @@ def test_a_full_disk_under_workers(drive: Path, tmp_path: Path) -> None:
     options = ["--out", tmp_path / "out", "--scratch", tmp_path / "scratch", "--size", "native", "--workers", "2"]
     full = md2("prep", "--split", split, "--raw", raw, *options, limit=300_000)
     assert full.returncode == 5, full.stderr
-    assert f"{tmp_path}/scratch: cannot be written (File too large)" in full.stderr.replace("\n", "")
+    scratch = scratch_folder(str(tmp_path / "out"), tmp_path / "scratch")
+    assert f"{scratch}: cannot be written (File too large)" in full.stderr.replace("\n", "")
     assert "Traceback" not in full.stderr
-    assert not list((tmp_path / "scratch").glob("**/*.tmp"))
+    assert not list(scratch.glob("**/*.tmp"))
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 

@@ -15,6 +15,7 @@ import pytest
 from prep_data import files_of, long_raw, run_pack
 
 from prep.chunks import Blob, ChunkReader, ChunkWriter, read_chunk_index
+from prep.pack import scratch_folder
 from prep.workers import run, start_workers
 from shards.errors import DatasetError, Md2Error, UsageError
 
@@ -67,9 +68,12 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes] |
 
 def test_sigkill_at_any_moment(long: tuple[Path, Path], expected: dict[str, bytes], tmp_path: Path) -> None:
     raw, split = long
-    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    out, within = tmp_path / "out", tmp_path / "scratch"
+    within.mkdir()
+    (within / "notes.txt").write_text("not prep's")
+    scratch = scratch_folder(str(out), within)
     command = [sys.executable, "-m", "cli.main", "prep", "--split", str(split), "--raw", str(raw), "--out", str(out)]
-    command += ["--scratch", str(scratch), "--size", "native", "--shard-mb", "5", "--workers", "2"]
+    command += ["--scratch", str(within), "--size", "native", "--shard-mb", "5", "--workers", "2"]
 
     def chunks() -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in scratch.glob("*.chunk")}
@@ -107,7 +111,7 @@ def test_sigkill_at_any_moment(long: tuple[Path, Path], expected: dict[str, byte
     print(done.stdout.strip())
     assert {name: (out / f"train/{name}.tar").stat().st_mtime_ns for name in kept_shards} == kept_shards
     assert files_of(out) == expected
-    assert not scratch.exists()
+    assert [path.name for path in within.iterdir()] == ["notes.txt"]  # a folder that was there is never emptied
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     print(again.stdout.strip())
@@ -117,9 +121,9 @@ def test_sigkill_at_any_moment(long: tuple[Path, Path], expected: dict[str, byte
 
 def test_ctrl_c_ends_all_processes(long: tuple[Path, Path], tmp_path: Path) -> None:
     raw, split = long
-    scratch = tmp_path / "scratch"
+    scratch = scratch_folder(str(tmp_path / "out"), tmp_path)
     command = [sys.executable, "-m", "cli.main", "prep", "--split", str(split), "--raw", str(raw), "--workers", "2"]
-    command += ["--out", str(tmp_path / "out"), "--scratch", str(scratch), "--size", "native"]
+    command += ["--out", str(tmp_path / "out"), "--scratch", str(tmp_path), "--size", "native"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     assert wait_until(lambda: bool(list(scratch.glob("*.chunk"))), process)
     workers = children(process.pid)
