@@ -5,6 +5,7 @@ Names are relative to the storage's URL, with `/` between parts, and may not lea
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -243,6 +244,16 @@ def _linked(path: Path, tmp: Path) -> bool:
     return True
 
 
+_ADVICE = {
+    errno.ENOSPC: "free some space and run it again: what is whole is kept",
+    errno.EDQUOT: "free some space and run it again: what is whole is kept",
+    errno.EACCES: "check its permissions, or choose another folder",
+    errno.EROFS: "choose another folder",
+    errno.ENOTDIR: "choose another folder",
+}
+"""What to do about an error of the local disk."""
+
+
 def _local_error(path: Path, error: OSError) -> StorageError:
-    cause = error.strerror or str(error)
-    return StorageError(f"{path}: {cause}")
+    cause, advice = error.strerror or str(error), _ADVICE.get(error.errno or 0)
+    return StorageError(f"{path}: {cause}; {advice}" if advice else f"{path}: {cause}")

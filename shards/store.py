@@ -182,6 +182,7 @@ class Store:
                 return self._claim(plan, digest)
             if self._is_planned(found):
                 self.published = found.manifest
+                self._tidy()  # a run that was killed right after its commit left claim and receipts
                 return {shard.name: Receipt(shard=shard) for shard in self.published.shards}
         raise StorageError(f"{self.asked_url}: {_MAX_VERSIONS} versions are published already; use another name")
 

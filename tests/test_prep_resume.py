@@ -113,6 +113,8 @@ def test_sigkill_at_any_moment(long: tuple[Path, Path], expected: dict[str, byte
     assert files_of(out) == expected
     assert [path.name for path in within.iterdir()] == ["notes.txt"]  # a folder that was there is never emptied
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    (out / ".publish").mkdir()
+    (out / ".publish" / "claim.json").write_text("what a kill right after the commit leaves")
     again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     print(again.stdout.strip())
     assert "was there already" in again.stdout
