@@ -145,7 +145,7 @@ def _encode_instant(
 ) -> None:
     sizes: dict[Side, tuple[int, int]] = {}
     for side, ref in instant.images.items():
-        with _Broken(job, index, f"image {instant.frame} {side}"):
+        with _Broken(job, instant, index, f"image {instant.frame} {side}"):
             data, sizes[side] = encode_image(_whole(files[ref]), ref, job.rig.size, job.format)
             blob = writer.add(data)
             index["images"][f"{instant.frame} {side}"] = [blob.offset, blob.size, blob.crc, *sizes[side]]
@@ -153,7 +153,7 @@ def _encode_instant(
     for side in (*instant.depth_sides, *instant.depth_maps):
         if side not in sizes:
             continue  # its image is broken, and so is every sample that would have this depth
-        with _Broken(job, index, f"depth {instant.frame} {side}"):
+        with _Broken(job, instant, index, f"depth {instant.frame} {side}"):
             ready = instant.depth_maps.get(side)
             if ready is not None:
                 data = _whole(files[ready])
@@ -175,19 +175,27 @@ def _points(
 
 
 class _Broken:
-    """Notes a broken raw file in the index where broken ones are skipped; else lets the error through."""
+    """Notes a broken raw file in the index where broken ones are skipped; else lets the error through.
 
-    def __init__(self, job: ChunkJob, index: dict[str, dict[str, Any]], name: str) -> None:
+    The note names files by their KITTI paths: it goes into the dataset's report, which is the same wherever the raw
+    data lies, and is shared.
+    """
+
+    def __init__(self, job: ChunkJob, instant: Instant, index: dict[str, dict[str, Any]], name: str) -> None:
         self._notes = index["broken"] if job.skip_broken else None
         self._name = name
 
+        self._refs = instant.refs()
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if self._notes is None or not isinstance(error, SampleError):
             return False
-        self._notes[self._name] = str(error)
+        note = str(error)
+        for ref in self._refs:
+            note = note.replace(ref.place, ref.path)
+        self._notes[self._name] = note
         return True
 
 

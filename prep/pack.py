@@ -40,7 +40,7 @@ from shards.card import card
 from shards.dataset import describe_components
 from shards.errors import InputError, StorageError
 from shards.manifest import CARD, REPORT, DepthInfo, Manifest, Shard, Split
-from shards.storage import is_local, local_path, open_storage
+from shards.storage import is_local, local_path
 from shards.store import MAX_MANIFEST_BYTES, Receipt, Store, open_store
 
 _LOCK = "lock"
@@ -119,7 +119,12 @@ def pack(
     store = open_store(out)
     progress = progress or Quiet()
     with _locked(scratch):
-        receipts = store.begin(_identity(plan, lists))
+        identity = _identity(plan, lists)
+        receipts = store.begin(identity)
+        if store.published is not None and _packed_from(store) not in (None, plan.inputs_sha256):
+            # The same samples from files that have changed: never overwritten, so a version beside it.
+            store = open_store(out)
+            receipts = store.begin({**identity, "inputs_sha256": plan.inputs_sha256})
         if store.published is not None:
             shutil.rmtree(scratch, ignore_errors=True)
             return Packed(store.url, store.published, _published_skips(store, plan), already=True)
@@ -130,7 +135,7 @@ def pack(
             encoded.add(job.drive, scratch, job.name)
         manifest, skipped = _assemble(plan, lists, encoded, store, receipts, scratch, workers, progress)
         store.put_text(CARD, card(manifest, kitti=any(drive.kitti for drive in plan.drives.values())))
-        store.put_text(REPORT, report(manifest, skipped))
+        store.put_text(REPORT, report(plan, manifest, skipped))
         manifest = store.commit(manifest)
         shutil.rmtree(scratch, ignore_errors=True)
     return Packed(store.url, manifest, skipped, already=False)
@@ -235,9 +240,10 @@ def _assemble(
     return manifest, skipped
 
 
-def report(manifest: Manifest, skipped: list[Skipped]) -> str:
-    """`report.json`: what was packed, and every split line that gave no sample, with the reason."""
+def report(plan: Plan, manifest: Manifest, skipped: list[Skipped]) -> str:
+    """`report.json`: what was packed, from what, and every split line that gave no sample, with the reason."""
     content = {
+        "inputs_sha256": plan.inputs_sha256,
         "samples": {part: manifest.samples(part) for part in manifest.parts},
         "optional_components": manifest.optional_components,
         "skipped": len(skipped),
@@ -248,15 +254,31 @@ def report(manifest: Manifest, skipped: list[Skipped]) -> str:
 
 
 def summary(skipped: list[Skipped]) -> str:
-    """`3 missing neighbour +1 (first: 2011_09_26/… 107 l), …`."""
+    """`3 missing neighbour +1 (first: 2011_09_26/… 107 l), …`; of what is broken also how."""
     firsts: dict[str, Skipped] = {}
     for skip in skipped:
         firsts.setdefault(skip.reason, skip)
-    counts = Counter(skip.reason for skip in skipped)
-    return ", ".join(f"{n} {reason} (first: {firsts[reason].line})" for reason, n in counts.most_common())
+    texts = []
+    for reason, count in Counter(skip.reason for skip in skipped).most_common():
+        first = firsts[reason]
+        broken = f": {first.detail}" if reason.startswith("broken") else ""
+        texts.append(f"{count} {reason} (first: {first.line}{broken})")
+    return ", ".join(texts)
+
+
+def _published_report(store: Store) -> dict[str, Any]:
+    """The report of the dataset that is there already; empty where there is none."""
+    text = store.storage.read(REPORT, MAX_MANIFEST_BYTES)
+    content: dict[str, Any] = {} if text is None else json.loads(text)
+    return content
+
+
+def _packed_from(store: Store) -> str | None:
+    """`Plan.inputs_sha256` of the dataset that is there already, where its report says so."""
+    return _published_report(store).get("inputs_sha256")
 
 
 def _published_skips(store: Store, plan: Plan) -> list[Skipped]:
     """What the report of the dataset that is there already lists."""
-    text = open_storage(store.url).read(REPORT, MAX_MANIFEST_BYTES)
-    return plan.skipped if text is None else [Skipped(**entry) for entry in json.loads(text)["skipped_lines"]]
+    lines = _published_report(store).get("skipped_lines")
+    return plan.skipped if lines is None else [Skipped(**entry) for entry in lines]

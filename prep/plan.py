@@ -126,6 +126,15 @@ class Plan:
         return digest.hexdigest()
 
     def jobs(self, folder: Path, skip_broken: bool, versions: str) -> Iterable[ChunkJob]:
+    @property
+    def inputs_sha256(self) -> str:
+        """Hash over the KITTI paths and sizes of the raw files: tells files that were mended or converted since."""
+        digest = hashlib.sha256()
+        for _, instants in sorted(self.instants.items()):
+            for ref in (ref for instant in instants for ref in instant.refs()):
+                digest.update(f"{ref.path} {ref.size}\n".encode())
+        return digest.hexdigest()
+
         """The work in chunks, drive by drive, in the order of frames."""
         for name, instants in sorted(self.instants.items()):
             for start in range(0, len(instants), INSTANTS_PER_CHUNK):

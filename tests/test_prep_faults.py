@@ -82,6 +82,21 @@ def test_a_mended_file_is_taken_up_where_packing_stopped(drive: Path, tmp_path: 
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
 
 
+def test_a_file_mended_after_its_samples_were_skipped_gives_a_new_version(drive: Path, tmp_path: Path) -> None:
+    raw = copy_raw(drive, tmp_path / "raw")
+    split = write_split(tmp_path, *TRAIN)
+    truncate(raw / LEFT / "0000000003.png", 9000)
+    run_pack(split, raw, tmp_path / "out", on_error="skip")
+    before = files_of(tmp_path / "out")
+    assert str(tmp_path) not in before["report.json"].decode()  # it is published: no path of this machine
+    assert run_pack(split, raw, tmp_path / "out", on_error="skip").already
+    (raw / LEFT / "0000000003.png").write_bytes((drive / LEFT / "0000000003.png").read_bytes())
+    mended = run_pack(split, raw, tmp_path / "out")
+    assert (mended.url, mended.skipped) == (f"{tmp_path}/out-v2", [])
+    assert run_pack(split, raw, tmp_path / "out").already
+    assert files_of(tmp_path / "out") == before
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_no_damage_to_an_image_escapes(data: st.DataObject) -> None:
