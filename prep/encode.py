@@ -29,6 +29,8 @@ from shards.sample import Codec
 
 _END: dict[Codec, bytes] = {"jpeg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}
 """How a whole file ends: one without its end may show every pixel here and fail in another decoder."""
+_PNG_DEPTH = 24
+"""Where a PNG says how many bits a channel has."""
 READ_AHEAD = 4
 """Instants fetched at once, and the same number again while those are encoded: 2 x 4 x (2 images + 1 scan)."""
 
@@ -183,9 +185,9 @@ class _Broken:
 
     def __init__(self, job: ChunkJob, instant: Instant, index: dict[str, dict[str, Any]], name: str) -> None:
         self._notes = index["broken"] if job.skip_broken else None
+        self._refs = instant.refs()
         self._name = name
 
-        self._refs = instant.refs()
     def __enter__(self) -> None:
         pass
 
@@ -203,6 +205,13 @@ def _whole(content: bytes | SampleError) -> bytes:
     if isinstance(content, SampleError):
         raise content
     return content
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    """Any mode as 8-bit RGB; of 16 bits the upper 8, as Pillow reads 16-bit colour (16-bit grey it would clip)."""
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def encode_image(
@@ -227,7 +236,7 @@ def encode_image(
             image.load()
             kind, mode, oriented = image.format, image.mode, 0x0112 in image.getexif()
             picture = ImageOps.exif_transpose(image) if oriented else image
-            picture = picture if mode == "RGB" else picture.convert("RGB")
+            picture = picture if mode == "RGB" else _to_rgb(picture)
     except UnidentifiedImageError as error:  # its own words are the address of a buffer
         raise SampleError(f"{ref.place}: broken image (neither PNG nor JPEG); fetch it again") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -238,7 +247,8 @@ def encode_image(
             f"{ref.place}: {native[0]}x{native[1]} pixels, but the calibration is for {expected[0]}x{expected[1]}; "
             "prep needs the frames at their own size"
         )
-    untouched = form.size in (None, native) and mode == "RGB" and not oriented
+    deep = kind == "PNG" and data[_PNG_DEPTH] != 8
+    untouched = form.size in (None, native) and mode == "RGB" and not oriented and not deep
     if untouched and kind == ("JPEG" if form.codec == "jpeg" else "PNG") and data.endswith(_END[form.codec]):
         return data, native
     if form.size is not None and form.size != native:

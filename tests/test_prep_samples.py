@@ -7,7 +7,9 @@ import io
 import json
 import re
 import shutil
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +229,30 @@ def test_a_camera_held_sideways_is_turned_upright(codec: Codec) -> None:
     with Image.open(io.BytesIO(data)) as stored:
         assert 0x0112 not in stored.getexif()
         np.testing.assert_allclose(np.asarray(stored, float), np.asarray(upright, float), atol=6)
+
+
+def png_of_16_bits(values: np.ndarray) -> bytes:
+    """(h, w) grey or (h, w, 3) colour, by the standard's own words: Pillow cannot write the latter."""
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, 0 if values.ndim == 2 else 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (8, 12, 3)])
+def test_of_16_bits_the_upper_8_are_kept(shape: tuple[int, ...]) -> None:
+    """Pillow clips 16-bit grey at 255, which makes a frame white; and no decoder downstream shall see 16 bits."""
+    values = np.random.default_rng(0).integers(0, 1 << 16, shape)
+    ref = Ref("a.png", "a.png", 1)
+    data, _ = encode_image(png_of_16_bits(values), ref, (12, 8), ImageFormat(None, "png", 93))
+    assert data[24] == 8  # bits a channel, in the header
+    with Image.open(io.BytesIO(data)) as stored:
+        assert stored.mode == "RGB"
+        expected = np.broadcast_to((values >> 8).reshape(8, 12, -1), (8, 12, 3))
+        np.testing.assert_array_equal(np.asarray(stored), expected)
 
 
 def test_png_comes_before_the_jpg_made_from_it(drive: Path, tmp_path: Path) -> None:
