@@ -121,8 +121,9 @@ def prep(
         shard_mb=shard_mb,
     )
     with _bar() as bar:
-        bar.phase("looking at drives", job.drives, "drives")
-        plan = job.plan(on_error, part, progress=lambda drive: bar.advance(1))
+        bar.phase("looking at drives", job.drives(part), "drives")
+        # A check lists what is broken beside what is missing.
+        plan = job.plan("skip" if check else on_error, part, progress=lambda drive: bar.advance(1))
         if check:
             bar.stop()
             report = check_plan(plan, job.lists)

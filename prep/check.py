@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from prep.calibration import other
 from prep.encode import encode_image
-from prep.plan import Content, Plan
+from prep.plan import BROKEN_DRIVE, Content, Plan
 from prep.sources import read
 from prep.splits import Side, SplitLists
 from prep.velodyne import points_in_view, project, read_scan
@@ -21,6 +21,7 @@ _NATIVE = (1242, 375)
 _OVERHEAD = 8 * 1024
 """Tar headers, padding and the small components of a sample."""
 _TRIED = 6
+_SHOWN = 20
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Check:
         whole_shard_bytes: the same if nothing was missing.
         scratch_bytes: estimated size of the scratch folder at its fullest, from what is there.
         measured: whether the estimate is from frames of this data, or from KITTI's usual figures.
-        broken: files that turned out broken while measuring.
+        broken: what is there but broken: lines that are none, drives, and frames that were tried while measuring.
     """
 
     drives: int
@@ -73,7 +74,10 @@ def check(plan: Plan, lists: SplitLists) -> Check:
         if content.stereo:
             needed.add((line.drive, line.frame, other(line.side)))
     present = sum(_present(plan, drive, frame, side) for drive, frame, side in needed)
-    image_bytes, depth_bytes, broken = _measure(plan)
+    image_bytes, depth_bytes, broken_frames = _measure(plan)
+    bad = [line for part in plan.samples for line in lists.bad[part]]
+    broken = [str(line) for line in bad]
+    broken += dict.fromkeys(skip.detail for skip in plan.skipped if skip.reason == BROKEN_DRIVE)
     measured = image_bytes is not None
     image = image_bytes or _usual_image_bytes(content)
     depth = depth_bytes or _DEPTH_BYTES
@@ -82,7 +86,7 @@ def check(plan: Plan, lists: SplitLists) -> Check:
     return Check(
         drives=len({line.drive for line in lines}),
         missing_drives=plan.missing_drives,
-        lines=len(lines),
+        lines=len(lines) + len(bad),
         samples={part: len(samples) for part, samples in plan.samples.items()},
         images=len(needed),
         images_present=present,
@@ -93,7 +97,7 @@ def check(plan: Plan, lists: SplitLists) -> Check:
         whole_shard_bytes=len(lines) * (per_sample + (depth if content.depth else 0)),
         scratch_bytes=plan.images * image + with_depth * depth,
         measured=measured,
-        broken=broken,
+        broken=broken + broken_frames,
     )
 
 
@@ -151,7 +155,9 @@ def format_check(report: Check) -> str:
         f"         about {_size(report.whole_shard_bytes)} if nothing were missing",
         f"scratch  about {_size(report.scratch_bytes)} and one shard for each worker",
     ]
-    lines += [f"broken   {message}" for message in report.broken]
+    lines += [f"broken   {message}" for message in report.broken[:_SHOWN]]
+    if len(report.broken) > _SHOWN:
+        lines.append(f"         and {len(report.broken) - _SHOWN:,} more")
     if report.missing_drives:
         lines.append("missing  " + " ".join(report.missing_drives))
     return "\n".join(lines)

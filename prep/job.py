@@ -30,10 +30,11 @@ class Job:
     urls: list[str]
     out: str
 
-    @property
-    def drives(self) -> int:
-        """Drives that the lists name."""
-        return len({line.drive for lines in self.lists.parts.values() for line in lines})
+    def drives(self, parts: Sequence[str] | None) -> int:
+        """Drives that the lists of these parts name (None: of all)."""
+        chosen = self.lists.parts if parts is None else parts
+        lines = (self.lists.parts.get(part, [])[: self.content.limit] for part in chosen)
+        return len({line.drive for rows in lines for line in rows})
 
     def plan(
         self, on_error: OnError, parts: Sequence[str] | None, progress: Callable[[str], None] = lambda drive: None

@@ -20,6 +20,7 @@ from shards.sample import DEPTH, Offset, offset_name
 DepthSource = Literal["velodyne", "improved", "dense"]
 OnError = Literal["stop", "skip"]
 
+BROKEN_DRIVE = "broken drive"
 INSTANTS_PER_CHUNK = 24
 """Moments of a drive in one unit of work: about a second, so that a killed run loses little."""
 
@@ -125,7 +126,6 @@ class Plan:
                 digest.update(f"{part} {sample.key} {sample.depth}\n".encode())
         return digest.hexdigest()
 
-    def jobs(self, folder: Path, skip_broken: bool, versions: str) -> Iterable[ChunkJob]:
     @property
     def inputs_sha256(self) -> str:
         """Hash over the KITTI paths and sizes of the raw files: tells files that were mended or converted since."""
@@ -135,6 +135,7 @@ class Plan:
                 digest.update(f"{ref.path} {ref.size}\n".encode())
         return digest.hexdigest()
 
+    def jobs(self, folder: Path, skip_broken: bool, versions: str) -> Iterable[ChunkJob]:
         """The work in chunks, drive by drive, in the order of frames."""
         for name, instants in sorted(self.instants.items()):
             for start in range(0, len(instants), INSTANTS_PER_CHUNK):
@@ -202,14 +203,14 @@ def make_plan(
 def _note_bad_lines(plan: Plan, part: str, bad: list[BadLine], on_error: OnError) -> None:
     for line in bad:
         if on_error == "stop":
-            raise InputError(f"{line.where}: {line.text!r} is {line.reason}; correct it, or give --on-error skip")
+            raise InputError(f"{line}; correct it, or give --on-error skip")
         plan.skipped.append(Skipped(part, line.text, "not a split line", line.reason))
 
 
 def _plan_line(plan: Plan, part: str, line: SplitLine, broken: dict[str, str]) -> None:
     drive = plan.found.get(line.drive)
     if drive is None:
-        reason = "broken drive" if line.drive in broken else "missing drive"
+        reason = BROKEN_DRIVE if line.drive in broken else "missing drive"
         plan.skipped.append(Skipped(part, line.text, reason, broken.get(line.drive, line.drive)))
         return
     sample = PlannedSample(

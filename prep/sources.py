@@ -124,8 +124,16 @@ class RawData:
         folder, _, name = path.rpartition("/")
         ref = self.files(folder).get(name)
         if ref is None:
-            raise InputError(f"{path}: not found in {', '.join(self.urls)}")
+            raise InputError(f"{path}: not found in {', '.join(self.urls)}{_origin(path)}")
         return read(ref)
+
+
+def _origin(path: str) -> str:
+    """Which of KITTI's archives has a calibration file, for messages."""
+    date = path.partition("/")[0]
+    if re.fullmatch(_DATE, date):
+        return f"; KITTI has it in {date}_calib.zip"
+    return "; KITTI has it in data_odometry_calib.zip" if path.endswith("/calib.txt") else ""
 
 
 class FolderSource:

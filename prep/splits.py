@@ -31,6 +31,8 @@ SPLITS_URL = "https://raw.githubusercontent.com/nianticlabs/monodepth2/master/sp
 SPLITS_URL_ENV = "MD2_SPLITS_URL"
 _LINE = re.compile(r"(\S+)\s+(\d{1,10})\s+([lr])")
 _PART = re.compile(r"[a-z0-9_]+")
+_ENCODING = "utf-8-sig"
+"""Editors on Windows put a mark in front, which is no part of the first drive's name."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,10 @@ class BadLine:
 
     where: str
     text: str
-    reason: str = "not of the form 'drive frame l|r', for example '2011_09_26/2011_09_26_drive_0022_sync 473 r'"
+    reason: str = "is not of the form 'drive frame l|r', for example '2011_09_26/2011_09_26_drive_0022_sync 473 r'"
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text!r} {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,7 @@ def _parse(name: str, files: list[Path]) -> SplitLists:
         part = part_of(path)
         parts[part], bad[part] = _parse_file(path)
         digest.update(f"{part}\n".encode())
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text(encoding=_ENCODING, errors="replace").splitlines():
             digest.update(f"{line.strip()}\n".encode())
     if not any(parts.values()) and not any(bad.values()):
         raise InputError(f"{files[0]}: no lines in the split's lists")
@@ -230,12 +235,12 @@ def _parse(name: str, files: list[Path]) -> SplitLists:
 
 def _parse_file(path: Path) -> tuple[list[SplitLine], list[BadLine]]:
     try:
-        text = path.read_text(errors="replace")
+        text = path.read_text(encoding=_ENCODING, errors="replace")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     lines: list[SplitLine] = []
     bad: list[BadLine] = []
-    first: dict[SplitLine, str] = {}
+    first: dict[SplitLine, int] = {}
     for number, raw in enumerate(text.splitlines(), start=1):
         row = raw.strip()
         where = f"{path}:{number}"
@@ -247,8 +252,8 @@ def _parse_file(path: Path) -> tuple[list[SplitLine], list[BadLine]]:
             continue
         line = SplitLine(match[1].rstrip("/"), int(match[2]), "l" if match[3] == "l" else "r", where)
         if line in first:
-            bad.append(BadLine(where, row[:120], f"repeats {first[line]}"))
+            bad.append(BadLine(where, row[:120], f"repeats line {first[line]}"))
             continue
-        first[line] = where
+        first[line] = number
         lines.append(line)
     return lines, bad

@@ -236,6 +236,16 @@ def test_commands_end_with_the_documented_exit_codes(drive: Path, tmp_path: Path
     assert check.returncode == 4
     assert "frames   11 needed, 10 present, 1 missing" in check.stdout
     assert not (tmp_path / "kitti_shards").exists()
+    raw = copy_raw(drive, tmp_path / "raw")
+    (raw / DATE / "calib_velo_to_cam.txt").unlink()
+    with (tmp_path / "split" / "val_files.txt").open("a") as file:
+        file.write("no line\n")
+    broken = md2(*common, "--raw", raw, "--check", cwd=tmp_path)
+    assert broken.returncode == 4
+    assert "samples  4 lines, 0 can be packed" in broken.stdout
+    assert f"broken   {tmp_path}/split/val_files.txt:2: 'no line' is not of the form" in broken.stdout
+    lost = f"{DATE}/calib_velo_to_cam.txt: not found in {raw}; KITTI has it in {DATE}_calib.zip"
+    assert f"broken   {lost}" in broken.stdout
 
 
 @pytest.mark.parametrize(
