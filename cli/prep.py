@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 from cli.console import console, progress_bar
 from shards.errors import INCOMPLETE
 from shards.manifest import REPORT
+from shards.sample import DEPTH
 
 if TYPE_CHECKING:
     from prep.pack import Packed
@@ -193,6 +194,8 @@ def _tell(packed: Packed) -> None:
     if manifest.optional_components:
         optional = ", ".join(f"{count} with {name}" for name, count in manifest.optional_components.items())
         lines.append(f"not in every sample: {optional}")
+    if manifest.depth is not None and DEPTH not in {*manifest.components, *manifest.optional_components}:
+        lines.append(f"no sample has ground truth: --raw holds none ({manifest.depth.source}) for these frames")
     if packed.skipped:
         lines.append(
             f"{len(packed.skipped)} lines left out: {summary(packed.skipped)}; all of them in {packed.url}/{REPORT}"

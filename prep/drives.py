@@ -15,8 +15,8 @@ Frames = dict[int, Ref]
 """Frame number -> file."""
 
 _IMAGE = re.compile(r"(\d+)\.(png|jpg|jpeg)", re.IGNORECASE)
-_SCAN = re.compile(r"(\d+)\.bin")
-_DEPTH = re.compile(r"(\d+)\.png")
+_SCAN = re.compile(r"(\d+)\.bin", re.IGNORECASE)
+_DEPTH = re.compile(r"(\d+)\.png", re.IGNORECASE)
 _RAW_DRIVE = re.compile(r"(\d{4}_\d\d_\d\d)/(\1_drive_\d{4}_(?:sync|extract))")
 _NOT_KITTI = "true_pose_02.txt"
 """A file that `md2 sample` puts into its drives, and KITTI never does."""

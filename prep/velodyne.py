@@ -25,8 +25,10 @@ def read_scan(data: bytes, name: str) -> npt.NDArray[np.float32]:
     """(N, 4) x forward, y left, z up in metres, reflectance, from a `.bin` file's content.
 
     Raises:
-        SampleError: its length is not a multiple of 16 bytes; `name` goes into the message.
+        SampleError: its length is 0 or not a multiple of 16 bytes; `name` goes into the message.
     """
+    if not data:
+        raise SampleError(f"{name}: empty; fetch the scan again")
     if len(data) % _POINT_BYTES:
         raise SampleError(f"{name}: {len(data)} bytes, not a multiple of {_POINT_BYTES}; fetch the scan again")
     return np.frombuffer(data, dtype="<f4").reshape(-1, 4)

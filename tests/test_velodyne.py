@@ -112,6 +112,8 @@ def test_a_ground_truth_png_of_another_kind_is_refused() -> None:
 
 @pytest.mark.parametrize("size", [1, 15, 17, 31])
 def test_a_scan_cut_short_is_named(size: int) -> None:
+    with pytest.raises(SampleError, match=r"0000000005\.bin: empty"):
+        read_scan(b"", "0000000005.bin")
     with pytest.raises(SampleError, match=rf"0000000005\.bin: {size} bytes, not a multiple of 16"):
         read_scan(bytes(size), "0000000005.bin")
 
