@@ -98,7 +98,6 @@ def prep(
     from prep.check import check as check_plan
     from prep.check import format_check
     from prep.job import make_job
-    from prep.options import refuse_empty
     from prep.pack import pack, scratch_folder
     from prep.workers import start_workers
 
@@ -130,7 +129,7 @@ def prep(
             report = check_plan(plan, job.lists)
             console.print(format_check(report), highlight=False, soft_wrap=True)
             sys.exit(0 if report.complete else INCOMPLETE)
-        refuse_empty(plan, job.urls)
+        job.refuse_empty(plan)
         with start_workers(workers or len(os.sched_getaffinity(0)), scheduler) as pool:
             packed = pack(
                 plan,
@@ -195,7 +194,7 @@ def _tell(packed: Packed) -> None:
         optional = ", ".join(f"{count} with {name}" for name, count in manifest.optional_components.items())
         lines.append(f"not in every sample: {optional}")
     if manifest.depth is not None and DEPTH not in {*manifest.components, *manifest.optional_components}:
-        lines.append(f"no sample has ground truth: --raw holds none ({manifest.depth.source}) for these frames")
+        lines.append(f"no sample has ground truth: no {manifest.depth.source} data for these frames at --raw")
     if packed.skipped:
         lines.append(
             f"{len(packed.skipped)} lines left out: {summary(packed.skipped)}; all of them in {packed.url}/{REPORT}"

@@ -37,6 +37,8 @@ _IMAGE = re.compile(r"(.+)\.(png|jpg|jpeg)", re.IGNORECASE)
 _DEPTH = re.compile(r"(.+)\.png", re.IGNORECASE)
 _DIGITS = re.compile(r"(\d+)")
 _DEEPEST = 4
+_LONGEST_KEY = 70
+"""A tar's names are below 100 characters, of which side, frame and component take 24."""
 
 
 class Camera(BaseModel):
@@ -118,7 +120,7 @@ class FolderLayout:
         numbers = _numbers(sorted(left, key=natural), camera.numbering, name)
         return Drive(
             name=name,
-            key=re.sub(r"[^A-Za-z0-9_-]+", "_", name),
+            key=drive_key(name),
             images={"l": _frames(left, numbers), "r": _frames(right, numbers)},
             scans={},
             depth_maps={"l": _frames(depth, numbers), "r": {}},
@@ -136,6 +138,17 @@ class FolderLayout:
             above = None if not folder else self._camera(folder.rpartition("/")[0])
             self._cameras[folder] = above if ref is None else parse_camera(read(ref), ref.place)
         return self._cameras[folder]
+
+
+def drive_key(name: str) -> str:
+    """A drive's name in sample keys: letters, digits, `_`, `-`, and short enough for a tar.
+
+    What that takes away from names in other scripts, or from long ones, comes back as a hash.
+    """
+    key = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
+    if name.isascii() and len(key) <= _LONGEST_KEY:
+        return key
+    return f"{key[: _LONGEST_KEY - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def parse_camera(content: bytes, where: str) -> Camera:
@@ -160,7 +173,7 @@ def matching(files: dict[str, Ref], pattern: re.Pattern[str]) -> dict[str, Ref]:
     found: dict[str, Ref] = {}
     for name in sorted(files, reverse=True):
         match = pattern.fullmatch(name)
-        if match is not None:
+        if match is not None and not name.startswith("."):  # macOS puts `._frame.png` beside each frame
             found.setdefault(match[1], files[name])
     return found
 

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from prep.drives import Kitti, Layout
 from prep.folder import FolderLayout, split_drives
-from prep.options import make_content
+from prep.options import make_content, refuse_empty
 from prep.plan import Content, OnError, Plan, make_plan
 from prep.sources import PUBLIC_ARCHIVE, RawData
 from prep.splits import SplitLists, read_split
-from shards.errors import UsageError
+from shards.errors import InputError, UsageError
 
+_SHOWN = 5
 PUBLIC = "public"
 """Value of `--download` that stands for KITTI's public archive."""
 
@@ -41,6 +42,19 @@ class Job:
     ) -> Plan:
         """Look up every line's files; as `make_plan`."""
         return make_plan(self.lists, self.layout, self.content, on_error, parts, progress)
+
+    def refuse_empty(self, plan: Plan) -> None:
+        """Tell what was expected where not one drive of the split is there.
+
+        Raises:
+            InputError: that message.
+        """
+        if isinstance(self.layout, FolderLayout) and plan.missing_drives and not plan.found:
+            raise InputError(
+                f"none of the split's {len(plan.missing_drives)} drives (first: {plan.missing_drives[0]}) is at "
+                f"{', '.join(self.urls)}; drives there: {', '.join(self.layout.drives()[:_SHOWN])}"
+            )
+        refuse_empty(plan, self.urls)
 
 
 def make_job(

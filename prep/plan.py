@@ -169,7 +169,7 @@ def make_plan(
         progress: called with the name of each drive before it is looked at.
 
     Raises:
-        InputError: see above; or the split has none of `parts`.
+        InputError: see above; or the split has none of `parts`; or two drives have one key.
     """
     plan = Plan(content)
     chosen = list(lists.parts) if parts is None else list(parts)
@@ -179,6 +179,7 @@ def make_plan(
         _note_bad_lines(plan, part, lists.bad[part], on_error)
     lines = {part: lists.parts[part][: content.limit] for part in chosen}
     broken: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for name in sorted({line.drive for rows in lines.values() for line in rows}):
         progress(name)
         try:
@@ -190,6 +191,8 @@ def make_plan(
             continue
         if drive is None:
             plan.missing_drives.append(name)
+        elif (twin := keys.setdefault(drive.key, name)) != name:
+            raise InputError(f"drives {twin!r} and {name!r} would both be {drive.key} in the dataset; rename one")
         else:
             plan.found[name] = drive
     for part, rows in lines.items():

@@ -29,7 +29,7 @@ Side = Literal["l", "r"]
 SPLITS_URL = "https://raw.githubusercontent.com/nianticlabs/monodepth2/master/splits"
 """Public home of the named lists: `<url>/<split>/<file>`."""
 SPLITS_URL_ENV = "MD2_SPLITS_URL"
-_LINE = re.compile(r"(\S+)\s+(\d{1,10})\s+([lr])")
+_LINE = re.compile(r"(\S.*?)\s+(\d{1,10})\s+([lr])")
 _PART = re.compile(r"[a-z0-9_]+")
 _ENCODING = "utf-8-sig"
 """Editors on Windows put a mark in front, which is no part of the first drive's name."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from prep_data import DATE, DRIVE, image, read_part
+from prep_data import DATE, DRIVE, image, read_part, write_split
 
 from prep.folder import FolderLayout, natural, parse_camera, split_drives
 from prep.job import Job, make_job
@@ -188,6 +188,24 @@ def test_a_broken_camera_file_is_named(text: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_drives_in_any_script_have_keys_of_their_own(drive: Path, tmp_path: Path) -> None:
+    names = ["早上", "晚上", "x" * 120, "x" * 121, "monday morning", "a.b", "week/1"]
+    write_camera(tmp_path / "drives")
+    for name in names:
+        write_drive(drive, tmp_path / "drives" / name, frames=3)
+    (tmp_path / "drives" / "a.b" / "left" / "._000001.png").write_text("macOS puts these beside files")
+    split = write_split(tmp_path / "split", *(f"{name} 1 l" for name in names))
+    run_job(tmp_path / "drives", tmp_path / "out", split=str(split))
+    samples = {json.loads(s["meta.json"])["drive"]: s["__key__"] for s in read_part(tmp_path / "out")}
+    assert set(samples) == set(names)
+    assert len(set(samples.values())) == len(names)
+    assert samples["monday morning"] == "monday_morning_l_0000000001"
+    write_drive(drive, tmp_path / "drives" / "week_1", frames=3)
+    both = write_split(tmp_path / "both", "week/1 1 l", "week_1 1 l")
+    with pytest.raises(InputError, match="drives 'week/1' and 'week_1' would both be week_1 in the dataset"):
+        run_job(tmp_path / "drives", tmp_path / "out2", split=str(both))
+
+
 def test_what_cannot_be(drive: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no drives; expected: camera\.yaml"):
         job(tmp_path, tmp_path / "out")
@@ -201,6 +219,9 @@ def test_what_cannot_be(drive: Path, tmp_path: Path) -> None:
         job(tmp_path / "drives", tmp_path / "out", depth_source="improved")
     with pytest.raises(InputError, match="monday: too few frames for --frames 0,-1,1"):
         job(tmp_path / "drives", tmp_path / "out")
+    elsewhere = job(tmp_path / "drives", tmp_path / "out", split=str(write_split(tmp_path, "tuesday 1 l")))
+    with pytest.raises(InputError, match=r"first: tuesday.*drives there: monday"):
+        elsewhere.refuse_empty(elsewhere.plan("stop", None))
     with pytest.raises(UsageError, match="--split is missing"):
         job(tmp_path / "drives", tmp_path / "out", dataset="kitti")
 
