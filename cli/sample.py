@@ -27,7 +27,7 @@ def sample(
     """
     from prep.synthetic import write_drives
 
-    with progress_bar("frame") as bar:
+    with progress_bar("frames") as bar:
         task = bar.add_task("sample", total=drives * frames, note="")
 
         def advance(done: int, total: int) -> None:

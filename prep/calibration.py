@@ -145,9 +145,9 @@ def _numbers(text: str, count: int, where: str) -> list[float]:
     try:
         values = [float(word) for word in text.split()]
     except ValueError as error:
-        raise InputError(f"{where} is not numbers ({error}); fetch the calibration again") from error
+        raise InputError(f"{where} is not numbers ({error}); fetch the file again") from error
     if len(values) != count or not np.isfinite(values).all():
-        raise InputError(f"{where} has {len(values)} numbers, not {count} finite ones; fetch the calibration again")
+        raise InputError(f"{where} has {len(values)} numbers, not {count} finite ones; fetch the file again")
     return values
 
 

@@ -104,10 +104,21 @@ def refuse_empty(plan: Plan, urls: list[str]) -> None:
     if plan.found or not plan.missing_drives:
         return
     missing = plan.missing_drives
+    if missing[0].isdecimal():
+        expected = (
+            "KITTI odometry: sequences/00/image_2/000000.png (or .jpg), image_3, calib.txt, and poses/00.txt; or its "
+            "zips as downloaded, data_odometry_color.zip and data_odometry_calib.zip"
+        )
+        page = "https://www.cvlibs.net/datasets/kitti/eval_odometry.php"
+    else:
+        expected = (
+            "2011_09_26/2011_09_26_drive_0001_sync/image_02/data/0000000000.png (or .jpg), image_03, velodyne_points, "
+            "and 2011_09_26/calib_cam_to_cam.txt; or KITTI's zips as downloaded, 2011_09_26_drive_0001_sync.zip and "
+            "2011_09_26_calib.zip"
+        )
+        page = "https://www.cvlibs.net/datasets/kitti/raw_data.php"
     raise InputError(
         f"none of the split's {len(missing)} drives (first: {missing[0]}) is at {', '.join(urls)}; expected there: "
-        "2011_09_26/2011_09_26_drive_0001_sync/image_02/data/0000000000.png (or .jpg), image_03, velodyne_points, and "
-        "2011_09_26/calib_cam_to_cam.txt; or KITTI's zips as downloaded, 2011_09_26_drive_0001_sync.zip and "
-        "2011_09_26_calib.zip; give their folder or base URL as --raw, or --download to read them from "
-        f"{PUBLIC_ARCHIVE} (or see https://www.cvlibs.net/datasets/kitti/raw_data.php)"
+        f"{expected}; give their folder or base URL as --raw, or --download to read them from {PUBLIC_ARCHIVE} "
+        f"(or see {page})"
     )

@@ -169,6 +169,14 @@ def test_nothing_there_says_what_is_expected_and_how_to_get_it(drive: Path, tmp_
         assert word in str(caught.value)
 
 
+def test_odometry_that_is_not_there_says_what_odometry_looks_like(tmp_path: Path) -> None:
+    lists = read_split(str(write_split(tmp_path, "9 1 l")))
+    content = make_content(lists)
+    plan = make_plan(lists, Kitti(RawData([str(tmp_path)]), content.depth), content)
+    with pytest.raises(InputError, match=r"sequences/00/image_2/000000\.png.*data_odometry_calib\.zip"):
+        refuse_empty(plan, [str(tmp_path)])
+
+
 def test_a_zip_cut_short_is_named(drive: Path, tmp_path: Path) -> None:
     zips = zip_raw(drive, tmp_path / "zips")
     path = zips / f"{DRIVE}.zip"
