@@ -165,11 +165,17 @@ def _find(split: str, splits_dir: Path | None) -> list[Path] | None:
         if path.is_dir():
             files = sorted(path.glob("*_files*.txt"))
             if not files:
-                raise InputError(f"{path}: no train_files.txt, val_files.txt or test_files.txt in this folder")
+                raise InputError(f"{path}: no train_files.txt, val_files.txt or test_files.txt there{_inner(path)}")
             return files
         if path.is_file():
             return [path]
     return None
+
+
+def _inner(folder: Path) -> str:
+    """What to do with a folder that holds splits instead of lists, for messages."""
+    names = sorted(path.parent.name for path in folder.glob("*/*_files*.txt"))
+    return f"; it holds splits by name: give --split {names[0]} --splits {folder}" if names else ""
 
 
 def _unknown(split: str, splits_dir: Path | None) -> str:

@@ -91,6 +91,9 @@ def test_an_empty_folder_or_list_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no train_files\.txt"):
         read_split(str(tmp_path / "empty"))
+    write(tmp_path / "several" / "mine" / "train_files.txt")
+    with pytest.raises(InputError, match=f"give --split mine --splits {tmp_path}/several"):
+        read_split(str(tmp_path / "several"))
     with pytest.raises(InputError, match="no lines"):
         read_split(str(write(tmp_path / "train_files.txt", "\n# nothing\n")))
 
