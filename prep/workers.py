@@ -72,8 +72,16 @@ def start_workers(count: int = 1, scheduler: str | None = None) -> Iterator[Work
     else:
         # Not fork: the threads of fsspec's event loop would not come along, their locks would.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker) as pool:
-            yield Workers(pool, count)
+        others = set(multiprocessing.active_children())
+        try:
+            with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker) as pool:
+                yield Workers(pool, count)
+        except KeyboardInterrupt:
+            # Interrupted once, the pool has ended by itself, its jobs finished. Interrupted again while it did, it
+            # never would: what it tells its processes no longer arrives.
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            raise
 
 
 def _begin_worker() -> None:
