@@ -200,17 +200,35 @@ class Store:
             process=os.getpid(),
             since=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        self.resumed = not self._storage.create(_CLAIM, claim.model_dump_json(indent=1).encode())
+        text = claim.model_dump_json(indent=1).encode()
+        self.resumed = not self._storage.create(_CLAIM, text)
+        if self.resumed and self._is_abandoned():
+            self._storage.write(_CLAIM, text)
+            self.resumed = False
         # Also after creating it: two writers may both have created it where the storage cannot exclude that.
         self._check_claim()
         if not self.resumed:
             return {}
         if self.published is not None:
             return {shard.name: Receipt(shard=shard) for shard in self.published.shards}
-        names = [name for name in self._storage.names(FOLDER) if name.endswith(".json") and name != _CLAIM]
+        names = [name for name in self._storage.names(FOLDER) if _is_receipt(name)]
         with ThreadPoolExecutor(_PARALLEL) as pool:
             receipts = pool.map(lambda name: self._arrived(self._receipt(name)), names)
             return {receipt.shard.name: receipt for receipt in receipts if receipt is not None}
+
+    def _is_abandoned(self) -> bool:
+        """Whether the claim is that of a process of this machine which has ended before it published anything.
+
+        So a run that stopped at a broken file, or was interrupted because an option was wrong, is not in the way. Were
+        it alive after all, it would be refused at its first shard.
+        """
+        data = self._storage.read(_CLAIM, _MAX_RECEIPT_BYTES)
+        if data is None:
+            return False
+        claim = self._parse(_CLAIM, data, Claim)
+        if claim.plan_sha256 == self._plan_sha256 or claim.host != socket.gethostname() or _is_running(claim.process):
+            return False
+        return not any(name.endswith((".tar", ".idx")) or _is_receipt(name) for name in self._storage.names(""))
 
     def _check_claim(self) -> None:
         """Refuse where the claim is another plan's; note where another writer has committed this plan meanwhile."""
@@ -401,6 +419,20 @@ class Store:
             if found is None or found.size != size or (tag and found.tag != tag):
                 return None
         return receipt
+
+
+def _is_receipt(name: str) -> bool:
+    return name.startswith(f"{FOLDER}/") and name.endswith(".json") and name != _CLAIM
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # someone else's
+        return True
+    return True
 
 
 def _receipt_name(shard_name: str) -> str:

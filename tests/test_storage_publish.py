@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -172,6 +174,26 @@ def test_a_second_writer_of_something_else_is_refused(target: str, packed: Packe
         put(first, packed, shard)
     first.commit(packed.manifest)
     assert open_dataset(target).manifest.shards == packed.manifest.shards
+
+
+def test_what_an_ended_process_never_began_to_publish_is_not_in_the_way(target: str, packed: Packed) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    open_store(target).begin({**PLAN, "seed": 1})
+    storage = open_storage(target)
+    claim = json.loads(storage.read(".publish/claim.json", 1 << 20) or b"")
+    storage.write(".publish/claim.json", json.dumps({**claim, "process": ended.pid, "host": "another"}).encode())
+    with pytest.raises(StorageError, match="another dataset is being published"):
+        open_store(target).begin(PLAN)  # whether a process of another machine has ended cannot be known
+    storage.write(".publish/claim.json", json.dumps({**claim, "process": ended.pid}).encode())
+    first = open_store(target)
+    first.begin(PLAN)
+    put(first, packed, packed.manifest.shards[0])
+    storage.write(".publish/claim.json", json.dumps({**claim, "process": ended.pid}).encode())
+    with pytest.raises(StorageError, match="another dataset is being published"):
+        open_store(target).begin(PLAN)  # now a shard is there
+    with pytest.raises(StorageError, match="another dataset is being published"):
+        put(first, packed, packed.manifest.shards[-1])
 
 
 def test_two_writers_of_the_same_at_once_end_with_one_dataset(target: str, packed: Packed) -> None:
