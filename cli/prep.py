@@ -127,7 +127,7 @@ def prep(
         if check:
             bar.stop()
             report = check_plan(plan, job.lists)
-            console.print(format_check(report), highlight=False, soft_wrap=True)
+            console.print(format_check(report), highlight=False, soft_wrap=True, markup=False)
             sys.exit(0 if report.complete else INCOMPLETE)
         job.refuse_empty(plan)
         with start_workers(workers or len(os.sched_getaffinity(0)), scheduler) as pool:

@@ -43,8 +43,10 @@ def sample(
             workers=workers or len(os.sched_getaffinity(0)),
             progress=advance,
         )
-    console.print(f"{out}: {len(written.drives)} drive(s) of {frames} frames", highlight=False, soft_wrap=True)
-    console.print(f"md2 prep --split {written.split} --raw {out}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{out}: {len(written.drives)} drive(s) of {frames} frames", highlight=False, soft_wrap=True, markup=False
+    )
+    console.print(f"md2 prep --split {written.split} --raw {out}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _size(text: str) -> tuple[int, int]:

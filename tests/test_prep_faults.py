@@ -236,7 +236,7 @@ def test_commands_end_with_the_documented_exit_codes(drive: Path, tmp_path: Path
     assert check.returncode == 4
     assert "frames   11 needed, 10 present, 1 missing" in check.stdout
     assert not (tmp_path / "kitti_shards").exists()
-    raw = copy_raw(drive, tmp_path / "raw")
+    raw = copy_raw(drive, tmp_path / "[raw]")
     (raw / DATE / "calib_velo_to_cam.txt").unlink()
     with (tmp_path / "split" / "val_files.txt").open("a") as file:
         file.write("no line\n")
