@@ -1,11 +1,12 @@
 """md2 prep against its floor: decode + resize + encode of every unique frame once, and nothing else.
 
-    python -m bench.prep RAW [--instants 480] [--workers 2] [--repeats 3]
+    python -m bench.prep RAW [--instants 1500] [--workers 2] [--repeats 3]
 
 RAW holds drives in KITTI's raw layout with velodyne (real ones, or `md2 sample --size 1242x375`). Their instants are
 repeated under new frame numbers, through links, until there are enough. Mono+stereo with depth: every image of both
 cameras is a target. Floor and prep take turns on the same cores. The ratio floor / prep is the share of prep's time
-that is the unavoidable work; 1 would be free reading, lidar and shards. On a machine that others use as well, the
+that is the unavoidable work; 1 would be free reading, lidar and shards. The workers' start, half a second, is part of
+prep's time: too few instants measure that. On a machine that others use as well, the
 ratio of CPU seconds is the one to trust.
 """
 
@@ -112,7 +113,7 @@ def run_prep(root: Path, out: Path, workers: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("raw", type=Path)
-    parser.add_argument("--instants", type=int, default=480)
+    parser.add_argument("--instants", type=int, default=1500)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
