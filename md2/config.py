@@ -123,7 +123,7 @@ class TrainConfig(Section):
     lr_step_epochs: int = Field(15, gt=0)
     """Multiply the learning rate by lr_gamma every so many epochs."""
     lr_gamma: float = Field(0.1, gt=0)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     device: Literal["auto", "cpu", "gpu"] = "auto"
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """Autocast of the networks; loss and geometry stay float32. `auto`: what measured best."""
@@ -157,8 +157,8 @@ class Config(Section):
     def _check(self) -> Self:
         if not self.data.temporal and (self.model.pose_network, self.model.pose_input) != ("separate_resnet", "pairs"):
             raise ValueError("pose_network and pose_input have no effect without temporal frames: leave them out")
-        if self.train.device == "cpu" and self.train.precision == "fp16":
-            raise ValueError("precision fp16 needs a GPU (its loss scaling has no CPU kernels): use bf16 or float32")
+        if self.data.baseline == "metres" and not self.data.stereo:
+            raise ValueError("data.baseline metres without stereo: mono depth has no unit; leave it out or add stereo")
         if self.train.device == "cpu" and self.data.device == "gpu":
             raise ValueError("data.device gpu with train.device cpu would copy every image back: use auto or cpu")
         return self

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from md2.batch import Offset
 from md2.config import TrainConfig
-from shards.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,8 @@ class Switches:
 
     @classmethod
     def of(cls, train: TrainConfig, device: torch.device) -> Switches:
-        """Resolve `auto`: what measured best per device (bench/RESULTS.md).
-
-        Raises:
-            UsageError: fp16 on a CPU.
-        """
+        """Resolve `auto`: what measured best per device (bench/RESULTS.md)."""
         gpu = device.type == "cuda"
-        if train.precision == "fp16" and not gpu:
-            raise UsageError("train.precision fp16 needs a GPU: use bf16 or float32")
         precision = train.precision if train.precision != "auto" else ("bf16" if gpu else "float32")
         dtypes = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
         channels_last = True if train.channels_last == "auto" else train.channels_last
