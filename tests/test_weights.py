@@ -145,14 +145,14 @@ def test_encoder_of_another_depth_is_refused_by_name(imagenet_file: Path) -> Non
         weights.initialise(build(encoder="resnet34"), str(imagenet_file))
 
 
-def official(networks: Networks, folder: Path, stereo: bool = False) -> Path:
-    """Write a folder the way the official code does: one `torch.save` per network."""
+def official(networks: Networks, folder: Path, stereo: bool = False, old: bool = False) -> Path:
+    """Write a folder the way the official code does: one `torch.save` per network; `old`: as torch 0.4 did."""
     folder.mkdir()
     for name, state in networks.state_dicts().items():
         contents: dict[str, Any] = dict(state)
         if name == "encoder":
             contents |= {"height": 192, "width": 640, "use_stereo": stereo}
-        torch.save(contents, folder / f"{name}.pth")
+        torch.save(contents, folder / f"{name}.pth", _use_new_zipfile_serialization=not old)
     return folder
 
 
@@ -179,6 +179,14 @@ def test_official_folder_loads_as_what_it_is(model: dict[str, Any], data: dict[s
     assert config.data == DataConfig(**data, width=640, height=192)
     assert same(networks, original)
     assert config.metres_per_unit == (5.4 if data.get("stereo") else None)
+
+
+def test_official_files_are_of_torch_0_4_and_lie_beside_an_optimisers(tmp_path: Path) -> None:
+    original = build(seed=4)
+    folder = official(original, tmp_path / "weights", old=True)
+    torch.save({"state": {}, "param_groups": []}, folder / "adam.pth")
+    assert (folder / "encoder.pth").read_bytes()[:2] != b"PK"
+    assert same(weights.load_monodepth2(folder)[0], original)
 
 
 def test_official_predictive_mask(tmp_path: Path) -> None:
@@ -289,6 +297,8 @@ def test_damaged_official_folder_is_explained(case: str, message: str, tmp_path:
 def test_no_such_weights(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         weights.initialise(build(), str(tmp_path / "nothing"))
-    (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(InputError, match=r"text\.pth"):
-        weights.initialise(build(), str(tmp_path / "text.pth"))
+    for content in (b"", b"hello", b"root:x:0:0:root:/root\n", b"\x80\x02}q.", b"PK\x03\x04", bytes(range(256))):
+        (tmp_path / "text.pth").write_bytes(content)
+        with pytest.raises(InputError, match=r"text\.pth") as caught:
+            weights.initialise(build(), str(tmp_path / "text.pth"))
+        assert "\n" not in str(caught.value)
