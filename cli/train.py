@@ -13,14 +13,18 @@ from cli.console import errors, progress_bar
 
 
 class BarReporter:
-    """A bar with loss, images/s and time left; messages above it. Silent on ranks other than 0."""
+    """A bar with loss, images/s and time left; messages above it. Silent on ranks other than 0.
+
+    Where stderr is no terminal (a log file), plain lines instead.
+    """
 
     def __init__(self) -> None:
-        self.bar = progress_bar("image")
+        self.bar = progress_bar("images")
         self.task: TaskID | None = None
         self.main = os.environ.get("RANK", "0") == "0"
 
     def start(self, total: int, done: int) -> None:
+        self.total = total
         if self.main:
             self.task = self.bar.add_task("train", total=total, completed=done, rate=None, note="")
             self.bar.start()
@@ -28,16 +32,21 @@ class BarReporter:
     def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None:
         if self.task is None:
             return
-        self.bar.update(self.task, completed=step, description=f"epoch {epoch + 1}")
+        self.bar.update(self.task, completed=step, description=f"epoch {epoch + 1}", rate=images_per_second)
         if loss is not None:
-            self.bar.update(self.task, rate=images_per_second, note=f"loss {loss:.4f}")
+            self.bar.update(self.task, note=f"loss {loss:.4f}")
+        if loss is not None and not errors.is_terminal:
+            from md2.train import progress_line
+
+            self.message(progress_line(step, self.total, epoch, loss, images_per_second))
 
     def message(self, text: str) -> None:
         if self.main:
-            errors.print(text, highlight=False, markup=False)
+            errors.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stop(self) -> None:
-        self.bar.stop()
+        if self.task is not None:
+            self.bar.stop()
 
 
 def train(
@@ -58,7 +67,7 @@ def train(
         reporter.stop()
     if reporter.main:
         done = "stopped early" if outcome.stopped.early else "done"
-        errors.print(f"{done} at step {outcome.stopped.step}: {outcome.run}", highlight=False)
+        reporter.message(f"{done} at step {outcome.stopped.step}: {outcome.run}")
         if outcome.stopped.early:
-            errors.print(f"go on with: md2 train --resume {outcome.run}", highlight=False)
+            reporter.message(f"go on with: md2 train --resume {outcome.run}")
     raise typer.Exit(outcome.exit_code)

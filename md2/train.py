@@ -1,5 +1,7 @@
 """Start or resume a run; also the entry for torchrun.
 
+A folder becomes a run when everything is known to work: a mistake in the configuration leaves none behind.
+
 md2 train CONFIG [key.sub=value ...] --run DIR
 md2 train --resume DIR
 torchrun --nproc-per-node 4 -m md2.train CONFIG --run DIR
@@ -9,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +23,14 @@ from types import FrameType
 
 import yaml
 
-from md2.checkpoint import load_latest
+from md2.checkpoint import has_checkpoint, load_latest
 from md2.config import Config, config_from_dict, load_config, merge_overrides
 from md2.distributed import Ranks, ranks
 from md2.runlog import ENVIRONMENT, environment
 from md2.trainer import Reporter, Stopped, Trainer
 from shards.dataset import LocalDataset, open_dataset
-from shards.errors import Md2Error, UsageError
+from shards.errors import InputError, Md2Error, TrainingError, UsageError
+from shards.files import write_atomic
 
 CONFIG = "config.yaml"
 CHANGEABLE = (
@@ -39,23 +44,30 @@ CHANGEABLE = (
     "train.checkpoint_every",
     "train.val_batches",
     "train.on_nan",
+    "train.sinks",
 )
 """What may change on resume: nothing here alters the numbers of a step."""
 
 
+IMPATIENCE = 1.0
+"""Seconds after which a second Ctrl-C is meant: schedulers and torchrun send the first signal twice."""
+
+
 class StopRequest:
-    """Set by SIGTERM or Ctrl-C; the loop looks at it between steps. A second signal ends at once."""
+    """Set by SIGTERM or Ctrl-C; the loop looks at it between steps. A second Ctrl-C, later, ends at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.since = 0.0
 
     def __call__(self) -> bool:
         return self.signal is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.since > IMPATIENCE:
             raise KeyboardInterrupt
-        self.signal = number
 
     @property
     def exit_code(self) -> int:
@@ -93,33 +105,35 @@ def start_run(config: Config, run: Path, reporter: Reporter) -> Outcome:
         TrainingError: training cannot go on.
     """
     with ranks(config.train.device) as place, stop_on_signals() as stop:
-        if place.main and (run / CONFIG).exists():
+        if (run / CONFIG).exists():
             raise UsageError(
                 f"{run} already holds a run: md2 train --resume {run} goes on with it, --run names another"
             )
         place.barrier()
         dataset = open_dataset(config.data.url)
+        trainer = Trainer(config, dataset, run, place, reporter, should_stop=stop)
         if place.main:
             _write_start(config, run, place, dataset)
-        place.barrier()
-        trainer = Trainer(config, dataset, run, place, reporter, should_stop=stop)
         return _finish(trainer, run, place, stop)
 
 
 def resume_run(run: Path, overrides: Sequence[str], reporter: Reporter) -> Outcome:
     """Go on with a run from its newest checkpoint, mid-epoch and with the same numbers.
 
+    A run that was killed before its first checkpoint begins again, with the same numbers too.
+
     Raises:
         UsageError: no run there, or an override that would change the numbers.
-        InputError: no checkpoint that can be read.
-        TrainingError, DatasetError: as `start_run`.
+        InputError: there are checkpoints, but none that can be read.
+        TrainingError, DatasetError: as `start_run`; another dataset than the run's.
     """
     config = _config_to_resume(run, overrides)
     with ranks(config.train.device) as place, stop_on_signals() as stop:
-        checkpoint, warning = load_latest(run)
+        checkpoint, warning = load_latest(run) if has_checkpoint(run) else (None, "no checkpoint yet: from the start")
         if warning and place.main:
             reporter.message(f"warning: {warning}")
         dataset = open_dataset(config.data.url)
+        _check_dataset(run, dataset)
         trainer = Trainer(config, dataset, run, place, reporter, resume=checkpoint, should_stop=stop)
         return _finish(trainer, run, place, stop)
 
@@ -134,10 +148,31 @@ def _finish(trainer: Trainer, run: Path, place: Ranks, stop: StopRequest) -> Out
 
 
 def _write_start(config: Config, run: Path, place: Ranks, dataset: LocalDataset) -> None:
-    run.mkdir(parents=True, exist_ok=True)
+    """Make `run` a run: its configuration, which comes last, is the sign of one.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
     facts = {"url": config.data.url, "split": dataset.manifest.split.name, "manifest_sha256": dataset.manifest_sha256}
-    (run / ENVIRONMENT).write_text(json.dumps(environment(place.device, facts), indent=1) + "\n")
-    (run / CONFIG).write_text(config.to_yaml())
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomic(run / ENVIRONMENT, (json.dumps(environment(place.device, facts), indent=1) + "\n").encode())
+        write_atomic(run / CONFIG, config.to_yaml().encode())
+    except OSError as error:
+        raise InputError(
+            f"cannot write the run folder {run}: {error.strerror or error}; --run names another"
+        ) from error
+
+
+def _check_dataset(run: Path, dataset: LocalDataset) -> None:
+    path = run / ENVIRONMENT
+    if not path.is_file():
+        raise InputError(f"{run}: no run to resume there ({ENVIRONMENT} is missing)")
+    if json.loads(path.read_text())["dataset"]["manifest_sha256"] != dataset.manifest_sha256:
+        raise TrainingError(
+            f"{dataset.folder} is not the dataset that the run was trained on (its manifest differs): "
+            "give the original as data.url=..., or start a new run"
+        )
 
 
 def _config_to_resume(run: Path, overrides: Sequence[str]) -> Config:
@@ -157,6 +192,11 @@ def _config_to_resume(run: Path, overrides: Sequence[str]) -> Config:
     return config_from_dict(tree, str(path))
 
 
+def progress_line(step: int, total: int, epoch: int, loss: float, images_per_second: float) -> str:
+    """Progress for logs; epochs count from 1."""
+    return f"step {step}/{total}  epoch {epoch + 1}  loss {loss:.4f}  {images_per_second:.1f} images/s"
+
+
 class PlainReporter:
     """Lines on stdout, for torchrun and logs."""
 
@@ -165,10 +205,7 @@ class PlainReporter:
 
     def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None:
         if loss is not None:
-            print(
-                f"step {step}/{self.total}  epoch {epoch + 1}  loss {loss:.4f}  {images_per_second:.1f} images/s",
-                flush=True,
-            )
+            print(progress_line(step, self.total, epoch, loss, images_per_second), flush=True)
 
     def message(self, text: str) -> None:
         print(text, flush=True)
@@ -185,7 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run_command(options.config, options.overrides, options.run, options.resume, PlainReporter()).exit_code
     except Md2Error as error:
-        print(f"md2: {error}", file=sys.stderr, flush=True)
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"md2{rank}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 
