@@ -112,6 +112,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(**data)
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run has come to its first checkpoint, damaged or not."""
+    return any((run / "checkpoints" / name).exists() for name in (LAST, PREVIOUS))
+
+
 def load_latest(run: Path) -> tuple[Checkpoint, str | None]:
     """The newest undamaged checkpoint of a run, and a warning if that is not the newest file.
 

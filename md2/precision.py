@@ -1,7 +1,8 @@
-"""Speed switches (autocast, channels_last, compile) and the guard against steps that are not finite."""
+"""Speed switches (autocast, channels_last, compile) and the guards against steps that are not finite."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -106,12 +107,12 @@ class FiniteGuard:
         if scaler.get_scale() < 1.0:
             self._pending.append((which, torch.tensor(True), None))
 
-    def found(self) -> list[NotFinite]:
-        """Steps found not finite since the last call (on the GPU: up to the step before the last)."""
+    def found(self, wait: bool = False) -> list[NotFinite]:
+        """Steps found not finite since the last call; on the GPU, unless `wait`, up to the step before the last."""
         found = []
         while self._pending:
             which, flag, event = self._pending[0]
-            if event is not None and len(self._pending) == 1:
+            if event is not None and len(self._pending) == 1 and not wait:
                 break
             if event is not None:
                 event.synchronize()
@@ -119,3 +120,22 @@ class FiniteGuard:
             if flag:
                 found.append(which)
         return found
+
+
+class FiniteBuffers:
+    """Keeps batch norm's running averages finite over a step that is skipped.
+
+    Activations that overflowed are forgotten with the step, but an average that has met infinity never recovers.
+    """
+
+    def __init__(self, buffers: Iterable[Tensor]) -> None:
+        self._buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
+
+    def keep(self) -> None:
+        """Before the step."""
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def mend(self) -> None:
+        """After it: put back what is not finite any more. Nothing waits for the device."""
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(torch.where(buffer.isfinite(), buffer, before))

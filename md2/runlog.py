@@ -49,7 +49,7 @@ class RunLog:
         self.path = run / METRICS
         _drop_after(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, kind: Kind, step: int, epoch: int, values: dict[str, float]) -> None:
         """Write one line of metrics; values that are not finite become null (JSON has no NaN)."""

@@ -50,6 +50,16 @@ class MLflow:
 _SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {"wandb": Wandb, "mlflow": MLflow}
 
 
+def check_sinks(names: Sequence[str]) -> None:
+    """Before anything else happens: are the sinks' packages there?
+
+    Raises:
+        UsageError: a sink's package is not installed.
+    """
+    for name in names:
+        _package(name)
+
+
 def open_sinks(names: Sequence[str], run: Path, config: dict[str, Any]) -> list[Sink]:
     """The sinks of these names.
 

@@ -1,7 +1,7 @@
 """The training loop: forward, reprojection loss, backward, step; validation; checkpoints; resume.
 
-An epoch is one pass of the loader. After it the learning rate is stepped, the validation part is
-measured and a checkpoint written; between that, one every `checkpoint_every` steps. Everything that
+An epoch is one pass of the loader. After it the validation part is measured, the learning rate
+stepped and a checkpoint written; between that, one every `checkpoint_every` steps. Everything that
 decides what comes next (weights, optimiser, schedule, scaler, the reader's position on every rank)
 is in the checkpoint, and the only other randomness, the noise that breaks auto-masking ties, is
 seeded by the step: a resumed run repeats the numbers of an uninterrupted one.
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,10 +31,10 @@ from md2.loss import LossOutput, ReprojectionLoss
 from md2.model import Networks
 from md2.panels import panel
 from md2.pipeline import Loader
-from md2.precision import FiniteGuard, Switches
+from md2.precision import FiniteBuffers, FiniteGuard, Switches
 from md2.prediction import Prediction
 from md2.runlog import RunLog
-from md2.sinks import open_sinks
+from md2.sinks import check_sinks, open_sinks
 from md2.validate import validate
 from md2.weights import initialise
 from shards.dataset import LocalDataset
@@ -76,7 +76,11 @@ class Trainer:
         ranks: this process's place.
         reporter: told about progress on the main rank.
         resume: checkpoint to go on from.
-        should_stop: polled between steps; True ends the run with a checkpoint (SIGTERM, Ctrl-C).
+        should_stop: polled between steps and in validation; True ends the run with a checkpoint (SIGTERM, Ctrl-C).
+
+    Raises:
+        TrainingError: the dataset has fewer samples than one step needs, or the checkpoint is of another set-up.
+        UsageError, InputError, DatasetError: as the dataset, the loader and `initialise` raise them.
     """
 
     def __init__(
@@ -90,9 +94,11 @@ class Trainer:
         resume: Checkpoint | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        check_sinks(config.train.sinks)
         self.config, self.dataset, self.run, self.ranks = config, dataset, run, ranks
         self.reporter, self.should_stop = reporter, should_stop
         self.step = self.epoch = self.step_in_epoch = 0
+        self.measured = False
         self.best = float("inf")
         self.switches = Switches.of(config.train, ranks.device)
         torch.manual_seed(config.train.seed)
@@ -113,14 +119,20 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.switches.scaled)
         self.guard = FiniteGuard(ranks.device)
+        skips = self.switches.scaled or config.train.on_nan == "skip"
+        self.averages = FiniteBuffers(self.networks.buffers() if skips else ())
         self.noise = torch.Generator(ranks.device)
         state = self._restore(resume) if resume is not None else None
         self.loader = self._loader("train", state)
+        if self.steps_per_epoch == 0:
+            raise TrainingError(
+                f"{dataset.folder}: fewer training samples than one step needs ({config.train.batch_size} x "
+                f"{config.train.accumulate} x {ranks.world} ranks); lower train.batch_size or pack more"
+            )
         self.log: RunLog | None = None
         self.model: nn.Module = self.switches.compiled(self.networks)
         if ranks.world > 1:
             self.model = DistributedDataParallel(self.model)
-        self.window = _Window()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -139,37 +151,42 @@ class Trainer:
             TrainingError: the loss or a gradient is not finite and `on_nan` is `stop`.
             DatasetError: the dataset turned out to be broken.
         """
-        if self.steps_per_epoch == 0:
-            raise TrainingError(
-                f"{self.dataset.folder}: fewer training samples than one step needs "
-                f"({self.config.train.batch_size} x {self.config.train.accumulate} x {self.ranks.world} ranks); "
-                "lower train.batch_size or pack more"
-            )
         if self.ranks.main:
             sinks = open_sinks(self.config.train.sinks, self.run, self.config.model_dump(mode="json"))
             self.log = RunLog(self.run, self.step, sinks)
         self.reporter.start(self.total_steps, self.step)
-        metrics: dict[str, float] = {}
-        early = False
+        metrics: dict[str, float] | None = {}
         try:
-            while self.step < self.total_steps and not early:
-                early = self._train_epoch()
-                if self.step_in_epoch == self.steps_per_epoch:
-                    self.schedule.step()
-                    self.epoch, self.step_in_epoch = self.epoch + 1, 0
-                    metrics = self._validate()
-                    self._save(metrics)
-                elif early or self.step >= self.total_steps:
-                    metrics = {} if early else self._validate()
-                    self._save(metrics)
+            while metrics is not None and not (self.measured and self.step >= self.total_steps):
+                metrics = self._train_and_measure()
         finally:
             if self.log is not None:
                 self.log.close()
-        return Stopped(self.step, self.epoch, early, metrics)
+        return Stopped(self.step, self.epoch, metrics is None, metrics or {})
+
+    def _train_and_measure(self) -> dict[str, float] | None:
+        """Finish the epoch (or the run): its steps, validation, a checkpoint. None if told to stop meanwhile.
+
+        A run that is stopped in validation measures after its resume.
+        """
+        if self._train_epoch():
+            self._save({})
+            return None
+        metrics = self._validate()
+        if metrics is None:
+            self._save({})
+            return None
+        if self.step_in_epoch == self.steps_per_epoch:
+            self.schedule.step()
+            self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self.measured = True
+        self._save(metrics)
+        return metrics
 
     def _train_epoch(self) -> bool:
         """Steps until the epoch (or the run) ends; True if told to stop before."""
         self.model.train()
+        self.window = _Window()  # rates are those of training: validation is not in them
         batches = iter(self.loader)
         while self.step_in_epoch < self.steps_per_epoch and self.step < self.total_steps:
             waited = time.perf_counter()
@@ -181,7 +198,7 @@ class Trainer:
                     "verify the dataset with md2 shards verify"
                 )
             output = self._step(group)
-            self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
+            self.step, self.step_in_epoch, self.measured = self.step + 1, self.step_in_epoch + 1, False
             self.window.add(sum(batch.size for batch in group) * self.ranks.world)
             self._report(group[-1], output)
             if self._told_to_stop():
@@ -193,13 +210,16 @@ class Trainer:
     def _step(self, group: list[Batch]) -> tuple[Prediction, LossOutput]:
         """One optimiser step over a group of batches, whose gradients are averaged."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.averages.keep()
+        self.losses = torch.zeros(1 + len(self.config.model.scales), device=self.ranks.device)
         for index, batch in enumerate(group):
             with self._without_sync(index < len(group) - 1):
                 prediction, losses = self._forward(batch, index)
                 self.scaler.scale(losses.total / len(group)).backward()  # type: ignore[no-untyped-call]
+            self.losses += torch.stack([losses.total, *losses.per_scale.values()]).detach() / len(group)
+        self.averages.mend()
         self.guard.step(self.optimizer, self.scaler, step=self.step + 1, keys=[key for b in group for key in b.keys])
-        for bad in self.guard.found():
-            self._not_finite(bad.step, bad.keys)
+        self._look_for_bad_steps()
         return prediction, losses
 
     def _forward(self, batch: Batch, index: int) -> tuple[Prediction, LossOutput]:
@@ -214,25 +234,28 @@ class Trainer:
             return self.model.no_sync()
         return nullcontext()
 
-    def _not_finite(self, step: int, keys: list[str]) -> None:
-        where = f"step {step}: the gradient is not finite; samples {', '.join(keys)}"
-        if self.config.train.on_nan == "stop":
-            raise TrainingError(f"{where}; look at them, lower train.learning_rate, or set train.on_nan=skip")
-        self.reporter.message(f"{where}; the step was skipped")
+    def _look_for_bad_steps(self, wait: bool = False) -> None:
+        for bad in self.guard.found(wait):
+            where = f"step {bad.step}: the gradient is not finite; samples {', '.join(bad.keys)}"
+            if self.config.train.on_nan == "stop":
+                raise TrainingError(f"{where}; look at them, lower train.learning_rate, or set train.on_nan=skip")
+            self.reporter.message(f"{where}; the step was skipped")
 
     def _wants_panel(self) -> bool:
         return self.ranks.main and (self.step + 1) % self.config.train.image_every == 0
 
     def _report(self, batch: Batch, output: tuple[Prediction, LossOutput]) -> None:
         due = self.step % self.config.train.log_every == 0 or self.step == self.total_steps
+        if due:
+            # Of all ranks and accumulated batches: what the step went down.
+            loss, *per_scale = (self.ranks.sum(self.losses) / self.ranks.world).tolist()
         if self.log is not None and due:
-            values = {f"loss/{scale}": value.item() for scale, value in output[1].per_scale.items()}
-            values = {"loss": output[1].total.item(), **values}
+            scales = {f"loss/{scale}": value for scale, value in zip(output[1].per_scale, per_scale, strict=True)}
             rates = {"lr": float(self.schedule.get_last_lr()[0]), **self.window.rates()}
-            self.log.scalars("train", self.step, self.epoch, {**values, **rates})
-            self.reporter.step(self.step, self.epoch, values["loss"], rates["images_per_second"])
+            self.log.scalars("train", self.step, self.epoch, {"loss": loss, **scales, **rates})
+            self.reporter.step(self.step, self.epoch, loss, rates["images_per_second"])
         elif self.ranks.main:
-            self.reporter.step(self.step, self.epoch, None, 0.0)
+            self.reporter.step(self.step, self.epoch, None, self.window.images_per_second)
         if self.log is not None and output[1].panels:
             self.log.panel("train", self.step, panel(batch, *output))
 
@@ -241,20 +264,25 @@ class Trainer:
             return self.should_stop()
         return self.step % STOP_CHECK == 0 and self.ranks.any(self.should_stop())
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, float] | None:
+        """Metrics; empty where there is nothing to validate on, None if told to stop meanwhile."""
         if "val" not in self.dataset.manifest.parts:
             return {}
         # Each rank has its own running statistics; all measure rank 0's network.
         self.ranks.broadcast(self.networks.buffers())
         loader = self._loader("val", None)
         batches: Iterator[Batch] = islice(iter(loader), self.config.train.val_batches)
+        batches = takewhile(lambda _: not self.should_stop(), batches)
         metrics, picture = validate(self.networks, self.loss, batches, self.config, self.ranks, self.switches)
+        if self.ranks.any(self.should_stop()):
+            return None
         if self.log is not None and metrics:
-            self.log.scalars("val", self.step, self.epoch, metrics)
+            epochs = self.epoch + (self.step_in_epoch == self.steps_per_epoch)
+            self.log.scalars("val", self.step, epochs, metrics)
             if picture is not None:
                 self.log.panel("val", self.step, picture)
             shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
-            self.reporter.message(f"epoch {self.epoch}: {shown}")
+            self.reporter.message(f"validation after step {self.step}: {shown}")
         return metrics
 
     def _loader(self, part: str, state: Any) -> Loader:
@@ -276,6 +304,7 @@ class Trainer:
 
     def _save(self, metrics: dict[str, float]) -> None:
         """Write last.pt (and best.pt); collective, since every rank's reader position is in it."""
+        self._look_for_bad_steps(wait=True)
         loaders = self.ranks.gather(self.loader.state())
         if not self.ranks.main:
             return
@@ -294,24 +323,20 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "loaders": loaders,
                 "step_in_epoch": self.step_in_epoch,
+                "measured": self.measured,
                 "best": self.best,
-                "dataset": self.dataset.manifest_sha256,
             },
             metrics=metrics,
         )
         folder = self.run / "checkpoints"
-        save_checkpoint(checkpoint, folder / LAST, keep=folder / PREVIOUS)
+        # First the best: were it second, a kill between the two would leave a run that believes to have it.
         if improved:
             save_checkpoint(checkpoint, folder / BEST)
+        save_checkpoint(checkpoint, folder / LAST, keep=folder / PREVIOUS)
 
     def _restore(self, checkpoint: Checkpoint) -> Any:
         """Take over a checkpoint's state; returns this rank's reader position."""
         state = checkpoint.training
-        if state["dataset"] != self.dataset.manifest_sha256:
-            raise TrainingError(
-                f"{self.dataset.folder} is not the dataset that the run was trained on (its manifest differs): "
-                "give the original as data.url=..., or start a new run"
-            )
         if len(state["loaders"]) != self.ranks.world:
             raise TrainingError(
                 f"the run had {len(state['loaders'])} ranks, this job has {self.ranks.world}: "
@@ -321,7 +346,7 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.epoch, self.step_in_epoch = checkpoint.step, checkpoint.epoch, state["step_in_epoch"]
-        self.best = state["best"]
+        self.best, self.measured = state["best"], state["measured"]
         return state["loaders"][self.ranks.rank]
 
 
@@ -340,9 +365,14 @@ class _Window:
     def add(self, images: int) -> None:
         self.images += images
 
+    @property
+    def images_per_second(self) -> float:
+        """So far, over all ranks."""
+        return self.images / max(time.perf_counter() - self.begin, 1e-9)
+
     def rates(self) -> dict[str, float]:
         """Target images per second over all ranks, and the share of time spent waiting for data."""
         elapsed = max(time.perf_counter() - self.begin, 1e-9)
-        found = {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
+        found = {"images_per_second": self.images_per_second, "data_wait": self.waited / elapsed}
         self._reset()
         return found

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from md2.checkpoint import load_checkpoint
 from md2.config import Config, load_config
 from md2.distributed import Ranks
 from md2.runlog import read_metrics
-from md2.train import Outcome, resume_run, start_run
+from md2.train import Outcome, StopRequest, resume_run, start_run
 from md2.trainer import Trainer
 from shards.dataset import open_dataset
 from shards.errors import InputError, TrainingError, UsageError
@@ -32,6 +35,9 @@ SMALL = [
     "train.log_every=1",
     "train.image_every=2",
 ]
+
+
+LABELS = ("kind", "step", "epoch")
 
 
 class Silent:
@@ -187,16 +193,97 @@ def test_resume_refuses_what_would_change_the_numbers(finished: Path) -> None:
 def test_resume_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run to resume"):
         resume_run(tmp_path, [], Silent())
-    (tmp_path / "config.yaml").write_text("train: {device: cpu}\n")
-    with pytest.raises(InputError, match="no checkpoint"):
-        resume_run(tmp_path, [], Silent())
 
 
-def test_more_batch_than_data(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="fewer training samples"):
-        train(dataset, tmp_path / "run", extra=["train.batch_size=5000"])
+@pytest.mark.parametrize(
+    ("recipe", "mistake", "kind", "message"),
+    [
+        ("stereo", "train.batch_size=5000", TrainingError, "fewer training samples"),
+        ("stereo", "train.sinks=[wandb]", UsageError, r"train\.sinks has wandb, which is not installed"),
+        ("stereo", "model.weights=/dev/null/nothing", InputError, "no such file or folder"),
+        ("mono", "data.frames=[0,-3,3]", UsageError, r"not every sample has m3\.\w+, p3\.\w+"),
+    ],
+)
+def test_a_mistake_leaves_no_run_behind(
+    dataset: Path, tmp_path: Path, recipe: str, mistake: str, kind: type[Exception], message: str
+) -> None:
+    """The corrected command, with the same --run, must not meet "already holds a run"."""
+    with pytest.raises(kind, match=message):
+        train(dataset, tmp_path / "run", recipe, [mistake])
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_sink_without_its_package_is_refused_by_name(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"train\.sinks has wandb, which is not installed"):
-        train(dataset, tmp_path / "run", extra=["train.sinks=[wandb]"])
+def test_stereo_asked_of_a_mono_dataset(dataset: Path, tmp_path: Path) -> None:
+    mono = tmp_path / "mono"
+    shutil.copytree(dataset, mono)
+    manifest = json.loads((mono / "dataset.json").read_text())
+    gone = ("s.jpg", "s.png", "t.f32")
+    manifest["components"] = [name for name in manifest["components"] if name not in gone]
+    manifest["stereo"] = False
+    (mono / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match=r"not every sample has s\.\w+, t\.f32, which .* data\.stereo true ask for"):
+        train(mono, tmp_path / "run", "stereo")
+
+
+def test_killed_before_its_first_checkpoint_a_run_begins_again(finished: Path, dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "early"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints")
+    reporter = Silent()
+    assert resume_run(run, [], reporter).stopped.step == 4
+    assert reporter.messages[0] == "warning: no checkpoint yet: from the start"
+    assert losses(run) == losses(finished)
+    first, second = (load_checkpoint(folder / "checkpoints/last.pt").networks for folder in (run, finished))
+    assert all(torch.equal(value, second[name][key]) for name in first for key, value in first[name].items())
+
+
+def test_stopped_in_validation_a_run_measures_when_resumed(
+    finished: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preempted job has seconds: it does not finish validating, and its numbers are those of one left alone."""
+    run = tmp_path / "run"
+    monkeypatch.setattr("md2.trainer.validate", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), ({}, None))[1])
+    outcome, _ = train(dataset, run, extra=["train.max_steps=4"])
+    assert (outcome.exit_code, outcome.stopped.step, outcome.stopped.early) == (143, 4, True)
+    assert [line["kind"] for line in read_metrics(run)] == ["train"] * 4
+    assert not (run / "checkpoints/best.pt").exists()
+    monkeypatch.undo()
+    assert resume_run(run, [], Silent()).exit_code == 0
+    (mine,), (theirs,) = ([line for line in read_metrics(r) if line["kind"] == "val"] for r in (run, finished))
+    assert mine == theirs
+    assert load_checkpoint(run / "checkpoints/best.pt").metrics == {k: mine[k] for k in mine if k not in LABELS}
+
+
+def test_a_signal_that_comes_twice_is_one_and_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun passes on what a scheduler has sent to every process already."""
+    clock = [100.0]
+    monkeypatch.setattr("md2.train.time.monotonic", lambda: clock[0])
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        request = StopRequest()
+        request.handle(number, None)
+        request.handle(number, None)
+        assert request() and request.exit_code == code
+    clock[0] += 1.5
+    request.handle(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
+        request.handle(signal.SIGINT, None)
+
+
+def test_overflow_in_half_precision_is_skipped_by_the_scaler(dataset: Path, tmp_path: Path) -> None:
+    """fp16 on the CPU: activations overflow, the loss scale is halved, weights and running averages stay whole."""
+    one = trainer(dataset, tmp_path / "run", ["train.precision=fp16"], "stereo")
+    batch = next(iter(one.loader))
+    one.networks.train()
+    one._step([batch])
+    convolution = one.networks.encoder.encoder.conv1.weight
+    scale, kept = one.scaler.get_scale(), convolution.detach().clone()
+    with torch.no_grad():
+        convolution.mul_(1e6)
+    assert not one._step([batch])[1].total.isfinite()
+    assert one.scaler.get_scale() == scale / 2
+    assert torch.equal(convolution, kept * 1e6), "not stepped"
+    assert all(buffer.isfinite().all() for buffer in one.networks.buffers())
+    with torch.no_grad():
+        convolution.copy_(kept)
+    assert one._step([batch])[1].total.isfinite()
+    assert not torch.equal(convolution, kept)
