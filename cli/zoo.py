@@ -19,13 +19,15 @@ def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full
 
     found = list_recipes()
     if name is None:
-        width = max(len(recipe.name) for recipe in found)
-        console.print(f"{'recipe':{width}}  " + "  ".join(f"{key:>7}" for key in SHOWN), style="bold", soft_wrap=True)
+        width = max(len(recipe.train_command) for recipe in found)
+        console.print(f"{'':{width}}  " + "  ".join(f"{key:>7}" for key in SHOWN), style="bold", soft_wrap=True)
         for recipe in found:
             figures = "  ".join(f"{recipe.published[key]:7.3f}" for key in SHOWN if recipe.published)
-            console.print(f"{recipe.name:{width}}  {figures}".rstrip(), highlight=False, soft_wrap=True)
+            console.print(f"{recipe.train_command:{width}}  {figures}".rstrip(), highlight=False, soft_wrap=True)
         console.print(
-            "\nFigures are the paper's (ICCV 2019, Tables 1 and 2). md2 zoo NAME shows one with its commands."
+            "\nFigures are the paper's (ICCV 2019 and its supplement). md2 zoo NAME shows one recipe, all of its figures, "
+            "and how its data are packed.",
+            soft_wrap=True,
         )
         return
     chosen = next((recipe for recipe in found if recipe.name == name), None)

@@ -1,8 +1,13 @@
 """The published recipes: what each trains, what the paper reports for it, and the commands that do it.
 
 Figures: Godard et al., "Digging Into Self-Supervised Monocular Depth Estimation", ICCV 2019, Tables 1
-and 2 (KITTI 2015 Eigen test images, raw velodyne, Garg crop, capped at 80 m), Table 6 for odometry.
-They are the paper's, not measured by md2; where the paper gives none, none is listed.
+and 2 (KITTI 2015 Eigen test images, raw velodyne, Garg crop, capped at 80 m), the supplement's tables
+for ResNet-50 and odometry. They are the paper's, not measured by md2; where the paper gives none, none is
+listed.
+
+Settings: section 4 and 4.1 (20 epochs, lr 1e-4 to 1e-5 after 15, batch 12; 30 epochs without pretraining;
+one nominal camera for all images), and the released code's README (splits; 30 epochs on the odometry
+split). The schedule of the 1024x320 models could not be looked up again: their files say so.
 """
 
 from __future__ import annotations
@@ -29,6 +34,12 @@ _PUBLISHED: dict[str, tuple[float, ...]] = {
     f"{_P}mono_no_automasking_640x192": (0.120, 1.097, 5.074, 0.197, 0.872, 0.956, 0.979),
     f"{_P}mono_no_full_resolution_multiscale_640x192": (0.117, 0.866, 4.864, 0.196, 0.871, 0.957, 0.981),
     f"{_P}mono_predictive_mask_640x192": (0.123, 1.177, 5.210, 0.200, 0.869, 0.955, 0.978),
+    f"{_P}mono_baseline_minimum_reprojection_640x192": (0.122, 1.081, 5.116, 0.199, 0.866, 0.957, 0.980),
+    f"{_P}mono_baseline_automasking_640x192": (0.124, 0.936, 5.010, 0.206, 0.858, 0.952, 0.977),
+    f"{_P}mono_baseline_full_resolution_multiscale_640x192": (0.124, 1.170, 5.249, 0.203, 0.865, 0.953, 0.978),
+    f"{_P}mono_eigen_full_640x192": (0.116, 0.918, 4.872, 0.193, 0.874, 0.959, 0.981),
+    f"{_P}mono_baseline_eigen_full_640x192": (0.146, 1.876, 5.666, 0.230, 0.848, 0.945, 0.972),
+    "monodepth2_resnet50_kitti_mono_640x192": (0.110, 0.831, 4.642, 0.187, 0.883, 0.962, 0.982),
     f"{_P}mono_416x128": (0.128, 1.087, 5.171, 0.204, 0.855, 0.953, 0.978),
 }
 _ODOMETRY = {f"{_P}odometry_mono_640x192": "ATE 09: 0.017 ± 0.008 m, 10: 0.015 ± 0.010 m"}

@@ -117,6 +117,55 @@ def test_every_recipe_loads_and_says_nothing_twice() -> None:
         assert set(tree) <= set(Config.model_fields), name
 
 
+BASELINE = {"v1_multiscale", "avg_reprojection", "disable_automasking"}
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "options", "epochs"),
+    [
+        ("mono_640x192", "eigen_zhou", set(), 20),
+        ("stereo_640x192", "eigen_full", set(), 20),
+        ("mono_stereo_640x192", "eigen_zhou", set(), 20),
+        ("mono_no_pretraining_640x192", "eigen_zhou", set(), 30),
+        ("stereo_no_pretraining_640x192", "eigen_full", set(), 30),
+        ("mono_stereo_no_pretraining_640x192", "eigen_zhou", set(), 30),
+        ("odometry_mono_640x192", "odom", set(), 30),
+        ("odometry_mono_stereo_640x192", "odom", set(), 30),
+        ("mono_1024x320", "eigen_zhou_1024x320", set(), 5),
+        ("stereo_1024x320", "eigen_full_1024x320", set(), 5),
+        ("mono_stereo_1024x320", "eigen_zhou_1024x320", set(), 5),
+        ("mono_416x128", "eigen_zhou", set(), 20),
+        ("mono_baseline_640x192", "eigen_zhou", BASELINE, 20),
+        ("mono_baseline_minimum_reprojection_640x192", "eigen_zhou", BASELINE - {"avg_reprojection"}, 20),
+        ("mono_baseline_automasking_640x192", "eigen_zhou", BASELINE - {"disable_automasking"}, 20),
+        ("mono_baseline_full_resolution_multiscale_640x192", "eigen_zhou", BASELINE - {"v1_multiscale"}, 20),
+        ("mono_no_minimum_reprojection_640x192", "eigen_zhou", {"avg_reprojection"}, 20),
+        ("mono_no_automasking_640x192", "eigen_zhou", {"disable_automasking"}, 20),
+        ("mono_no_full_resolution_multiscale_640x192", "eigen_zhou", {"v1_multiscale"}, 20),
+        ("mono_predictive_mask_640x192", "eigen_zhou", {"predictive_mask", "disable_automasking"}, 20),
+        ("mono_eigen_full_640x192", "eigen_full", set(), 20),
+        ("mono_baseline_eigen_full_640x192", "eigen_full", BASELINE, 20),
+    ],
+)
+def test_published_recipes_train_what_their_names_say(name: str, split: str, options: set[str], epochs: int) -> None:
+    config = load_config(f"monodepth2_resnet18_kitti_{name}")
+    assert config.data.url == f"kitti_shards/{split}"
+    size = name.rsplit("_", 1)[-1]
+    assert f"{config.data.width}x{config.data.height}" == size
+    mode = name.removeprefix("odometry_")
+    assert config.data.frames == ([0] if mode.startswith("stereo") else [0, -1, 1])
+    assert config.data.stereo == mode.startswith(("stereo", "mono_stereo"))
+    assert config.data.intrinsics == "nominal"
+    assert {key for key, value in config.loss if value is True} == options
+    assert config.train.epochs == epochs
+    assert config.train.learning_rate == (1e-5 if size == "1024x320" else 1e-4)
+    # 1024x320 starts from the model of 640x192, the others from ImageNet or from nothing.
+    start = f"runs/monodepth2_resnet18_kitti_{name.replace('1024x320', '640x192')}"
+    assert config.model.weights == {"1024x320": start}.get(size, "scratch" if "no_pretraining" in name else "imagenet")
+    rest = {"epochs", "learning_rate"}
+    assert config.train.model_dump(exclude=rest) == Config().train.model_dump(exclude=rest)
+
+
 def test_units_of_predicted_depth() -> None:
     assert load_config("mono").metres_per_unit is None
     assert load_config("stereo").metres_per_unit == 5.4
