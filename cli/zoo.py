@@ -25,8 +25,8 @@ def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full
             figures = "  ".join(f"{recipe.published[key]:7.3f}" for key in SHOWN if recipe.published)
             console.print(f"{recipe.train_command:{width}}  {figures}".rstrip(), highlight=False, soft_wrap=True)
         console.print(
-            "\nFigures are the paper's (ICCV 2019 and its supplement). md2 zoo NAME shows one recipe, all of its figures, "
-            "and how its data are packed.",
+            "\nFigures are the paper's (ICCV 2019 and its supplement). md2 zoo NAME shows one recipe with all of its "
+            "figures, and how its data are packed.",
             soft_wrap=True,
         )
         return

@@ -4,7 +4,7 @@ A folder becomes a run when everything is known to work: a mistake in the config
 
 md2 train CONFIG [key.sub=value ...] --run DIR
 md2 train --resume DIR
-torchrun --nproc-per-node 4 -m md2.train CONFIG --run DIR
+torchrun --nproc-per-node 4 -m md2.train CONFIG --run-dir DIR    (torchrun takes --run for its own)
 """
 
 from __future__ import annotations
