@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -19,11 +20,13 @@ class Sink(Protocol):
 
 
 class Wandb:
-    """Weights & Biases; a resumed run goes on under the same id, which is the run folder's name."""
+    """Weights & Biases; a resumed run goes on under the id in RUN/wandb.id."""
 
     def __init__(self, run: Path, config: dict[str, Any]) -> None:
-        wandb = _package("wandb")
-        self.handle = wandb.init(id=run.name, name=run.name, dir=str(run), config=config, resume="allow")
+        wandb, path = _package("wandb"), run / "wandb.id"
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:12])
+        self.handle = wandb.init(id=path.read_text(), name=run.name, dir=str(run), config=config, resume="allow")
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.handle.log(values, step=step)
@@ -33,11 +36,12 @@ class Wandb:
 
 
 class MLflow:
-    """MLflow, at MLFLOW_TRACKING_URI."""
+    """MLflow, at MLFLOW_TRACKING_URI; a resumed run goes on under the id in RUN/mlflow.id."""
 
     def __init__(self, run: Path, config: dict[str, Any]) -> None:
-        self.client = _package("mlflow")
-        self.client.start_run(run_name=run.name)
+        self.client, path = _package("mlflow"), run / "mlflow.id"
+        started = self.client.start_run(run_id=path.read_text() if path.exists() else None, run_name=run.name)
+        path.write_text(started.info.run_id)
         self.client.log_dict(config, "config.yaml")
 
     def log(self, values: dict[str, float], step: int) -> None:

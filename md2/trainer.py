@@ -130,6 +130,7 @@ class Trainer:
                 f"{config.train.accumulate} x {ranks.world} ranks); lower train.batch_size or pack more"
             )
         self.log: RunLog | None = None
+        self.window = _Window()
         self.model: nn.Module = self.switches.compiled(self.networks)
         if ranks.world > 1:
             self.model = DistributedDataParallel(self.model)

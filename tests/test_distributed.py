@@ -99,11 +99,7 @@ def test_a_rank_that_dies_ends_the_job(dataset: Path, tmp_path: Path) -> None:
     arguments = ["-m", "md2.train", "mono_stereo", f"data.url={dataset}", *SETTINGS, "train.epochs=1000"]
     process = torchrun(2, *arguments, "--run-dir", str(run))
     try:
-        deadline = time.monotonic() + LIMIT
-        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for_metrics(process, run)
         os.kill(max(workers(process.pid)), signal.SIGKILL)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
@@ -113,7 +109,34 @@ def test_a_rank_that_dies_ends_the_job(dataset: Path, tmp_path: Path) -> None:
     assert "Signal 9" in output or "SIGKILL" in output
 
 
+def test_a_signal_to_every_process_leaves_a_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    """As a scheduler sends it; torchrun then sends its own to the workers, which must not be one too many."""
+    run = tmp_path / "run"
+    arguments = ["-m", "cli.main", "train", "stereo", f"data.url={dataset}", *SETTINGS, "train.epochs=1000"]
+    process = torchrun(2, *arguments, "--run-dir", str(run))
+    try:
+        wait_for_metrics(process, run)
+        for pid in (*workers(process.pid), process.pid):
+            os.kill(pid, signal.SIGTERM)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    output = finish(process)
+    assert "go on with: md2 train --resume" in output
+    checkpoint = load_checkpoint(run / "checkpoints/last.pt")
+    assert checkpoint.step == json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert len(checkpoint.training["loaders"]) == 2
+
+
+def wait_for_metrics(process: subprocess.Popen[str], run: Path) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def workers(parent: int) -> list[int]:
     """Child processes of torchrun that train."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(pid) for pid in children if b"md2.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [int(pid) for pid in children if b"data.url=" in Path(f"/proc/{pid}/cmdline").read_bytes()]
