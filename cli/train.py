@@ -13,7 +13,7 @@ from cli.console import errors, progress_bar
 
 
 class BarReporter:
-    """A bar with loss, images/s and time left; messages above it. Silent on ranks other than 0.
+    """A bar with loss, images/s and time left; messages above it. Ranks other than 0 have messages only.
 
     Where stderr is no terminal (a log file), plain lines instead.
     """
@@ -41,8 +41,7 @@ class BarReporter:
             self.message(progress_line(step, self.total, epoch, loss, images_per_second))
 
     def message(self, text: str) -> None:
-        if self.main:
-            errors.print(text, highlight=False, markup=False, soft_wrap=True)
+        errors.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stop(self) -> None:
         if self.task is not None:

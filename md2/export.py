@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from md2 import __version__
 from md2.checkpoint import load_checkpoint, resolve
+from md2.config import Config, ModelConfig
 from md2.geometry import disparity_to_depth
 from md2.predict import Predictor
 from md2.weights import is_monodepth2, read_monodepth2, save_monodepth2
@@ -143,6 +144,7 @@ def export_monodepth2(model: str | Path, folder: Path) -> Exported:
 
     Raises:
         InputError: no checkpoint there, or the folder exists already or cannot be written.
+        UsageError: its unit or range of depth is one that the form has no place for.
     """
     if is_monodepth2(model):
         found = read_monodepth2(model)
@@ -150,10 +152,27 @@ def export_monodepth2(model: str | Path, folder: Path) -> Exported:
     else:
         path = resolve(model)
         checkpoint = load_checkpoint(path)
-        data = checkpoint.parsed_config(str(path)).data
+        config = checkpoint.parsed_config(str(path))
+        _check_official(config, path)
+        data = config.data
         states, size, stereo = checkpoint.networks, (data.height, data.width), data.stereo
     save_monodepth2(states, folder, height=size[0], width=size[1], stereo=stereo)
     return Exported(folder, None)
+
+
+def _check_official(config: Config, path: Path) -> None:
+    """Whoever loads an official folder takes depth to be 0.1 to 100, and stereo depth in units of 5.4 m."""
+    if config.data.baseline != "paper":
+        raise UsageError(
+            f"{path} has depth in metres, but whoever loads Monodepth2 weights multiplies stereo depth by 5.4: "
+            "export it with --to onnx or torch, or train with data.baseline=paper"
+        )
+    standard = ModelConfig()
+    if (config.model.min_depth, config.model.max_depth) != (standard.min_depth, standard.max_depth):
+        raise UsageError(
+            f"{path} has depth from {config.model.min_depth:g} to {config.model.max_depth:g}, but whoever loads "
+            "Monodepth2 weights takes it to be 0.1 to 100: export it with --to onnx or torch"
+        )
 
 
 def metadata(predictor: Predictor) -> dict[str, Any]:

@@ -156,6 +156,8 @@ class Trainer:
             sinks = open_sinks(self.config.train.sinks, self.run, self.config.model_dump(mode="json"))
             self.log = RunLog(self.run, self.step, sinks)
         self.reporter.start(self.total_steps, self.step)
+        if self.ranks.main and "val" not in self.dataset.manifest.parts:
+            self.reporter.message("the dataset has no part val: nothing will be validated, and there is no best.pt")
         metrics: dict[str, float] | None = {}
         try:
             while metrics is not None and not (self.measured and self.step >= self.total_steps):
@@ -237,7 +239,8 @@ class Trainer:
 
     def _look_for_bad_steps(self, wait: bool = False) -> None:
         for bad in self.guard.found(wait):
-            where = f"step {bad.step}: the gradient is not finite; samples {', '.join(bad.keys)}"
+            rank = f" (rank {self.ranks.rank})" if self.ranks.world > 1 else ""
+            where = f"step {bad.step}: the gradient is not finite; samples{rank} {', '.join(bad.keys)}"
             if self.config.train.on_nan == "stop":
                 raise TrainingError(f"{where}; look at them, lower train.learning_rate, or set train.on_nan=skip")
             self.reporter.message(f"{where}; the step was skipped")

@@ -19,7 +19,7 @@ from pipeline_data import smooth
 from md2.checkpoint import load_checkpoint, save_checkpoint
 from md2.export import DepthNetwork, export_monodepth2, export_onnx, export_torch, write_checked
 from md2.predict import Predictor, load
-from shards.errors import InputError
+from shards.errors import InputError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,3 +145,18 @@ def test_official_folder_round_trip(tmp_path: Path, checkpoint: Path, predictor:
     export_monodepth2(tmp_path / "official", tmp_path / "copy")
     with pytest.raises(InputError, match="not empty"):
         export_monodepth2(checkpoint, tmp_path / "official")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [("data", "baseline", "metres", "multiplies stereo depth by 5.4"), ("model", "max_depth", 80.0, "0.1 to 80")],
+)
+def test_what_the_official_form_cannot_say_is_refused(
+    checkpoint: Path, tmp_path: Path, section: str, key: str, value: Any, message: str
+) -> None:
+    found = load_checkpoint(checkpoint)
+    found.config[section][key] = value
+    save_checkpoint(found, tmp_path / "other.pt")
+    with pytest.raises(UsageError, match=message):
+        export_monodepth2(tmp_path / "other.pt", tmp_path / "official")
+    assert not (tmp_path / "official").exists()
