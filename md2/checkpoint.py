@@ -124,17 +124,20 @@ def load_latest(run: Path) -> tuple[Checkpoint, str | None]:
         InputError: the run has none.
     """
     folder = run / "checkpoints"
-    warning: str | None = None
-    for name in (LAST, PREVIOUS):
-        path = folder / name
+    damages: list[str] = []
+    for path in (folder / LAST, folder / PREVIOUS):
         if not path.exists():
             continue
         try:
-            return load_checkpoint(path), warning
+            checkpoint = load_checkpoint(path)
         except InputError as error:
-            warning = f"{error}; going on from {PREVIOUS}"
-    detail = f" ({warning})" if warning else ""
-    raise InputError(f"{run}: no checkpoint to go on from{detail}; start the run again with md2 train CONFIG --run DIR")
+            damages.append(str(error))
+            continue
+        return checkpoint, f"{damages[0]}; going on from {path.name}" if damages else None
+    raise InputError(
+        f"{run}: no checkpoint to go on from ({'; '.join(damages) or 'none there'}); start a new run, for instance "
+        f"from this one's weights: md2 train CONFIG model.weights={folder / BEST} --run DIR"
+    )
 
 
 def resolve(path: str | Path) -> Path:

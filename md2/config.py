@@ -191,7 +191,7 @@ def load_config(source: str | Path | None, overrides: Iterable[str] = ()) -> Con
             impossible combination (gives the reason).
     """
     where = "defaults" if source is None else str(source)
-    tree = {} if source is None else _read_yaml(_find(source))
+    tree = {} if source is None else _read_yaml(*_find(source))
     merge_overrides(tree, overrides)
     return config_from_dict(tree, where)
 
@@ -228,7 +228,7 @@ def recipes() -> dict[str, str]:
 def _find(source: str | Path) -> tuple[str, str]:
     path = Path(source)
     if path.is_file():
-        return str(path), path.read_text()
+        return str(path), _text(path)
     known = recipes()
     if str(source) in known:
         return str(source), known[str(source)]
@@ -237,8 +237,23 @@ def _find(source: str | Path) -> tuple[str, str]:
     raise UsageError(f"no configuration file or recipe {str(source)!r}{hint}")
 
 
-def _read_yaml(named: tuple[str, str]) -> dict[str, Any]:
-    name, text = named
+def read_config_tree(path: Path) -> dict[str, Any]:
+    """A configuration file as nested dictionaries, not yet checked.
+
+    Raises:
+        UsageError: it cannot be read or is not YAML.
+    """
+    return _read_yaml(str(path), _text(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a configuration file: {error}") from error
+
+
+def _read_yaml(name: str, text: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -247,7 +262,7 @@ def _read_yaml(named: tuple[str, str]) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise UsageError(f"{name}: expected sections (data, model, loss, train), found {type(tree).__name__}")
-    return tree
+    return {section: {} if values is None else values for section, values in tree.items()}
 
 
 def _merge(tree: dict[str, Any], override: str) -> None:

@@ -21,10 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import yaml
-
 from md2.checkpoint import has_checkpoint, load_latest
-from md2.config import Config, config_from_dict, load_config, merge_overrides
+from md2.config import Config, config_from_dict, load_config, merge_overrides, read_config_tree
 from md2.distributed import Ranks, ranks
 from md2.runlog import ENVIRONMENT, environment
 from md2.trainer import Reporter, Stopped, Trainer
@@ -187,7 +185,7 @@ def _config_to_resume(run: Path, overrides: Sequence[str]) -> Config:
             raise UsageError(
                 f"{key} cannot change on resume (it would alter the numbers); these can: {', '.join(CHANGEABLE)}"
             )
-    tree = yaml.safe_load(path.read_text())
+    tree = read_config_tree(path)
     merge_overrides(tree, overrides)
     return config_from_dict(tree, str(path))
 

@@ -106,7 +106,7 @@ class Trainer:
         if resume is None:
             initialise(networks, config.model.weights)
         else:
-            networks.load_networks(resume.networks)
+            networks.load_networks(resume.networks, f"{run}/checkpoints")
         self.networks = self.switches.prepare(networks.to(ranks.device))
         self.loss = ReprojectionLoss(config.loss, config.model)
         self.optimizer = torch.optim.Adam(

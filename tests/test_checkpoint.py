@@ -78,8 +78,9 @@ def test_both_damaged_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     folder = save_two(tmp_path)
     truncate(folder / LAST)
     truncate(folder / PREVIOUS)
-    with pytest.raises(InputError, match=PREVIOUS):
+    with pytest.raises(InputError, match=rf"{LAST}: damaged .*{PREVIOUS}: damaged .* start a new run") as caught:
         load_latest(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:

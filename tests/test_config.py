@@ -104,6 +104,18 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, message: str
         load_config(write(tmp_path, text))
 
 
+def test_an_empty_section_is_the_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "data:\ntrain:\n  epochs: 3\n")
+    config = load_config(path, ["data.url=here"])
+    assert (config.data.url, config.train.epochs, config.data.frames) == ("here", 3, [0, -1, 1])
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(UsageError, match=r"weights\.pth: not a configuration file"):
+        load_config(tmp_path / "weights.pth")
+
+
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean the recipe mono_stereo"):
         load_config("mono_stero")

@@ -265,22 +265,20 @@ def test_the_seed_decides_weights_samples_and_nothing_else_does(dataset: Path, t
     assert found[2][0] != found[0][0]
 
 
-def weights(run: Path, name: str) -> dict[str, Any]:
-    return load_checkpoint(run / "checkpoints" / name).networks["depth"]
-
-
 def test_a_step_that_is_not_finite_stops_and_names_its_samples(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"step \d+: the gradient is not finite; samples 2011_09_26"):
         train(dataset, tmp_path / "run", "stereo", ["train.learning_rate=1e36"])
 
 
-def test_or_is_skipped_and_leaves_the_weights_alone(dataset: Path, tmp_path: Path) -> None:
-    extra = ["train.learning_rate=1e36", "train.on_nan=skip", "train.max_steps=4"]
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_or_is_skipped_and_leaves_the_weights_alone(dataset: Path, tmp_path: Path, precision: str) -> None:
+    extra = ["train.learning_rate=1e36", "train.on_nan=skip", "train.max_steps=3", f"train.precision={precision}"]
     outcome, reporter = train(dataset, tmp_path / "run", "stereo", extra)
-    assert outcome.stopped.step == 4
+    assert outcome.stopped.step == 3
     skipped = [message for message in reporter.messages if "skipped" in message]
     assert skipped
-    assert all(weight.isfinite().all() for weight in weights(tmp_path / "run", "last.pt").values())
+    networks = load_checkpoint(tmp_path / "run/checkpoints/last.pt").networks
+    assert all(value.isfinite().all() for state in networks.values() for value in state.values())
 
 
 def test_a_used_run_folder_is_not_overwritten(finished: Path, dataset: Path) -> None:
@@ -346,6 +344,9 @@ def test_resume_refuses_what_would_change_the_numbers(finished: Path) -> None:
 
 def test_resume_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run to resume"):
+        resume_run(tmp_path, [], Silent())
+    (tmp_path / "config.yaml").write_text("data: [")
+    with pytest.raises(UsageError, match=r"config\.yaml: not YAML"):
         resume_run(tmp_path, [], Silent())
 
 
