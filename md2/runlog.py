@@ -14,7 +14,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -39,13 +40,16 @@ class RunLog:
         step: steps already done; what an interrupted run wrote beyond that is dropped, since those
             steps are done again.
         sinks: told about the scalars as well; closed with the log.
+        warn: told of a sink that fails, which is left alone from then on: training goes on without it.
     """
 
-    def __init__(self, run: Path, step: int = 0, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self, run: Path, step: int = 0, sinks: Sequence[Sink] = (), warn: Callable[[str], None] = print
+    ) -> None:
         # TensorBoard takes a second to import, which `md2 --help` must not wait for.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run, self.sinks = run, sinks
+        self.run, self.sinks, self.warn = run, list(sinks), warn
         self.path = run / METRICS
         _drop_after(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
@@ -58,8 +62,9 @@ class RunLog:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
-        for sink in self.sinks:
-            sink.log({f"{kind}/{name}": value for name, value in values.items()}, step)
+        named = {f"{kind}/{name}": value for name, value in values.items()}
+        for sink in list(self.sinks):
+            self._told(sink, partial(sink.log, named, step))
 
     def panel(self, kind: Kind, step: int, image: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Write an (H, W, 3) uint8 picture."""
@@ -71,8 +76,15 @@ class RunLog:
     def close(self) -> None:
         self._file.close()
         self._events.close()
-        for sink in self.sinks:
-            sink.close()
+        for sink in list(self.sinks):
+            self._told(sink, sink.close)
+
+    def _told(self, sink: Sink, tell: Callable[[], None]) -> None:
+        try:
+            tell()
+        except Exception as error:  # each package has its own
+            self.sinks.remove(sink)
+            self.warn(f"warning: {type(sink).__name__} failed and is told no more: {error}")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -45,7 +45,8 @@ class MLflow:
         self.client.log_dict(config, "config.yaml")
 
     def log(self, values: dict[str, float], step: int) -> None:
-        self.client.log_metrics(values, step=step)
+        # Its file store cannot have loss/0 beside loss: a folder of a file's name.
+        self.client.log_metrics({name.replace("loss/", "loss_"): value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         self.client.end_run()
@@ -68,9 +69,18 @@ def open_sinks(names: Sequence[str], run: Path, config: dict[str, Any]) -> list[
     """The sinks of these names.
 
     Raises:
-        UsageError: a sink's package is not installed.
+        UsageError: a sink's package is not installed, or does not start: no server, no account, no place.
     """
-    return [_SINKS[name](run, config) for name in names]
+    sinks = []
+    for name in names:
+        try:
+            sinks.append(_SINKS[name](run, config))
+        except UsageError:
+            raise
+        except Exception as error:  # each package has its own
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UsageError(f"train.sinks: {name} does not start: {reason[0]}") from error
+    return sinks
 
 
 def _package(name: str) -> Any:

@@ -154,7 +154,7 @@ class Trainer:
         """
         if self.ranks.main:
             sinks = open_sinks(self.config.train.sinks, self.run, self.config.model_dump(mode="json"))
-            self.log = RunLog(self.run, self.step, sinks)
+            self.log = RunLog(self.run, self.step, sinks, self.reporter.message)
         self.reporter.start(self.total_steps, self.step)
         if self.ranks.main and "val" not in self.dataset.manifest.parts:
             self.reporter.message("the dataset has no part val: nothing will be validated, and there is no best.pt")

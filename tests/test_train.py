@@ -335,6 +335,27 @@ def test_sinks_get_the_scalars_and_a_resumed_run_is_the_same_one_there(
     wandb, mlflow = fakes
     assert wandb.started[0] == wandb.started[1] and len(wandb.started[0] or "") == 12
     assert mlflow.started == [None, "given"]
+    assert "train/loss/0" in wandb.logged[0][1]
+    names = set(mlflow.logged[0][1])
+    assert "train/loss_0" in names
+    assert not any(a.startswith(f"{b}/") for a in names for b in names)
+
+
+def test_a_sink_that_fails_does_not_end_the_run(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no server\nand a page of details")
+
+    wandb = FakeSink("wandb")
+    monkeypatch.setattr(wandb, "log", fail)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    extra = ["train.max_steps=2", "train.sinks=[wandb]"]
+    outcome, reporter = train(dataset, tmp_path / "run", "stereo", extra)
+    assert outcome.stopped.step == 2
+    (warning,) = (message for message in reporter.messages if message.startswith("warning"))
+    assert "Wandb failed and is told no more: no server" in warning
+    monkeypatch.setattr(wandb, "init", fail)
+    with pytest.raises(UsageError, match=r"^train\.sinks: wandb does not start: no server$"):
+        train(dataset, tmp_path / "other", "stereo", extra)
 
 
 def test_resume_refuses_what_would_change_the_numbers(finished: Path) -> None:
