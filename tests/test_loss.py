@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from md2.batch import Offset
-from md2.config import LossConfig
+from md2.batch import Batch, Offset
+from md2.config import LossConfig, ModelConfig
 from md2.geometry import disparity_to_depth
-from md2.loss import LossOutput, image_pyramid, reprojection_loss, smoothness
+from md2.loss import LossOutput, ReprojectionLoss, image_pyramid, reprojection_loss, smoothness
 from md2.prediction import Pose, Prediction
 
 HEIGHT, WIDTH, BATCH = 16, 40, 2
@@ -182,6 +182,20 @@ def test_depth_range_changes_the_number() -> None:
     expected, _ = naive.loss(scenes, naive.Options(min_depth=0.5, max_depth=20.0))
     assert found.total.item() == pytest.approx(expected, rel=1e-6)
     assert found.total.item() != pytest.approx(naive.loss(scenes, naive.Options())[0], rel=1e-3)
+
+
+def test_the_configured_depth_range_is_the_losss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images: dict[Offset, torch.Tensor] = {o: torch.rand(1, 3, 16, 24, generator=generator) for o in (0, "s")}
+    K, stereo = torch.tensor([[[20.0, 0, 12], [0, 20, 8], [0, 0, 1]]]), torch.eye(4)[None].clone()
+    stereo[0, 0, 3] = -0.3
+    batch = Batch(images, images, K, stereo, 5.4, None, None, ["a"])
+    prediction = Prediction({0: torch.rand(1, 1, 16, 24, generator=generator)})
+    found = ReprojectionLoss(LossConfig(), ModelConfig(min_depth=0.5, max_depth=20.0))(batch, prediction).total
+    pyramids = image_pyramid(images, [0])
+    expected = reprojection_loss(prediction, pyramids, K, stereo, LossConfig(), min_depth=0.5, max_depth=20.0).total
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, ReprojectionLoss(LossConfig(), ModelConfig())(batch, prediction).total)
 
 
 def test_predictive_mask_of_ones_is_the_unmasked_loss_and_of_halves_half_of_it() -> None:
