@@ -163,7 +163,9 @@ class Retrier:
 
 
 def _gave_up(url: str, failure: Failure, attempts: int, passed: float) -> str:
-    advice = "check the address and AWS_ENDPOINT_URL" if failure.kind == "unreachable" else "try again later"
+    advice = "try again later"
+    if failure.kind == "unreachable":
+        advice = "check the address" if url[:4].lower() == "http" else "check AWS_ENDPOINT_URL"
     return f"{url}: {failure.cause}; gave up after {attempts} attempts in {passed:.0f} s, {advice}"
 
 
@@ -179,12 +181,30 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def classify(error: Exception) -> Failure | None:
     """What an exception from fsspec, botocore, aiohttp or requests means; None if it is none of theirs."""
-    for link in _chain(error):
+    links = list(_chain(error))
+    # No connection at all: requests and botocore wrap the reason in what looks like a connection that was cut.
+    for link in links:
+        if (failure := _from_settings(link) or _from_connecting(link)) is not None:
+            return failure
+    for link in links:
         # The outermost first: below a cut connection aiohttp has an error of its own that looks like an HTTP status.
         failure = _from_network(link) or _from_response(link) or _from_credentials(link)
         if failure is not None:
             return failure
     return _from_builtin(error)
+
+
+def _from_settings(error: BaseException) -> Failure | None:
+    """botocore and aiohttp refuse to send anything. Their texts hold what was set, credentials included: not told."""
+    name, text = type(error).__name__, str(error)
+    if name == "EndpointResolutionError" or text.startswith("Invalid endpoint"):
+        return Failure("refused", "AWS_ENDPOINT_URL is no address (such as http://minio:9000)")
+    if name == "ParamValidationError":
+        bucket = "Invalid bucket name" in text
+        return Failure("refused", "no bucket can have that name" if bucket else "the storage takes no such name")
+    if "in headers" in text and isinstance(error, ValueError):
+        return Failure("refused", "a credential has a line end or control character in it")
+    return None
 
 
 def _from_response(error: BaseException) -> Failure | None:
@@ -212,7 +232,7 @@ def _words(kind: Kind, code: str, label: str) -> str:
     if kind == "denied":
         return _denied(label, _EXPLANATIONS.get(code, ""))
     if kind == "no_bucket":
-        return "no such bucket"
+        return "no such bucket; check its name, or create it first"
     if kind == "transient":
         return f"the server answers {label}"
     return f"the server refuses ({label}{': ' + _EXPLANATIONS[code] if code in _EXPLANATIONS else ''})"
@@ -237,6 +257,8 @@ _UNREACHABLE = {
     "ClientConnectorDNSError", "NewConnectionError", "ConnectTimeout", "NameResolutionError", "ConnectionRefusedError",
     "gaierror",
 }  # fmt: skip
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
+"""What OpenSSL says where plain HTTP answers it."""
 _TRANSIENT = {
     "ConnectionClosedError", "ReadTimeoutError", "HTTPClientError", "ResponseStreamingError", "IncompleteReadError",
     "ResponseParserError", "ClientPayloadError", "ServerDisconnectedError", "ClientOSError", "ServerTimeoutError",
@@ -245,13 +267,24 @@ _TRANSIENT = {
 }  # fmt: skip
 
 
-def _from_network(error: BaseException) -> Failure | None:
-    """By class name: importing botocore, aiohttp and requests just to name their exceptions takes a second."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    if "CERTIFICATE_VERIFY_FAILED" in str(error) or "CertificateError" in type(error).__name__:
+def _class_names(error: BaseException) -> set[str]:
+    """Importing botocore, aiohttp and requests just to name their exceptions takes a second."""
+    return {cls.__name__ for cls in type(error).__mro__}
+
+
+def _from_connecting(error: BaseException) -> Failure | None:
+    text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text or "CertificateError" in type(error).__name__:
         return Failure("refused", f"the server's certificate is not accepted ({type(error).__name__})")
-    if names & _UNREACHABLE:
+    if any(words in text for words in _NO_TLS):
+        return Failure("refused", "the server does not speak https; is its address http://…?")
+    if _class_names(error) & _UNREACHABLE:
         return Failure("unreachable", "cannot connect to the server")
+    return None
+
+
+def _from_network(error: BaseException) -> Failure | None:
+    names = _class_names(error)
     if isinstance(error, TimeoutError | asyncio.TimeoutError) or names & {"ReadTimeoutError", "ReadTimeout"}:
         return Failure("transient", "the server does not answer in time")
     if isinstance(error, ConnectionError) or names & _TRANSIENT:

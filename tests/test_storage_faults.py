@@ -40,7 +40,8 @@ def seen_by_user(fault: str, kind: type[Md2Error] | None, *words: str) -> Iterat
         assert "\n" not in message
         for word in words:
             assert word in message
-        assert os.environ["AWS_SECRET_ACCESS_KEY"] not in message
+        assert os.environ.get("AWS_SECRET_ACCESS_KEY", "AKIASECRET") not in message
+        assert "AKIASECRET" not in message
     else:
         assert kind is None, "no error"
     assert time.monotonic() - began < BOUND
@@ -97,6 +98,38 @@ def test_nobody_listens(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("MD2_STORAGE_PATIENCE", "8")
     with seen_by_user("wrong endpoint: nobody listens", StorageError, bucket.url, "cannot connect", "AWS_ENDPOINT_URL"):
         open_dataset(f"{bucket.url}/drive")
+
+
+def test_a_web_address_where_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As short a wait as with s3://; requests tells it in words that sound like a cut connection."""
+    monkeypatch.setenv("MD2_STORAGE_PATIENCE", "8")
+    for host in (f"127.0.0.1:{free_port()}", "no-such-host.invalid"):
+        with seen_by_user(f"http://{host.partition(':')[0]}: nobody listens", StorageError, host, "cannot connect"):
+            open_dataset(f"http://{host}/drive")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("AWS_ENDPOINT_URL", "minio", "AWS_ENDPOINT_URL is no address"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:99999", "AWS_ENDPOINT_URL is no address"),
+        ("AWS_ENDPOINT_URL", "https", "does not speak https"),
+        ("AWS_ACCESS_KEY_ID", "AKIASECRET\r", "line end"),
+    ],
+)
+@one_server
+def test_settings_that_cannot_work_are_told_at_once(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, told: str
+) -> None:
+    monkeypatch.setenv(variable, bucket.endpoint.replace("http:", "https:") if value == "https" else value)
+    with seen_by_user(f"{variable} cannot work: {told}", StorageError, bucket.url, told):
+        open_dataset(f"{bucket.url}/drive")
+
+
+@one_server
+def test_a_name_that_no_bucket_can_have(bucket: Bucket) -> None:
+    with seen_by_user("a bucket name with a space", StorageError, "s3://my bucket/drive", "no bucket can have"):
+        open_dataset("s3://my bucket/drive")
 
 
 def failing_for(seconds: float, statuses: tuple[int, ...]) -> Callable[[str, str, int], Fault | None]:
