@@ -26,11 +26,17 @@ class HttpStorage:
 
     def __init__(self, url: str, patience: float | None = None) -> None:
         self.url = url.rstrip("/")
-        parts = urlsplit(self.url)
-        if "@" in parts.netloc:
+        try:
+            parts = urlsplit(self.url)
+            parts.port  # noqa: B018 - no number where there is a password with a slash in it
+        except ValueError as error:
+            raise UsageError(f"{url.partition(':')[0]}://…: not a web address (https://host/path)") from error
+        if "@" in parts.netloc or parts.netloc.endswith(":"):
             raise UsageError(f"{parts.scheme}://…: no credentials in a URL; use ~/.netrc or the bucket's s3:// address")
         if parts.query or parts.fragment:
             raise UsageError(f"{parts.scheme}://{parts.netloc}{parts.path}: a dataset's address has no ? and no #")
+        if not parts.netloc:
+            raise UsageError(f"{url}: no host in it; the form is https://host/path")
         self._patience = patience
         self._retry = Retrier(patience, "it is not public, or not there; a private bucket is read by its s3:// address")
 

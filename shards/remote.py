@@ -1,4 +1,4 @@
-"""Object storage through fsspec: `s3://` (s3fs), `gs://` (gcsfs), and whatever else fsspec opens.
+"""Object storage through fsspec: `s3://` (s3fs) and `gs://` (gcsfs).
 
 Credentials and endpoint come from the standard chain alone (environment, profile, instance role;
 `AWS_ENDPOINT_URL`). One attempt is bounded in time; `shards.retry` decides about the next.
@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from shards.errors import StorageError, UsageError
 from shards.retry import BeyondEndError, CancelledError, ExistsError, MissingError, Retrier
@@ -45,12 +44,10 @@ _S3_CREDENTIALS = (
     "check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, instance role) and "
     "AWS_ENDPOINT_URL; a public bucket can be read by its https:// address"
 )
-_CREDENTIALS = {
-    "s3": _S3_CREDENTIALS,
-    "s3a": _S3_CREDENTIALS,
-    "gs": "check the credentials (gcloud auth application-default login, GOOGLE_APPLICATION_CREDENTIALS)",
-}
-_INSTALL = {"gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+_GS_CREDENTIALS = "check the credentials (gcloud auth application-default login, GOOGLE_APPLICATION_CREDENTIALS)"
+_CREDENTIALS = {"s3": _S3_CREDENTIALS, "s3a": _S3_CREDENTIALS, "gs": _GS_CREDENTIALS, "gcs": _GS_CREDENTIALS}
+_SCHEMES = (*_CREDENTIALS, "memory")
+"""`memory` is fsspec's storage in this process: for trying things out."""
 
 
 class _Connections:
@@ -80,16 +77,21 @@ class RemoteStorage:
     """A prefix in object storage. Can be pickled; each process makes its own connections."""
 
     def __init__(self, url: str, patience: float | None = None) -> None:
-        self.url = url.rstrip("/")
-        parts = urlsplit(self.url)
-        self.scheme = parts.scheme
-        self._root = self.url.split("://", 1)[1]
-        if "@" in parts.netloc:
+        scheme, _, path = url.partition("://")
+        self.scheme, self._root = scheme.lower(), path.rstrip("/")
+        self.url = f"{self.scheme}://{self._root}"
+        bucket = self._root.partition("/")[0]
+        # A secret may have a slash in it, so that the @ comes later.
+        if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
             raise UsageError(f"{self.scheme}://…: no credentials in a URL; they come from the environment or a profile")
-        if not parts.netloc:
+        if self.scheme not in _SCHEMES:
+            raise UsageError(
+                f"{url}: no such kind of storage ({scheme}://); there are folders, s3://, gs://, http(s)://"
+            )
+        if not bucket:
             raise UsageError(f"{url}: no bucket in it; the form is {self.scheme}://bucket/prefix")
         self._patience = patience
-        self._retry = Retrier(patience, _CREDENTIALS.get(self.scheme, "check the credentials"))
+        self._retry = Retrier(patience, _CREDENTIALS.get(self.scheme, ""))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "patience": self._patience}
@@ -109,11 +111,8 @@ class RemoteStorage:
             options |= _S3_OPTIONS
         try:
             filesystem = fsspec.filesystem(self.scheme, **options)
-        except ValueError as error:
-            raise UsageError(f"{self.url}: no such kind of storage ({self.scheme}://)") from error
         except ImportError as error:
-            package = _INSTALL.get(self.scheme, "its fsspec package")
-            raise UsageError(f"{self.url}: {self.scheme}:// needs a package: pip install {package}") from error
+            raise UsageError(f"{self.url}: {self.scheme}:// needs a package: pip install 'md2[gcs]'") from error
         if self.scheme in ("s3", "s3a"):
             filesystem.retries = 1  # retrying is this module's business, with one clock
         return filesystem

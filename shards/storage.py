@@ -22,6 +22,7 @@ from shards.retry import MissingError
 _CHUNK = 8 << 20
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_TYPO = re.compile(r"(s3a?|gs|gcs|https?|file):(?!//)", re.IGNORECASE)
 
 
 def check_name(name: str) -> str:
@@ -104,6 +105,8 @@ def open_storage(url: str) -> Storage:
         UsageError: a kind of URL that md2 does not know.
     """
     if is_local(url):
+        if _TYPO.match(url):
+            raise UsageError(f"{url}: a URL has two slashes after its colon: s3://bucket/prefix")
         return LocalStorage(local_path(url))
     if re.match(r"https?://", url, re.IGNORECASE):
         from shards.http import HttpStorage

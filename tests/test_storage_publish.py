@@ -375,9 +375,16 @@ def test_names_cannot_leave_a_storage(tmp_path: Path, name: str) -> None:
     [
         ("s3://key:secret@bucket/x", "no credentials in a URL"),
         ("https://user:secret@host/x", "no credentials in a URL"),
+        ("s3://key:/secret@bucket/x", "no credentials in a URL"),
+        ("https://user:/secret@host/x", "no credentials in a URL"),
+        ("https://user:p/secret@host/x", "not a web address"),
         ("https://host/x?X-Amz-Signature=secret", "no \\?"),
+        ("https:///x", "no host"),
         ("s3:///x", "no bucket"),
+        ("s3://", "no bucket"),
+        ("s3:/bucket/x", "two slashes"),
         ("nosuch://x/y", "no such kind of storage"),
+        ("ftp://x/y", "no such kind of storage"),
         ("file://host/x", "three slashes"),
     ],
 )
@@ -385,6 +392,12 @@ def test_urls_that_cannot_be_used_are_explained_without_their_secrets(url: str, 
     with pytest.raises(UsageError, match=reason) as caught:
         open_storage(url).read("x", 1)
     assert "secret" not in str(caught.value)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UsageError, match=r"pip install 'md2\[gcs\]'"):
+        open_storage("gs://bucket/x").read("x", 1)
 
 
 def test_a_web_address_is_read_only() -> None:
