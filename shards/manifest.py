@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from shards.errors import DatasetError
 from shards.sample import Codec, Offset, image_component
+from shards.tar import MAX_INDEX_BYTES
 
 MANIFEST = "dataset.json"
 CARD = "README.md"
@@ -18,6 +20,8 @@ REPORT = "report.json"
 SCHEMA_VERSION = 1
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Side = Annotated[int, Field(gt=0, le=65535)]
+"""Pixels; no JPEG is larger."""
 _SHARD_NAME = re.compile(r"[a-z0-9_]+/\d{6}\.tar")
 
 
@@ -30,9 +34,9 @@ class Shard(_Model):
 
     name: str
     samples: int = Field(gt=0)
-    bytes: int = Field(gt=0)
+    bytes: int = Field(gt=0, le=1 << 40)
     sha256: Sha256
-    index_bytes: int = Field(gt=0)
+    index_bytes: int = Field(gt=0, le=MAX_INDEX_BYTES)
     index_sha256: Sha256
 
     @field_validator("name")
@@ -83,10 +87,10 @@ class Manifest(_Model):
     schema_version: Literal[1] = 1
     md2_version: str
     split: Split
-    frames: list[int]
+    frames: list[int] = Field(min_length=1, max_length=100)
     stereo: bool
     depth: DepthInfo | None
-    size: tuple[int, int] | None
+    size: tuple[Side, Side] | None
     codec: Codec
     quality: int | None
     seed: int
@@ -94,7 +98,15 @@ class Manifest(_Model):
     optional_components: dict[str, int]
     skipped: int = Field(ge=0)
     plan_sha256: Sha256 | None = None
-    shards: list[Shard]
+    shards: list[Shard] = Field(min_length=1)
+
+    @field_validator("shards")
+    @classmethod
+    def _no_name_twice(cls, shards: list[Shard]) -> list[Shard]:
+        """Two entries would stand for one file, which can be only one of them."""
+        if twice := [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]:
+            raise ValueError(f"shard {twice[0]!r} is listed twice")
+        return shards
 
     @property
     def parts(self) -> list[str]:
@@ -142,9 +154,12 @@ class Manifest(_Model):
                     f"{where}: schema version {version}, this md2 reads {SCHEMA_VERSION}; use the md2 that packed it"
                 )
             return cls.model_validate(data)
-        except json.JSONDecodeError as error:
-            raise DatasetError(f"{where}: not JSON ({error}); pack or pull the dataset again") from error
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
             raise DatasetError(f"{where}: {field}: {first['msg']}; pack or pull the dataset again") from error
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # also: not UTF-8, numbers of thousands of digits, nested too deep
+            raise DatasetError(f"{where}: not JSON ({error}); pack or pull the dataset again") from error

@@ -14,6 +14,7 @@ import hashlib
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,11 +27,17 @@ from shards.sample import Sample
 MAX_COMPONENT_BYTES = 256 << 20
 """A component larger than this is refused, by the writer and before a reader allocates it."""
 MAX_SAMPLE_BYTES = 1 << 30
-MAX_INDEX_BYTES = 1 << 30
+MAX_INDEX_BYTES = 32 << 20
+"""Some 300,000 components."""
+_MAX_HEADER_BYTES = 1 << 20
+"""GNU's and PAX's long names and attributes come as blocks of a length that the tar claims."""
 _BLOCK = tarfile.BLOCKSIZE
 _NAME_BYTES = 100
 _COMPONENT = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _INDEX_VERSION = "v1.2"
+_NUMBERS = range(1 << 50)
+_BROKEN = (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError)
+"""What tarfile raises at headers that are none."""
 
 
 @dataclass(frozen=True)
@@ -232,10 +239,11 @@ def parse_index(data: bytes, where: str) -> list[list[IndexEntry]]:
     try:
         header, *lines = data.decode("ascii").splitlines()
         version, count = header.split()
+        announced = int(count)
         samples = [_parse_index_line(line) for line in lines]
     except ValueError as error:
         raise DatasetError(f"{where}: not a DALI index ({error}); pack or pull the shard again") from error
-    if version != _INDEX_VERSION or int(count) != len(samples):
+    if version != _INDEX_VERSION or announced != len(samples):
         raise DatasetError(
             f"{where}: {version} index announces {count} samples and lists {len(samples)}; pack or pull the shard again"
         )
@@ -247,7 +255,10 @@ def _parse_index_line(line: str) -> list[IndexEntry]:
     if len(words) % 4:
         raise ValueError(f"{len(words)} words in a line, not a multiple of 4")
     fields = zip(words[0::4], words[1::4], words[2::4], words[3::4], strict=True)
-    return [IndexEntry(component, int(offset), int(size), name) for component, offset, size, name in fields]
+    entries = [IndexEntry(component, int(offset), int(size), name) for component, offset, size, name in fields]
+    if any(number not in _NUMBERS for entry in entries for number in (entry.offset, entry.size)):
+        raise ValueError("an offset or size that no tar has")
+    return entries
 
 
 def build_index(tar_path: Path) -> bytes:
@@ -274,14 +285,38 @@ def read_samples(tar_path: Path) -> Iterator[Sample]:
             yield Sample(key, {e.component: _read(file, e, tar_path) for e in entries})
 
 
-def _open_tar(tar_path: Path) -> tarfile.TarFile:
+@contextmanager
+def _open_tar(tar_path: Path) -> Iterator[tarfile.TarFile]:
     try:
-        # "r:" takes no compression: a small file must not unpack into a large one.
-        return tarfile.open(tar_path, "r:")
-    except (tarfile.TarError, EOFError) as error:
-        raise DatasetError(f"{tar_path}: not a tar shard ({error}); pack or pull it again") from error
+        file = tar_path.open("rb")
     except OSError as error:
         raise DatasetError(f"{tar_path}: cannot be read ({error.strerror or error})") from error
+    with file:
+        try:
+            # Taken as it is, without compression: a small file must not unpack into a large one.
+            tar = tarfile.TarFile(fileobj=_Headers(file), mode="r")  # type: ignore[arg-type]
+        except _BROKEN as error:
+            raise DatasetError(f"{tar_path}: not a tar shard ({error}); pack or pull it again") from error
+        with tar:
+            yield tar
+
+
+class _Headers:
+    """A tar as tarfile sees it here: headers, of which it must not believe any length they claim."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes.
+
+        Raises:
+            tarfile.ReadError: more than any header has.
+        """
+        if not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
 
 
 def _groups(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tuple[str, list[IndexEntry]]]:
@@ -323,7 +358,7 @@ def _members(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tarfile.TarInfo]:
             if not member.isdir():
                 yield member
             tar.members.clear()  # type: ignore[attr-defined]  # else every header read so far stays in memory
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+    except _BROKEN as error:
         raise DatasetError(f"{tar_path}: broken or truncated tar ({error}); pack or pull it again") from error
 
 

@@ -129,7 +129,8 @@ def test_damage_is_named_before_dali_sees_it(tmp_path: Path, damage: Callable[[P
 @pytest.mark.parametrize(
     "name",
     ["../../etc/000000.tar", "/etc/000000.tar", "train/../../000000.tar", "train/000000.tar/x", "train/0.tar",
-     "C:/000000.tar", "train\\000000.tar", ".publish/000000.tar", "train/000000.tar\n"],
+     "C:/000000.tar", "%2e%2e/000000.tar", "..%2f000000.tar", "train\\000000.tar",
+     ".publish/000000.tar", "train/000000.tar\n"],
 )  # fmt: skip
 def test_manifest_paths_cannot_leave_the_dataset(tmp_path: Path, name: str) -> None:
     make_dataset(tmp_path)
@@ -143,16 +144,40 @@ def test_manifest_paths_cannot_leave_the_dataset(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda data: data["shards"][0].update(bytes=10**30), "shards.0.bytes"),
+        (lambda data: data["shards"][0].update(index_bytes=1 << 30), "shards.0.index_bytes"),
+        (lambda data: data["shards"][0].update(samples=-1), "shards.0.samples"),
+        (lambda data: data["shards"].append(data["shards"][0]), "'train/000000.tar' is listed twice"),
+        (lambda data: data.update(shards=[]), "shards"),
+        (lambda data: data.update(frames=[]), "frames"),
+        (lambda data: data.update(frames=list(range(10_000))), "frames"),
+        (lambda data: data.update(size=[1 << 40, 1]), "size"),
+    ],
+)
+def test_manifests_of_absurd_sizes_are_refused(tmp_path: Path, change: Callable[[dict], None], field: str) -> None:
+    make_dataset(tmp_path)
+    _edit(change)(tmp_path)
+    with pytest.raises(DatasetError, match=rf"dataset\.json: .*{field}"):
+        open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("{", "not JSON"),
         ("[]", "schema version"),
         ('{"schema_version": 2}', "schema version 2"),
         ('{"schema_version": 1}', "md2_version"),
+        (b"\xff\xfe\x80", "not JSON"),
+        (b"\x80", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"schema_version": ' + "1" * 5000 + "}", "not JSON"),
     ],
 )
-def test_broken_manifests_are_explained(tmp_path: Path, text: str, reason: str) -> None:
-    (tmp_path / "dataset.json").write_text(text)
+def test_broken_manifests_are_explained(tmp_path: Path, text: str | bytes, reason: str) -> None:
+    (tmp_path / "dataset.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DatasetError, match=reason) as caught:
         open_dataset(str(tmp_path))
     assert "dataset.json" in str(caught.value)

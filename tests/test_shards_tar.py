@@ -211,12 +211,19 @@ def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
     return info
 
 
-def claiming(path: Path, size: int) -> Path:
-    """A tar whose only header claims `size` bytes of data."""
-    info = tarfile.TarInfo("k.0.jpg")
+def claiming(path: Path, size: int, kind: bytes = tarfile.REGTYPE, headers: int = 1) -> Path:
+    """A tar that claims `size` bytes behind its only header, or behind each of some headers in a row."""
+    info = special("k.0.jpg", kind)
     info.size = size
-    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"x" * 512 + b"\0" * 1024)
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) * headers + b"x" * 512 + b"\0" * 1024)
     return path
+
+
+def sparse(path: Path) -> Path:
+    """A sparse file of PAX, whose map of pieces is missing."""
+    info = tarfile.TarInfo("k.0.jpg")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9" * 20}
+    return raw_tar(path, info, form=tarfile.PAX_FORMAT)
 
 
 HOSTILE: dict[str, Callable[[Path], Path]] = {
@@ -232,6 +239,12 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     "component twice": lambda p: raw_tar(p, ("a.0.jpg", b"x"), ("a.0.jpg", b"y")),
     "claims 1 TB": lambda p: claiming(p, 1 << 40),
     "claims more than there is": lambda p: claiming(p, 100_000),
+    "long name of 1 TB": lambda p: claiming(p, 1 << 40, tarfile.GNUTYPE_LONGNAME),
+    "long link of -512 bytes": lambda p: claiming(p, -512, tarfile.GNUTYPE_LONGLINK),
+    "attributes of 4 GB": lambda p: claiming(p, 4 << 30, tarfile.XHDTYPE),
+    "attributes for all of 1 TB": lambda p: claiming(p, 1 << 40, tarfile.XGLTYPE),
+    "10,000 long names of one file": lambda p: claiming(p, 0, tarfile.GNUTYPE_LONGNAME, 10_000),
+    "sparse": sparse,
     "not a tar": lambda p: p.write_bytes(b"no tar at all" * 1000) and p,
     "empty file": lambda p: p.write_bytes(b"") or p,
 }
@@ -297,7 +310,9 @@ def test_truncated_tars_are_refused(tmp_path: Path, name: str) -> None:
     "text",
     [
         "", "v1.1 1\n0.jpg 512 1 k.0.jpg\n", "v1.2 2\n0.jpg 512 1 k.0.jpg\n", "v1.2 1\n0.jpg 512 1\n",
-        "v1.2 1\n0.jpg x 1 k.0.jpg\n", "v1.2 0\n0.jpg 512 1 k.0.jpg\n", "v1.2 1\nä 512 1 k.0.jpg\n",
+        "v1.2 1\n0.jpg x 1 k.0.jpg\n", "v1.2 x\n0.jpg 512 1 k.0.jpg\n", "v1.2 1\n0.jpg -512 1 k.0.jpg\n",
+        "v1.2 1\n0.jpg 512 -1 k.0.jpg\n", f"v1.2 1\n0.jpg 512 {'9' * 4000} k.0.jpg\n",
+        "v1.2 0\n0.jpg 512 1 k.0.jpg\n", "v1.2 1\nä 512 1 k.0.jpg\n",
     ],
 )  # fmt: skip
 def test_broken_indexes_are_refused(text: str) -> None:
