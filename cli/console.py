@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from typing import NoReturn
 
@@ -24,6 +25,13 @@ from shards.errors import Md2Error
 
 console = Console()
 errors = Console(stderr=True)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def visible(text: str) -> str:
+    """`text` with control characters written out: names and texts out of a bucket must not steer a terminal."""
+    text = text.encode(errors="backslashreplace").decode()
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class _Rate(ProgressColumn):
@@ -60,7 +68,7 @@ class _OnConsole(logging.Handler):
     """Log lines on stderr, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        errors.print(f"md2: {self.format(record)}", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"md2: {visible(self.format(record))}", highlight=False, markup=False, soft_wrap=True)
 
 
 def show_log() -> None:
@@ -72,5 +80,5 @@ def show_log() -> None:
 
 def fail(error: Md2Error) -> NoReturn:
     """Print the error's one line and end with its exit code."""
-    errors.print(f"[bold red]md2:[/] {escape(str(error))}", highlight=False, soft_wrap=True, markup=True)
+    errors.print(f"[bold red]md2:[/] {escape(visible(str(error)))}", highlight=False, soft_wrap=True, markup=True)
     sys.exit(error.exit_code)

@@ -19,7 +19,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from cli.console import console, errors
+from cli.console import console, errors, visible
 from shards.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -63,13 +63,21 @@ def show(
     from shards.store import require_manifest
 
     if no_sheet:
-        _print(_describe(require_manifest(open_storage(url)).manifest))
+        _print(*_describe(require_manifest(open_storage(url)).manifest))
         return
     manifest, chosen = read_some(url, part, samples)
-    _print(_describe(manifest))
-    path = sheet or Path(f"{Path(url.rstrip('/')).name or manifest.split.name}.png")
+    _print(*_describe(manifest))
+    path = sheet or _sheet_path(url)
     write_atomic(path, contact_sheet(manifest, chosen))
     _print(f"contact sheet  {path}")
+
+
+def _sheet_path(url: str) -> Path:
+    """Named by the URL, which the user chose, and by nothing that stands in the dataset."""
+    from shards.storage import is_local, local_path
+
+    name = local_path(url).resolve().name if is_local(url) else url.rstrip("/").rpartition("/")[2]
+    return Path(f"{name or 'dataset'}.png")
 
 
 @app.command()
@@ -157,7 +165,7 @@ def _summary(manifest: Manifest) -> str:
     return f"{manifest.split.name}: {parts}; {size} {manifest.codec}; {len(manifest.shards)} shards, {total}"
 
 
-def _describe(manifest: Manifest) -> str:
+def _describe(manifest: Manifest) -> list[str]:
     depth = "no" if manifest.depth is None else f"{manifest.depth.source}, {manifest.depth.convention}"
     optional = ", ".join(f"{name} ({count:,})" for name, count in manifest.optional_components.items()) or "-"
     lines = {
@@ -172,8 +180,9 @@ def _describe(manifest: Manifest) -> str:
         "seed": str(manifest.seed),
         "packed by": f"md2 {manifest.md2_version}",
     }
-    return "\n".join(f"{name:<16}{text}" for name, text in lines.items())
+    return [f"{name:<16}{text}" for name, text in lines.items()]
 
 
-def _print(text: str) -> None:
-    console.print(escape(text), highlight=False, soft_wrap=True)
+def _print(*lines: str) -> None:
+    for line in lines:
+        console.print(escape(visible(line)), highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from shards.errors import DatasetError, StorageError
 from shards.manifest import MANIFEST, Manifest
-from shards.storage import Storage, open_storage
+from shards.storage import Storage, is_local, open_storage
 from shards.store import FOLDER, read_manifest
 
 MAX_DEPTH = 6
@@ -38,8 +38,14 @@ def find_datasets(url: str) -> Iterator[Found]:
 
 
 def _below(storage: Storage, prefix: str, depth: int) -> Iterator[Found]:
-    files, folders = storage.children(prefix)
     here = f"{storage.url}/{prefix}" if prefix else storage.url
+    try:
+        files, folders = storage.children(prefix)
+    except StorageError as error:
+        if not prefix or not is_local(storage.url):
+            raise
+        yield Found(here, None, f"cannot be looked into: {error}")  # someone else's folder is no reason to stop
+        return
     if MANIFEST in files:
         yield _look(here)
     elif FOLDER in folders:

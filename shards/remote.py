@@ -17,7 +17,7 @@ from typing import Any
 
 from shards.errors import StorageError, UsageError
 from shards.retry import BeyondEndError, CancelledError, ExistsError, MissingError, Retrier
-from shards.storage import Stat, check_name
+from shards.storage import Stat, check_folder, check_name
 
 CHUNK = 8 << 20
 """Bytes asked for by one request while an object is read through."""
@@ -200,14 +200,14 @@ class RemoteStorage:
         return Stat(int(info["size"]), str(info.get("ETag") or info.get("etag") or ""))
 
     def write(self, name: str, data: bytes) -> None:
-        self._call(name, "pipe_file", self._path(name), data, size=len(data))
+        self._put(name, "pipe_file", self._path(name), data, size=len(data))
 
     def create(self, name: str, data: bytes) -> bool:
         # Servers that know no conditional write ignore the condition: look first.
         if self.stat(name) is not None:
             return False
         try:
-            self._call(name, "pipe_file", self._path(name), data, size=len(data), **self._exclusive())
+            self._put(name, "pipe_file", self._path(name), data, size=len(data), **self._exclusive())
         except ExistsError:
             return False
         return True
@@ -220,12 +220,19 @@ class RemoteStorage:
         if self.scheme in ("s3", "s3a"):
             options |= {"chunksize": PART}
         try:
-            self._call(name, "put_file", str(path), self._path(name), size=size, **options)
+            self._put(name, "put_file", str(path), self._path(name), size=size, **options)
         except ExistsError:
             return False
         if move:
             path.unlink()
         return True
+
+    def _put(self, name: str, method: str, *args: Any, **options: Any) -> None:
+        """A `_call` that writes. Some servers answer 404 to a name that they cannot have."""
+        try:
+            self._call(name, method, *args, **options)
+        except MissingError as error:
+            raise StorageError(f"{self.url}/{name}: the server takes nothing of that name (404)") from error
 
     def _exclusive(self) -> dict[str, Any]:
         """Options of a write that must not replace anything, where the file system knows such a thing."""
@@ -251,7 +258,8 @@ class RemoteStorage:
 
     def children(self, prefix: str) -> tuple[list[str], list[str]]:
         try:
-            listed = self._call(prefix, "ls", self._path(prefix) if prefix else self._root, detail=True)
+            path = f"{self._root}/{check_folder(prefix)}" if prefix else self._root
+            listed = self._call(prefix, "ls", path, detail=True)
         except MissingError:
             return [], []
         entries = [(entry["name"].rstrip("/").rpartition("/")[2], entry["type"]) for entry in listed]

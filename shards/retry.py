@@ -32,6 +32,7 @@ Kind = Literal["missing", "exists", "denied", "no_bucket", "beyond_end", "transi
 _CODES: dict[str, Kind] = {
     "NoSuchBucket": "no_bucket",
     "NoSuchKey": "missing",
+    "NoSuchUpload": "transient",
     "PreconditionFailed": "exists",
     "InvalidRange": "beyond_end",
     "SlowDown": "transient",

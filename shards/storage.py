@@ -36,6 +36,17 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_folder(name: str) -> str:
+    """As `check_name`, for a folder found by listing: a bucket may hold folders of any other name as well.
+
+    Raises:
+        StorageError: it leaves the storage.
+    """
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise StorageError(f"folder {name!r} would leave the storage; refused")
+    return name
+
+
 @dataclass(frozen=True)
 class Stat:
     """Size in bytes, and a tag that changes when the content does ("" where the storage has none)."""
@@ -210,7 +221,7 @@ class LocalStorage:
         return sorted(path.relative_to(self.folder).as_posix() for path in files)
 
     def children(self, prefix: str) -> tuple[list[str], list[str]]:
-        folder = self._path(prefix) if prefix else self.folder
+        folder = self.folder / check_folder(prefix) if prefix else self.folder
         try:
             entries = sorted(folder.iterdir())
         except (FileNotFoundError, NotADirectoryError):

@@ -40,6 +40,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from shards.errors import DatasetError, StorageError
 from shards.files import sha256_file
 from shards.manifest import MANIFEST, Manifest, Shard
+from shards.retry import MissingError
 from shards.storage import Storage, open_storage
 
 Plan = Mapping[str, Any]
@@ -326,10 +327,13 @@ class Store:
             time.sleep(_PAUSE)
         raise StorageError(f"{self.url}/{name}: there with other bytes; never overwritten: use another URL")
 
-    def _sha256(self, name: str) -> str:
+    def _sha256(self, name: str) -> str | None:
         digest = hashlib.sha256()
-        for piece in self._storage.stream(name):
-            digest.update(piece)
+        try:
+            for piece in self._storage.stream(name):
+                digest.update(piece)
+        except MissingError:  # removed since it was looked for
+            return None
         return digest.hexdigest()
 
     def put_text(self, name: str, text: str) -> None:

@@ -7,6 +7,7 @@ a folder.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -175,6 +176,8 @@ def _scratch(store: Store) -> Iterator[Path]:
             raise StorageError(f"{folder}: {lock.holder()} is copying the same dataset to it; wait for it, or stop it")
         with lock:
             yield folder / SCRATCH
+            if (folder / SCRATCH).exists():
+                shutil.rmtree(folder / SCRATCH)  # all shards have left it; only empty folders are in it
     else:
         with tempfile.TemporaryDirectory(prefix="md2-copy-") as temporary:
             yield Path(temporary)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +71,7 @@ def test_push_ls_show_verify_pull(md2: Run, bucket: Bucket, packed: Packed, tmp_
     assert code == 0
     assert "4 shards copied" in out
     assert files(tmp_path / "pulled") == files(packed.folder), "byte for byte, and nothing besides"
+    assert {p.name for p in (tmp_path / "pulled").iterdir() if p.is_dir()} == {"train", "val"}
     code, out, _ = md2("pull", url, str(tmp_path / "pulled"))
     assert code == 0
     assert "already" in out
@@ -225,6 +226,49 @@ def test_ls_finds_datasets_at_every_depth(md2: Run, tmp_path: Path, bucket: Buck
     code, _, err = md2("ls", "s3://no-such-bucket")
     assert code == 5
     assert "no such bucket" in err
+
+
+def test_ls_copes_with_whatever_else_is_there(md2: Run, bucket: Bucket, packed: Packed) -> None:
+    """Names that no dataset of ours has, and names that would steer a terminal."""
+    names = ["My Files/ü #1+%20", "x=1&y", "[b]bold[/b]", "*?", "red\x1b[31m"]
+    for name in names:
+        bucket.put(f"{name}/dataset.json", (packed.folder / "dataset.json").read_bytes())
+    code, out, _ = md2("ls", bucket.url)
+    assert code == 0
+    shown = {name: name.replace("\x1b", "\\x1b") for name in names}
+    assert sorted(line.partition("  synthetic")[0] for line in out.splitlines()) == sorted(
+        f"{bucket.url}/{name}" for name in shown.values()
+    )
+
+
+def test_ls_passes_over_folders_of_others(md2: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_dataset(tmp_path / "mine", train=2, val=2)
+    (tmp_path / "locked").mkdir()
+    list_folder = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return list_folder(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)  # the tests may run as root, who may look everywhere
+    code, out, _ = md2("ls", str(tmp_path))
+    assert code == 0
+    assert f"{tmp_path}/mine" in out
+    assert "locked  cannot be looked into" in out
+
+
+def test_the_sheets_name_comes_from_the_url_not_from_the_dataset(
+    md2: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dataset(tmp_path / "in" / "drive", train=2, val=2)
+    path = tmp_path / "in" / "drive" / "dataset.json"
+    data = json.loads(path.read_text())
+    data["split"]["name"] = "../../outside"
+    path.write_text(json.dumps(data))
+    monkeypatch.chdir(path.parent)
+    assert md2("show", ".")[0] == 0
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png")] == ["in/drive/drive.png"]
 
 
 def solid(colour: tuple[int, int, int]) -> bytes:
