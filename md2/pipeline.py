@@ -4,7 +4,7 @@
     for epoch in range(20):
         for batch in loader:  # len(loader) batches, the same number on every rank
             ...
-    torch.save(loader.state(), path)  # later: Loader(..., state=torch.load(path))
+    torch.save(loader.state(), path)  # later: Loader(..., state=torch.load(path, weights_only=True))
 
 Training: an epoch is `len(loader)` full batches. Every rank reads its own share of the samples, another
 one each epoch; what does not fill a batch on every rank is left out, and since shards and samples are

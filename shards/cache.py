@@ -109,7 +109,8 @@ class CachedFolder:
             (self.folder / ".verified").mkdir(parents=True, exist_ok=True)
             (self.folder / ".used").touch()
         except OSError as error:
-            raise disk_error(cache.folder, error) from error
+            where = f"set {FOLDER_VARIABLE} to a folder that can be written"
+            raise StorageError(f"{cache.folder}: no cache can be kept there ({error.strerror}); {where}") from error
 
     def _use(self) -> None:
         key = self.folder.absolute()
@@ -171,7 +172,8 @@ class CachedFolder:
         missing = total - sum(min(self.present_bytes(s), s.bytes + s.index_bytes) for s in shards)
         with self.cache.lock("room").acquire(_LOCK_PATIENCE):
             try:
-                make_room(self.cache, self.identity, missing)
+                others = sum(count for name, count in _coming(self.folder).items() if name != part)
+                make_room(self.cache, self.identity, missing + others)
                 (self.folder / f".wanted-{part}").write_text(str(total))
             except OSError as error:
                 raise disk_error(self.folder, error) from error
@@ -200,12 +202,25 @@ class _Resident:
     used: float
     present: int
     """Bytes on the disk."""
-    wanted: int
-    """Bytes on the disk once all of the parts that were asked for have come."""
+    coming: int
+    """Bytes that are still to come of the parts that were asked for."""
 
-    @property
-    def coming(self) -> int:
-        return max(self.wanted - self.present, 0)
+
+def _present(folder: Path) -> int:
+    return sum(_size(path) for path in folder.rglob("*") if path.suffix in (".tar", ".idx", ".part"))
+
+
+def _coming(folder: Path) -> dict[str, int]:
+    """Bytes still to come of each part that was asked for."""
+    coming = {}
+    for path in folder.glob(".wanted-*"):
+        try:
+            wanted = int(path.read_text())
+        except (FileNotFoundError, ValueError):  # a job that begins has removed it; a full disk has cut it short
+            continue
+        part = path.name.removeprefix(".wanted-")
+        coming[part] = max(wanted - _present(folder / part), 0)
+    return coming
 
 
 def residents(cache: Cache) -> list[_Resident]:
@@ -213,11 +228,9 @@ def residents(cache: Cache) -> list[_Resident]:
     found = []
     for folder in cache.folder.iterdir():
         if re.fullmatch(r"[0-9a-f]{32}", folder.name):
-            present = sum(_size(path) for path in folder.rglob("*") if path.suffix in (".tar", ".idx", ".part"))
-            wanted = sum(int(path.read_text() or 0) for path in folder.glob(".wanted-*"))
             marker = folder / ".used"
             used = marker.stat().st_mtime if marker.exists() else 0.0
-            found.append(_Resident(folder, used, present, wanted))
+            found.append(_Resident(folder, used, _present(folder), sum(_coming(folder).values())))
     return sorted(found, key=lambda resident: resident.used)
 
 

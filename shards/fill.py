@@ -62,7 +62,7 @@ class Filler:
         if run.fetched:
             took = time.monotonic() - began
             rate = format_bytes(run.fetched / max(took, 1e-3))
-            _log.info("%s: %s fetched in %.0f s (%s/s)", self.url, format_bytes(run.fetched), took, rate)
+            _log.info("%s: %s fetched in %.1f s (%s/s)", self.url, format_bytes(run.fetched), took, rate)
 
 
 class _Run:

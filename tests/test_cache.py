@@ -280,6 +280,28 @@ def test_room_that_a_running_job_is_still_filling_is_taken(
             open_dataset(three["b"], cache=cache).tars("train")
 
 
+def test_room_that_another_part_of_the_dataset_is_still_to_take_is_taken(packed: Packed, tmp_path: Path) -> None:
+    """One job begins with train, another with val, of a dataset of which val alone would fit beside what is there."""
+    sizes = {part: size_of(packed.manifest, part) for part in ("train", "val")}
+    for short in (0, 1):
+        place = Cache(tmp_path / f"cache-{short}", sum(sizes.values()) - short).dataset("0" * 32)
+        place.reserve("train", packed.manifest.part("train"))
+        if short:
+            with pytest.raises(StorageError, match="no room"):
+                place.reserve("val", packed.manifest.part("val"))
+        else:
+            place.reserve("val", packed.manifest.part("val"))
+
+
+@pytest.mark.parametrize("note", ["", "\0\0\0", "12x"])
+def test_what_a_crash_left_of_a_note_is_passed_over(packed: Packed, tmp_path: Path, note: str) -> None:
+    cache = Cache(tmp_path / "cache")
+    other = cache.dataset("1" * 32)
+    (other.folder / ".wanted-train").write_text(note)
+    cache.dataset("0" * 32).reserve("train", packed.manifest.part("train"))
+    assert [resident.coming for resident in residents(cache) if resident.folder == other.folder] == [0]
+
+
 def test_a_dataset_larger_than_the_limit_is_refused_before_it_is_fetched(
     moto_url: str, packed: Packed, moto_proxy: Proxy, tmp_path: Path
 ) -> None:
@@ -360,7 +382,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MD2_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(StorageError, match="file/cache"):
+    with pytest.raises(StorageError, match=r"file/cache: .*set MD2_CACHE"):
         open_dataset(moto_url)
 
 
