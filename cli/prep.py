@@ -140,7 +140,7 @@ def prep(
                 skip_broken=on_error == "skip",
                 progress=bar,
             )
-    _tell(packed)
+    _tell(packed, job.out)
     if packed.skipped:
         sys.exit(INCOMPLETE)
 
@@ -182,14 +182,17 @@ def _bar() -> Iterator[_Bar]:
         bar.stop()
 
 
-def _tell(packed: Packed) -> None:
+def _tell(packed: Packed, asked: str) -> None:
     from prep.pack import summary
+    from shards.storage import open_storage
 
     manifest = packed.manifest
     parts = ", ".join(f"{manifest.samples(part)} {part}" for part in manifest.parts)
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     state = "was there already" if packed.already else "packed"
     lines = [f"{packed.url}: {state}: {parts} samples, {len(manifest.shards)} shards, {size:.1f} MB"]
+    if packed.url != open_storage(asked).url:
+        lines.append(f"another dataset is at {asked}, and stays as it is")
     if manifest.optional_components:
         optional = ", ".join(f"{count} with {name}" for name, count in manifest.optional_components.items())
         lines.append(f"not in every sample: {optional}")

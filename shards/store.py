@@ -288,8 +288,9 @@ class Store:
         self._refuse_other(shard, receipt)
         new = self.published is None and self._arrived(receipt) is None
         if new:
-            tar_tag = self._put_file(shard.name, tar, shard.bytes, shard.sha256, move)
-            index_tag = self._put_file(shard.index_name, index, shard.index_bytes, shard.index_sha256, move)
+            new, tar_tag = self._put_file(shard.name, tar, shard.bytes, shard.sha256, move)
+            sent, index_tag = self._put_file(shard.index_name, index, shard.index_bytes, shard.index_sha256, move)
+            new = new or sent  # else another writer of the same was faster
             receipt = Receipt(shard=shard, note=dict(note or {}), tags=(tar_tag, index_tag))
             self._storage.write(_receipt_name(shard.name), receipt.model_dump_json(indent=1).encode())
         if move:
@@ -308,15 +309,16 @@ class Store:
                 "data or a codec changed?); never overwritten: publish under another name"
             )
 
-    def _put_file(self, name: str, path: Path, size: int, sha256: str, move: bool) -> str:
-        """The storage's tag of the file as it is there now."""
-        if not self._storage.create_file(name, path, move):
+    def _put_file(self, name: str, path: Path, size: int, sha256: str, move: bool) -> tuple[bool, str]:
+        """Whether it had to be sent, and the storage's tag of the file as it is there now."""
+        sent = self._storage.create_file(name, path, move)
+        if not sent:
             # There without a receipt: an earlier run was stopped in between, or someone else put it there.
             self._compare(name, size, sha256)
         found = self._storage.stat(name)
         if found is None or found.size != size:
             raise StorageError(f"{self.url}/{name}: did not arrive whole; publish again")
-        return found.tag
+        return sent, found.tag
 
     def _compare(self, name: str, size: int, sha256: str) -> None:
         """Raise unless the object is what it should be; it may take a moment, where another writer is at it."""

@@ -208,6 +208,18 @@ def test_two_writers_of_the_same_at_once_end_with_one_dataset(target: str, packe
         assert storage.read(shard.name, 1 << 30) == (packed.folder / shard.name).read_bytes()
 
 
+def test_of_two_writers_of_the_same_one_sends_each_shard(bucket: Bucket, packed: Packed) -> None:
+    """The second looked before the first's receipt was there, and finds the bytes themselves."""
+    url, shard = f"{bucket.url}/d", packed.manifest.shards[0]
+    first, second = open_store(url), open_store(url)
+    first.begin(PLAN)
+    second.begin(PLAN)
+    assert put(first, packed, shard)
+    bucket.remove(f"d/.publish/{shard.name.removesuffix('.tar')}.json")
+    assert not put(second, packed, shard)
+    assert second.has_shard(shard)
+
+
 def _race(first: Store, second: Store, packed: Packed, repacked: Packed) -> None:
     """Both claimed at the same moment (the second's claim wiped out the first's); then both go on."""
     with pytest.raises(StorageError, match="another dataset"):
