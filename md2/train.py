@@ -74,12 +74,14 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """While inside, SIGTERM and SIGINT ask the loop to stop instead of killing the process."""
-    request = StopRequest()
+def stop_on_signals(request: StopRequest) -> Iterator[None]:
+    """While inside, SIGTERM and SIGINT ask the loop to stop instead of killing the process.
+
+    The loop only: fetching a dataset may take hours, and loses nothing when it is killed.
+    """
     before = {number: signal.signal(number, request.handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield request
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -102,7 +104,8 @@ def start_run(config: Config, run: Path, reporter: Reporter) -> Outcome:
         DatasetError, StorageError: the dataset cannot be read.
         TrainingError: training cannot go on.
     """
-    with ranks(config.train.device) as place, stop_on_signals() as stop:
+    stop = StopRequest()
+    with ranks(config.train.device) as place:
         if (run / CONFIG).exists():
             raise UsageError(
                 f"{run} already holds a run: md2 train --resume {run} goes on with it, --run names another"
@@ -110,6 +113,7 @@ def start_run(config: Config, run: Path, reporter: Reporter) -> Outcome:
         place.barrier()
         dataset = open_dataset(config.data.url)
         trainer = Trainer(config, dataset, run, place, reporter, should_stop=stop)
+        # Only now that everything is there: a run that did not get that far can be started again.
         if place.main:
             _write_start(config, run, place, dataset)
         return _finish(trainer, run, place, stop)
@@ -126,7 +130,8 @@ def resume_run(run: Path, overrides: Sequence[str], reporter: Reporter) -> Outco
         TrainingError, DatasetError: as `start_run`; another dataset than the run's.
     """
     config = _config_to_resume(run, overrides)
-    with ranks(config.train.device) as place, stop_on_signals() as stop:
+    stop = StopRequest()
+    with ranks(config.train.device) as place:
         checkpoint, warning = load_latest(run) if has_checkpoint(run) else (None, "no checkpoint yet: from the start")
         if warning and place.main:
             reporter.message(f"warning: {warning}")
@@ -137,7 +142,8 @@ def resume_run(run: Path, overrides: Sequence[str], reporter: Reporter) -> Outco
 
 
 def _finish(trainer: Trainer, run: Path, place: Ranks, stop: StopRequest) -> Outcome:
-    stopped = trainer.fit()
+    with stop_on_signals(stop):
+        stopped = trainer.fit()
     if place.main:
         from md2.figures import run_figure
 
@@ -223,6 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"md2{rank}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("md2: interrupted", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
 
 
 def run_command(

@@ -129,6 +129,8 @@ class Trainer:
                 f"{dataset.folder}: fewer training samples than one step needs ({config.train.batch_size} x "
                 f"{config.train.accumulate} x {ranks.world} ranks); lower train.batch_size or pack more"
             )
+        if "val" in dataset.manifest.parts:
+            dataset.tars("val")  # fetched now, so that what is wrong with it shows before an epoch is trained
         self.log: RunLog | None = None
         self.window = _Window()
         self.model: nn.Module = self.switches.compiled(self.networks)

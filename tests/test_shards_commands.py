@@ -131,18 +131,23 @@ def test_a_pull_that_was_killed_goes_on(
 
 
 @one_server
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("command", "number", "code"),
+    [("pull", signal.SIGINT, 130), ("pull", signal.SIGTERM, 143), ("train", signal.SIGTERM, 143)],
+)
 def test_an_interruption_is_obeyed_while_the_server_is_silent(
-    md2: Run, proxied: Proxy, bucket: Bucket, packed: Packed, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+    md2: Run, proxied: Proxy, bucket: Bucket, packed: Packed, tmp_path: Path, command: str, number: signal.Signals,
+    code: int,
+) -> None:  # fmt: skip
     md2("push", packed.url, f"{bucket.url}/d")
     proxied.rule = lambda method, path, number: Fault(silent=True) if path.endswith(".tar") else None
+    pull = ["shards", "pull", f"{bucket.url}/d", str(tmp_path / "d")]
+    train = ["train", "demo", f"data.url={bucket.url}/d", "--run", str(tmp_path / "run")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "cli.main", "shards", "pull", f"{bucket.url}/d", str(tmp_path / "d")],
-        stderr=subprocess.PIPE,
+        [sys.executable, "-m", "cli.main", *(pull if command == "pull" else train)], stderr=subprocess.PIPE
     )
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 40
         while not any(r.method == "GET" and r.path.endswith(".tar") for r in proxied.requests):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -153,6 +158,7 @@ def test_an_interruption_is_obeyed_while_the_server_is_silent(
         process.communicate()
     assert process.returncode == code
     assert b"Traceback" not in err
+    assert not (tmp_path / "run").exists(), "a training that has not begun can be begun again"
 
 
 def damaged(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
