@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from shards.errors import StorageError, UsageError
@@ -18,6 +20,7 @@ _TIMEOUTS = (5.0, 20.0)
 _SLOWEST = 100e3
 _GRACE = 60.0
 """A piece of CHUNK bytes may take this long, plus what it needs at _SLOWEST bytes/s."""
+T = TypeVar("T")
 _HEADERS = {"Accept-Encoding": "identity"}
 
 
@@ -86,7 +89,7 @@ class HttpStorage:
         try:
             while stop is None or position < stop:
                 at = position
-                piece = self._retry.call(body.url, lambda at=at: body.read(at, stop))  # type: ignore[misc]
+                piece = self._call(body.url, lambda at=at: body.read(at, stop))  # type: ignore[misc]
                 if not piece:
                     return
                 position += len(piece)
@@ -94,7 +97,24 @@ class HttpStorage:
         except BeyondEndError:
             return
         finally:
-            body.close()
+            body.give_up()
+
+    def _call(self, url: str, request: Callable[[], T]) -> T:
+        """`request` in a thread of its own, for none of requests' calls can be ended from outside."""
+
+        def attempt() -> T:
+            future = concurrent.futures.Future[T]()
+
+            def work() -> None:
+                try:
+                    future.set_result(request())
+                except BaseException as error:
+                    future.set_exception(error)
+
+            threading.Thread(target=work, daemon=True, name="md2-http").start()
+            return self._retry.wait(future)
+
+        return self._retry.call(url, attempt)
 
     def stat(self, name: str) -> Stat | None:
         import requests
@@ -105,7 +125,7 @@ class HttpStorage:
                 return Stat(int(answer.headers.get("Content-Length", -1)), answer.headers.get("ETag", ""))
 
         try:
-            return self._retry.call(self._url(name), head)
+            return self._call(self._url(name), head)
         except MissingError:
             return None
 
@@ -134,9 +154,12 @@ class _Body:
     def __init__(self, url: str) -> None:
         self.url = url
         self._answer: Any = None
+        self._guard = threading.Lock()
+        self._reading, self._given_up = False, False
 
     def read(self, position: int, stop: int | None) -> bytes:
         """About CHUNK bytes from `position`; less at the end of what the server sends, b"" behind it."""
+        self._reading = True
         try:
             if self._answer is None:
                 self._open(position, stop)
@@ -144,6 +167,19 @@ class _Body:
         except BaseException:
             self.close()
             raise
+        finally:
+            with self._guard:
+                self._reading = False
+            if self._given_up:
+                self.close()
+
+    def give_up(self) -> None:
+        """Close it; if a thread is still reading (closing would wait for it), that thread does it in the end."""
+        with self._guard:
+            self._given_up = True
+            if self._reading:
+                return
+        self.close()
 
     def _open(self, position: int, stop: int | None) -> None:
         import requests

@@ -7,7 +7,6 @@ Credentials and endpoint come from the standard chain alone (environment, profil
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import hashlib
 import os
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import StorageError, UsageError
-from shards.retry import BeyondEndError, CancelledError, ExistsError, MissingError, Retrier
+from shards.retry import BeyondEndError, ExistsError, MissingError, Retrier
 from shards.storage import Stat, check_folder, check_name
 
 CHUNK = 8 << 20
@@ -27,7 +26,6 @@ _CONNECT_TIMEOUT, _READ_TIMEOUT = 5.0, 15.0
 _CALL_TIMEOUT = 60.0
 """Seconds that one attempt may take, besides what the bytes need at the slowest rate that is not given up."""
 _SLOWEST = 100e3
-_POLL = 0.2
 
 _S3_OPTIONS = {
     "config_kwargs": {
@@ -126,22 +124,13 @@ class RemoteStorage:
             if not getattr(fs, "async_impl", False):
                 return getattr(fs, method)(*args, **options)
             work = asyncio.wait_for(getattr(fs, f"_{method}")(*args, **options), limit)
-            return self._wait(asyncio.run_coroutine_threadsafe(work, fs.loop))
+            future = asyncio.run_coroutine_threadsafe(work, fs.loop)
+            try:
+                return self._retry.wait(future)
+            finally:
+                future.cancel()
 
         return self._retry.call(f"{self.url}/{name}" if name else self.url, attempt)
-
-    def _wait(self, future: concurrent.futures.Future[Any]) -> Any:
-        try:
-            while True:
-                try:
-                    return future.result(_POLL)
-                except concurrent.futures.TimeoutError:
-                    if future.done():  # the work's own timeout, or it ended just after the poll's
-                        return future.result()
-                    if self._retry.cancelled.is_set():
-                        raise CancelledError from None
-        finally:
-            future.cancel()
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{check_name(name)}"

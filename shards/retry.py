@@ -8,6 +8,7 @@ server that was never reached at all gets a tenth of the patience: that is a wro
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import os
 import random
@@ -24,6 +25,7 @@ PATIENCE_VARIABLE = "MD2_STORAGE_PATIENCE"
 DEFAULT_PATIENCE = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 8.0
 _SHORT_PATIENCE = 0.1
+_POLL = 0.2
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -144,6 +146,21 @@ class Retrier:
             else:
                 self._reached = True
                 return result
+
+    def wait(self, future: concurrent.futures.Future[T]) -> T:
+        """The result of work that another thread does; that thread is left alone where the caller gives up.
+
+        Raises:
+            CancelledError: `cancelled` was set.
+        """
+        while True:
+            try:
+                return future.result(_POLL)
+            except concurrent.futures.TimeoutError:
+                if future.done():  # the work's own timeout, or it ended just after the poll's
+                    return future.result()
+                if self.cancelled.is_set():
+                    raise CancelledError from None
 
     def _allowed(self, failure: Failure) -> float:
         away = failure.kind == "unreachable" and not self._reached

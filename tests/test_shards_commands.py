@@ -133,7 +133,12 @@ def test_a_pull_that_was_killed_goes_on(
 @one_server
 @pytest.mark.parametrize(
     ("command", "number", "code"),
-    [("pull", signal.SIGINT, 130), ("pull", signal.SIGTERM, 143), ("train", signal.SIGTERM, 143)],
+    [
+        ("pull", signal.SIGINT, 130),
+        ("pull", signal.SIGTERM, 143),
+        ("pull http", signal.SIGINT, 130),
+        ("train", signal.SIGTERM, 143),
+    ],
 )
 def test_an_interruption_is_obeyed_while_the_server_is_silent(
     md2: Run, proxied: Proxy, bucket: Bucket, packed: Packed, tmp_path: Path, command: str, number: signal.Signals,
@@ -141,10 +146,12 @@ def test_an_interruption_is_obeyed_while_the_server_is_silent(
 ) -> None:  # fmt: skip
     md2("push", packed.url, f"{bucket.url}/d")
     proxied.rule = lambda method, path, number: Fault(silent=True) if path.endswith(".tar") else None
-    pull = ["shards", "pull", f"{bucket.url}/d", str(tmp_path / "d")]
+    bucket.make_public()
+    url = bucket.url if "http" not in command else f"{proxied.endpoint}/{bucket.name}"
+    pull = ["shards", "pull", f"{url}/d", str(tmp_path / "d")]
     train = ["train", "demo", f"data.url={bucket.url}/d", "--run", str(tmp_path / "run")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "cli.main", *(pull if command == "pull" else train)], stderr=subprocess.PIPE
+        [sys.executable, "-m", "cli.main", *(train if command == "train" else pull)], stderr=subprocess.PIPE
     )
     try:
         deadline = time.monotonic() + 40
