@@ -12,8 +12,9 @@ row decodes all of them on the CPU in DALI with the same threads, so that only t
     native   DALI's webdataset reader on s3:// itself (on fewer samples, it is slow)
 
 Cold start: from opening to the first batch in hand. Fetched / needed: bytes that left the server in an epoch over the
-bytes of the images that were decoded. Medians of the repeats. Bytes are exact, seconds depend on the machine: trust
-the ratios.
+bytes of the images that were decoded; for native, that holds some 24 samples that DALI has prefetched beyond those
+(`--native-samples` says how many there are). Medians of the repeats. Bytes are exact, seconds depend on the machine:
+trust the ratios.
 """
 
 from __future__ import annotations

@@ -184,7 +184,8 @@ def _gave_up(url: str, failure: Failure, attempts: int, passed: float) -> str:
     advice = "try again later"
     if failure.kind == "unreachable":
         advice = "check the address" if url[:4].lower() == "http" else "check AWS_ENDPOINT_URL"
-    return f"{url}: {failure.cause}; gave up after {attempts} attempts in {passed:.0f} s, {advice}"
+    tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+    return f"{url}: {failure.cause}; gave up after {tries} in {passed:.0f} s, {advice}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -144,12 +144,12 @@ def failing_for(seconds: float, statuses: tuple[int, ...]) -> Callable[[str, str
 
 
 def test_errors_for_a_while_are_ridden_out(published: str, packed: Packed, proxied: Proxy) -> None:
-    proxied.rule = failing_for(1.5, (500, 503, 429))
-    with seen_by_user("500, 503, 429 for 1.5 s, reading", None):
+    proxied.rule = failing_for(0.7, (500, 503, 429))
+    with seen_by_user("500, 503, 429 for 0.7 s, reading", None):
         tars = open_dataset(published).tars("train")
     assert [t.read_bytes() for t in tars] == [(packed.folder / "train" / t.name).read_bytes() for t in tars]
-    proxied.rule = failing_for(1.5, (503, 500))
-    with seen_by_user("500, 503 for 1.5 s, publishing", None):
+    proxied.rule = failing_for(0.7, (503, 500))
+    with seen_by_user("500, 503 for 0.7 s, publishing", None):
         copy_dataset(packed.url, published.replace("drive", "other"))
     proxied.rule = None
     assert open_dataset(published.replace("drive", "other")).manifest == packed.manifest
@@ -165,9 +165,9 @@ def test_every_third_request_fails(published: str, packed: Packed, proxied: Prox
 
 @one_server
 def test_errors_for_ever_end_with_patience(published: str, proxied: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MD2_STORAGE_PATIENCE", "2")
+    monkeypatch.setenv("MD2_STORAGE_PATIENCE", "1")
     proxied.rule = lambda method, path, number: Fault(status=503) if ".tar" in path else None
-    with seen_by_user("503 for ever (patience 2 s)", StorageError, published, ".tar", "503", "gave up after"):
+    with seen_by_user("503 for ever (patience 1 s)", StorageError, published, ".tar", "503", "gave up after"):
         open_dataset(published).tars("train")
 
 
@@ -210,11 +210,11 @@ def test_a_connection_cut_while_publishing(bucket: Bucket, packed: Packed, proxi
 
 @one_server
 def test_a_silent_server(published: str, proxied: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_CALL_TIMEOUT", 1.0)
+    monkeypatch.setattr(remote, "_CALL_TIMEOUT", 0.4)
     monkeypatch.setattr(remote, "_SLOWEST", 1e9)
-    monkeypatch.setenv("MD2_STORAGE_PATIENCE", "2")
+    monkeypatch.setenv("MD2_STORAGE_PATIENCE", "1")
     proxied.rule = lambda method, path, number: Fault(silent=True)
-    with seen_by_user("server accepts and never answers (patience 2 s)", StorageError, published, "in time", "gave up"):
+    with seen_by_user("server accepts and never answers (patience 1 s)", StorageError, published, "in time", "gave up"):
         open_dataset(published)
 
 
