@@ -21,7 +21,7 @@ from shards.storage import Stat, check_folder, check_name
 CHUNK = 8 << 20
 """Bytes asked for by one request while an object is read through."""
 PART = 16 << 20
-"""Bytes in one part of a multipart upload; a smaller object goes up in one request."""
+"""Bytes in one part of a multipart upload; an object of less than two of them goes up in one request."""
 _CONNECT_TIMEOUT, _READ_TIMEOUT = 5.0, 15.0
 _CALL_TIMEOUT = 60.0
 """Seconds that one attempt may take, besides what the bytes need at the slowest rate that is not given up."""
