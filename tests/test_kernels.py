@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,8 +41,7 @@ def scene(size: tuple[int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Ten
 def pixel_map(size: tuple[int, int], transforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     height, width = size
     K = torch.tensor([[0.8 * width, 0, 0.5 * width], [0, 0.9 * height, 0.5 * height], [0, 0, 1]]).expand(2, 3, 3)
-    maps, epipoles = reprojection._pixel_map(K, transforms, torch.Size(size))
-    return maps.float(), epipoles.float()
+    return reprojection.pixel_map(K, transforms, size)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -116,6 +118,40 @@ def test_loss_through_kernels_equals_loss_without(name: str, monkeypatch: pytest
     for one, other in zip(found_grads, grads, strict=True):
         assert ((one.cpu() - other).norm() / other.norm()).item() < 1e-3
     torch.testing.assert_close(found.panels[0].warped[-1].cpu(), expected.panels[0].warped[-1], rtol=1e-4, atol=1e-5)
+
+
+COMPILE = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from md2 import kernels
+
+for name, constants in (("_warp", {}), ("_error", {"SSIM": True, "GRADIENTS": True}), ("_gradient", {"SSIM": True})):
+    kernel = getattr(kernels, name)
+    fixed = {**constants, "BLOCK": kernels.BLOCK, **({} if name == "_warp" else {"WEIGHT": 0.85})}
+    kinds = {a: "constexpr" if a in fixed else "i32" if a in ("N", "H", "W") else "*fp32" for a in kernel.arg_names}
+    source = ASTSource(kernel, kinds, {(kernel.arg_names.index(a),): value for a, value in fixed.items()})
+    built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels._WARPS})
+    print(name, len(built.asm["cubin"]))
+"""
+
+
+def test_kernels_compile_for_a_gpu_without_one(tmp_path: Path) -> None:
+    """The interpreter takes Python that the compiler does not; a Hopper binary can be made anywhere."""
+    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        cwd=Path(__file__).resolve().parents[1],
+        env={**variables, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    sizes = dict(line.split() for line in done.stdout.splitlines())
+    assert list(sizes) == ["_warp", "_error", "_gradient"]
+    assert all(int(size) > 5000 for size in sizes.values())
 
 
 @pytest.mark.gpu
