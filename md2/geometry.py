@@ -56,7 +56,8 @@ def transform_from_axis_angle(axis_angle: Tensor, translation: Tensor, invert: b
     if invert:
         rotation = rotation.transpose(1, 2)
         offset = -(rotation @ offset)
-    bottom = rotation.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(rotation.shape[0], 1, 4)
+    # No tensor of constants: on a GPU making one waits for all that runs there.
+    bottom = torch.eye(4, dtype=rotation.dtype, device=rotation.device)[3:].expand(rotation.shape[0], 1, 4)
     return torch.cat([torch.cat([rotation, offset], dim=2), bottom], dim=1)
 
 
@@ -68,8 +69,7 @@ def scale_intrinsics(K: Tensor, scale: int) -> Tensor:
     below half a pixel of the small image, and cancels between back-projection and projection for points at
     infinity. Whoever wants the other rule gives the loss its intrinsics per scale.
     """
-    shrink = K.new_tensor([[1.0], [1.0], [0.0]]) * (0.5**scale) + K.new_tensor([[0.0], [0.0], [1.0]])
-    return K * shrink
+    return torch.cat([K[..., :2, :] * 0.5**scale, K[..., 2:, :]], dim=-2)
 
 
 def pixel_axes(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from md2.batch import Batch, Offset
 from md2.config import LossConfig, ModelConfig
 from md2.geometry import disparity_to_depth, scale_intrinsics
 from md2.prediction import Prediction
-from md2.reprojection import Rule, Views, reproject, unwarped_error
+from md2.reprojection import PixelMap, Rule, Views, pixel_map, reproject, unwarped_error
 from md2.ssim import Target
 
 Pyramids = Mapping[Offset, Mapping[int, Tensor]]
@@ -106,6 +107,8 @@ class _Level(NamedTuple):
     K: Tensor
     identity: Tensor | None
     """(B, N, h, w), error of the unwarped sources, or (B, 1, h, w) with avg_reprojection."""
+    maps: PixelMap | None
+    """Where the sources are; None if that hangs on each scale's depth (posecnn)."""
 
 
 def reprojection_loss(
@@ -237,13 +240,15 @@ class _Context:
             identity = unwarped_error(images, target, self.config.no_ssim)
             if self.config.avg_reprojection:
                 identity = identity.mean(dim=1, keepdim=True)
-        return _Level(Views(target, images), _full(K), identity)
+        K, views = _full(K), Views(target, images)
+        maps = None if self.fixed is None else pixel_map(K, self.fixed, _size(images))
+        return _Level(views, K, identity, maps)
 
     def scale_loss(self, scale: int, level: _Level, noise: Tensor | None) -> tuple[Tensor, Panels | None]:
         """Reprojection part of one scale's loss."""
-        height, width = level.views.sources.shape[-2:]
+        height, width = _size(level.views.sources)
         depth = disparity_to_depth(_resize(_full(self.prediction.disparities[scale]), height, width), *self.depths)
-        transforms = torch.stack([self.transform(source, depth) for source in self.sources], dim=1)
+        maps = level.maps or pixel_map(level.K, self.transforms(depth), (height, width))
         unwarped = None
         if level.identity is not None:
             identity = level.identity if noise is None else level.identity + NOISE_SCALE * noise
@@ -253,21 +258,34 @@ class _Context:
             mask = _resize(_full(self.prediction.masks[scale]), height, width)
             entropy = F.binary_cross_entropy(mask, torch.ones_like(mask))
         rule = Rule(self.config.no_ssim, self.config.avg_reprojection)
-        outcome = reproject(
-            level.views, depth, level.K, transforms, rule, unwarped=unwarped, mask=mask, keep_warped=self.panels
-        )
+        outcome = reproject(level.views, depth, maps, rule, unwarped=unwarped, mask=mask, keep_warped=self.panels)
         look = None
         if outcome.warped is not None:
             warped = dict(zip(self.sources, outcome.warped.unbind(1), strict=True))
             look = Panels(warped, outcome.error, outcome.automask)
         return outcome.loss + MASK_WEIGHT * entropy, look
 
-    def transform(self, source: Offset, depth: Tensor) -> Tensor:
+    @cached_property
+    def fixed(self) -> Tensor | None:
+        """The transforms, if no pose is relative to the depth."""
+        relative = any(self.prediction.poses[source].relative for source in self.sources if source != "s")
+        return None if relative else self.transforms(None)
+
+    def transforms(self, depth: Tensor | None) -> Tensor:
+        """(B, N, 4, 4), target camera to each source's."""
+        return torch.stack([self.transform(source, depth) for source in self.sources], dim=1)
+
+    def transform(self, source: Offset, depth: Tensor | None) -> Tensor:
         if source != "s":
             return _full(self.prediction.poses[source].transform(depth))
         if self.stereo is None:
             raise ValueError('the source "s" needs the stereo transform')
         return _full(self.stereo)
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    """Height and width."""
+    return images.shape[-2], images.shape[-1]
 
 
 def _resize(maps: Tensor, height: int, width: int) -> Tensor:

@@ -31,6 +31,18 @@ class Views(NamedTuple):
     sources: Tensor
 
 
+class PixelMap(NamedTuple):
+    """Pixel (x, y) and depth d -> q d + p with q = homography (x, y, 1)^T, p the epipole.
+
+    The first two numbers over the third are the place in the source, in [-1, 1].
+    """
+
+    homographies: Tensor
+    """(B, N, 3, 3)"""
+    epipoles: Tensor
+    """(B, N, 3)"""
+
+
 class Rule(NamedTuple):
     """How errors become the loss; names as in the configuration."""
 
@@ -56,48 +68,53 @@ class Outcome:
 def reproject(
     views: Views,
     depth: Tensor,
-    K: Tensor,
-    transforms: Tensor,
+    maps: PixelMap,
     rule: Rule,
     *,
     unwarped: Tensor | None = None,
     mask: Tensor | None = None,
     keep_warped: bool = False,
 ) -> Outcome:
-    """Mean photometric error of the sources warped into the target. Differentiable (once) in depth, transforms, mask.
+    """Mean photometric error of the sources warped into the target. Differentiable (once) in depth, maps, mask.
 
     Args:
         views: images.
         depth: (B, 1, H, W) of the target.
-        K: (B, 3, 3) at this resolution.
-        transforms: (B, N, 4, 4), target camera to each source's.
+        maps: where each target pixel lies in each source, from `pixel_map`.
         rule: options.
         unwarped: (B, 1, H, W), error of the best unwarped source; pixels that it fits better do not count.
         mask: (B, N, H, W), factor on each source's error.
         keep_warped: also return the warped images.
     """
-    size = torch.Size(depth.shape[2:])
-    homographies, epipoles = _pixel_map(K, transforms, size)
     loss, error, automask, warped = _Reproject.apply(  # type: ignore[no-untyped-call]
-        depth, homographies.to(depth), epipoles.to(depth), mask, unwarped, views, rule, keep_warped
+        depth, maps.homographies.to(depth), maps.epipoles.to(depth), mask, unwarped, views, rule, keep_warped
     )
     return Outcome(loss, error, automask if unwarped is not None else None, warped if keep_warped else None)
 
 
-def _pixel_map(K: Tensor, transforms: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
-    """(B, N, 3, 3) and (B, N, 3): pixel and depth -> q d + p, whose first two over the third are in [-1, 1].
+def pixel_map(K: Tensor, transforms: Tensor, size: tuple[int, int]) -> PixelMap:
+    """The map of each source for images of a size.
 
-    In float64, since the elements differ by orders of magnitude and every pixel shares their rounding.
+    Computed in float64, since the elements differ by orders of magnitude and every pixel shares their rounding.
+
+    Args:
+        K: (B, 3, 3) at this resolution.
+        transforms: (B, N, 4, 4), target camera to each source's.
+        size: height and width.
     """
     height, width = size
     K = K.double().unsqueeze(1)
     T = transforms.double()
-    to_grid = K.new_tensor([[2 / (width - 1), 0.0, -1.0], [0.0, 2 / (height - 1), -1.0], [0.0, 0.0, 1.0]])
     inverse, _ = torch.linalg.inv_ex(K)
-    epsilon = K.new_tensor([0.0, 0.0, EPSILON])
-    homographies = to_grid @ K @ T[..., :3, :3] @ inverse
-    epipoles = (K @ T[..., :3, 3:]).squeeze(-1) + epsilon
-    return homographies, (to_grid @ epipoles.unsqueeze(-1)).squeeze(-1)
+
+    def to_grid(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        # No matrix of constants: on a GPU making one waits for all that runs there.
+        rows = torch.stack([x * (2 / (width - 1)) - z, y * (2 / (height - 1)) - z, z], dim=-2)
+        return rows.to(transforms.dtype)
+
+    homographies = to_grid(*(K @ T[..., :3, :3] @ inverse).unbind(-2))
+    x, y, z = (K @ T[..., :3, 3:]).unbind(-2)
+    return PixelMap(homographies, to_grid(x, y, z + EPSILON).squeeze(-1))
 
 
 class _Reproject(torch.autograd.Function):

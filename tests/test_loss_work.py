@@ -54,12 +54,16 @@ def test_benchmark_prints_its_table_and_appends_it(step: Any, tmp_path: Path) ->
 
 
 class _Count(TorchDispatchMode):
+    """All operations by name, and how many images the sampler works on."""
+
     def __init__(self) -> None:
         super().__init__()
         self.images = Counter[str]()
+        self.operations = Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        self.operations[name] += 1
         if name.startswith("grid_sampler"):
             self.images[name] += (args[1] if "backward" in name else args[0]).shape[0]
         return func(*args, **(kwargs or {}))
@@ -105,6 +109,27 @@ def test_nothing_is_differentiated_where_no_gradient_is_wanted() -> None:
         total = reprojection_loss(prediction, pyramids, K, stereo, LossConfig()).total
     assert not total.requires_grad
     assert list(count.images) == ["grid_sampler_2d"]
+
+
+def test_a_step_neither_reads_a_number_back_nor_makes_a_tensor_of_python_numbers() -> None:
+    """On a GPU each of them makes the host wait for all that runs there, and the GPU then for the host."""
+    networks = Networks(ModelConfig(), DataConfig(stereo=True), LossConfig())
+    images: dict[Offset, torch.Tensor] = {offset: torch.rand(1, 3, 64, 64) for offset in (0, -1, 1, "s")}
+    K = torch.tensor([[40.0, 0, 32], [0, 40, 32], [0, 0, 1]]).expand(1, 3, 3)
+    stereo = torch.eye(4).repeat(1, 1, 1)
+    for config in (LossConfig(), LossConfig(v1_multiscale=True)):
+        with _Count() as count:
+            prediction = networks(images)
+            pyramids = image_pyramid(images, range(SCALES), config.v1_multiscale)
+            noise = torch.Generator().manual_seed(0)
+            reprojection_loss(prediction, pyramids, K, stereo, config, noise=noise).total.backward()
+        assert count.operations["convolution"] > 40  # it is counted at all
+        assert count.operations["lift_fresh"] == 0
+        assert count.operations["_local_scalar_dense"] == 0
+        assert count.operations["nonzero"] == 0
+        # Each pose becomes a rotation once, not once per scale: on a GPU such small work costs launches.
+        assert count.operations["linalg_vector_norm"] == 2
+        assert count.operations["linalg_inv_ex"] == (SCALES if config.v1_multiscale else 1)
 
 
 def test_all_pairs_go_through_the_pose_network_at_once() -> None:
