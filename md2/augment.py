@@ -87,7 +87,8 @@ class Jitter:
         chosen: (n,) int64, which samples of the batch are jittered.
         blocks: (n, 24, 24), transposed `jitter_matrices` in blocks for 8 pixels: the product of all pixels with a 3x3
             matrix is too thin for any BLAS.
-        pivots: (n,) what the image's mean grey is multiplied with and added: contrast's pivot, brightened.
+        pivots: (n, 24), what the means over every eighth pixel are multiplied with and added, for contrast: the grey
+            weights times how much of the mean grey it leaves, brightened.
     """
 
     chosen: Tensor
@@ -98,7 +99,8 @@ class Jitter:
     def of(cls, chosen: Tensor, factors: Tensor) -> Jitter:
         """`factors` (n, 4), as `jitter_factors` makes them, are those of the chosen samples; both on the host."""
         blocks = torch.kron(torch.eye(_PIXELS), jitter_matrices(factors).mT.contiguous())
-        return cls(chosen, blocks, factors[:, 0] * (1 - factors[:, 1]))
+        grey = torch.tensor(GREY).repeat(_PIXELS) / _PIXELS
+        return cls(chosen, blocks, (factors[:, 0] * (1 - factors[:, 1])).unsqueeze(1) * grey)
 
     def to(self, move: Callable[[Tensor], Tensor]) -> Jitter:
         """The same where `move` puts tensors: it must be on the device of the images."""
@@ -111,20 +113,20 @@ class Jitter:
             The same shape, in [0, 1], channels_last in memory; what is not chosen is equal bit for bit.
         """
         rgb = images.permute(0, 2, 3, 1).contiguous()
-        grey = torch.tensor(GREY, device=images.device).repeat(_PIXELS) / _PIXELS
-        turned = self._on_gpu(rgb, grey) if images.is_cuda else self._on_cpu(rgb, grey)
+        turned = self._on_gpu(rgb) if images.is_cuda else self._on_cpu(rgb)
         return turned.permute(0, 3, 1, 2)
 
-    def _on_gpu(self, rgb: Tensor, grey: Tensor) -> Tensor:
+    def _on_gpu(self, rgb: Tensor) -> Tensor:
+        """All chosen images at once, and nothing that the host would have to wait for."""
         out = rgb.clone()
         flat = rgb.index_select(0, self.chosen).view(len(self.chosen), -1, 3 * _PIXELS)
-        offsets = (flat.mean(1) @ grey * self.pivots).view(-1, 1, 1)
+        offsets = (flat.mean(1) * self.pivots).sum(1).view(-1, 1, 1)
         turned = torch.baddbmm(offsets, flat, self.blocks).clamp_(0, 1)
         return out.index_copy_(0, self.chosen, turned.view(len(self.chosen), *rgb.shape[1:]))
 
-    def _on_cpu(self, rgb: Tensor, grey: Tensor) -> Tensor:
+    def _on_cpu(self, rgb: Tensor) -> Tensor:
         out = _host_memory.take(tuple(rgb.shape))
-        rows = zip(self.chosen.tolist(), self.blocks.unbind(), self.pivots.tolist(), strict=True)
+        rows = zip(self.chosen.tolist(), self.blocks.unbind(), self.pivots.unbind(), strict=True)
         drawn = {place: (block, pivot) for place, block, pivot in rows}
         for place, (target, source) in enumerate(zip(out.unbind(), rgb.unbind(), strict=True)):
             if place not in drawn:
@@ -132,8 +134,8 @@ class Jitter:
                 continue
             block, pivot = drawn[place]
             flat = source.view(-1, 3 * _PIXELS)
-            mean_grey = torch.dot(flat.mean(0), grey)
-            torch.addmm(mean_grey, flat, block, beta=pivot, out=target.view(-1, 3 * _PIXELS)).clamp_(0, 1)
+            offset = torch.dot(flat.mean(0), pivot)
+            torch.addmm(offset, flat, block, out=target.view(-1, 3 * _PIXELS)).clamp_(0, 1)
         return out
 
 

@@ -238,7 +238,9 @@ class Loader:
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type != "cuda":
             return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        # Not pin_memory(): it takes memory that DALI has pinned as it is, which DALI may fill again while it is copied.
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return pinned.copy_(tensor).to(self.device, non_blocking=True)
 
     def _fingerprint(self) -> dict[str, Any]:
         """What the order of the samples and the draws depend on. Threads, queue depth and paths do not matter."""

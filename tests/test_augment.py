@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
-from pipeline_data import Array, as_floats, config, loader, make_samples, pack, smooth
+from pipeline_data import Array, Operations, as_floats, config, loader, make_samples, pack, smooth
 
 from md2.augment import (
     Jitter,
@@ -38,6 +38,22 @@ def factors(**changes: float) -> torch.Tensor:
 
 def jittered(images: torch.Tensor, chosen: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     return Jitter.of(chosen, drawn)(images)
+
+
+def test_all_images_at_once_as_on_a_gpu_are_those_one_by_one() -> None:
+    """The GPU's way, on the CPU; and what it needs there has been moved before: it makes no constants of its own."""
+    images = torch.stack([as_floats(picture(seed)) for seed in range(5)])
+    drawn = jitter_factors(2 * torch.rand(3, 4, generator=torch.Generator().manual_seed(1)) - 1)
+    jitter = Jitter.of(torch.tensor([0, 2, 4]), drawn)
+    one_by_one = jitter(images)
+    with Operations() as count:
+        found = jitter._on_gpu(images.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, one_by_one, rtol=0, atol=2e-6)
+    assert not torch.equal(found[4], images[4])
+    assert torch.equal(found[1], images[1])
+    assert count.names["baddbmm"] == 1
+    assert count.names["lift_fresh"] == count.names["_local_scalar_dense"] == 0
+    assert count.names.total() < 20
 
 
 def apply(pixels: Array, **changes: float) -> torch.Tensor:

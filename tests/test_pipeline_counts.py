@@ -14,8 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pipeline_data import config, loader, make_samples, pack
-from torch.utils._python_dispatch import TorchDispatchMode
+from pipeline_data import Operations, config, loader, make_samples, pack
 
 import md2.pipeline
 from md2.batch import Batch
@@ -47,18 +46,6 @@ class _Here(Executor):
 @pytest.fixture(autouse=True)
 def on_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(md2.pipeline, "host_thread", _Here)
-
-
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the tensor operations that run under it."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names[str(func).split(".")[1]] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def third_batch(batches: Loader) -> tuple[Batch, int]:
@@ -107,7 +94,7 @@ def test_an_image_costs_a_few_tensor_operations_on_the_cpu_and_a_batch_a_few_hun
         batches = loader(dataset, settings, batch_size=size)
         batch, calls[size] = third_batch(batches)
         assert batch.size == size
-        with _Operations() as counted:
+        with Operations() as counted:
             next(iter(batches))
         operations[size] = counted.names.total()
     more = 16 * images
@@ -137,16 +124,33 @@ def test_kitti_is_read_in_chunks_of_several_batches() -> None:
     assert [md2.pipeline.batches_ahead(12, 39810, n * w * h * 3) for n, w, h in sizes] == [8, 7, 2]
 
 
+def test_small_tensors_alone_are_copied_to_the_device(dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the batch's size: flips, cameras, baseline, and three of jitter, as few copies as there are tensors."""
+    copied: list[torch.Tensor] = []
+    monkeypatch.setattr(Loader, "_to_device", lambda self, tensor: copied.append(tensor) or tensor)
+    expected = {"mono": 1, "stereo": 2, "mono+stereo": 2, "augmented": 6}
+    for mode, (chosen, _) in MODES.items():
+        for size in (8, 24):
+            copied.clear()
+            next(iter(loader(dataset, chosen, batch_size=size)))
+            assert len(copied) == expected[mode]
+            # The largest are the 24x24 matrices of jitter; an image of 96x64 is 18 kB and more.
+            assert sum(tensor.nbytes for tensor in copied) <= 2600 * size
+
+
 @pytest.mark.gpu
-def test_only_small_tensors_are_copied_to_the_gpu(dataset: LocalDataset) -> None:
-    """Images are decoded there: what torch copies is intrinsics, baseline, and the draws of jitter."""
-    settings, _ = MODES["augmented"]
-    iterator = iter(loader(dataset, settings, device=torch.device("cuda")))
-    next(iterator)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        next(iterator)
-    copies = [event for event in profile.events() if "Memcpy HtoD" in event.name]
-    assert len(copies) <= 4 + 4  # images' bytes for nvJPEG, and ours
+def test_images_are_decoded_on_the_gpu_and_small_tensors_alone_copied_there(
+    dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, images = MODES["augmented"]
+    batches = loader(dataset, settings, device=torch.device("cuda"))
+    copied: list[torch.Tensor] = []
+    move = Loader._to_device
+    monkeypatch.setattr(Loader, "_to_device", lambda self, tensor: copied.append(tensor) or move(self, tensor))
+    batch = next(iter(batches))
+    assert len(copied) == 6
+    assert all(value.is_cuda for value in batches._chunk.values() if value.ndim == 4)
+    assert len(batch.images) == images and all(image.is_cuda for image in batch.images.values())
 
 
 def _graph(batches: Loader, folder: Path) -> Counter[str]:
