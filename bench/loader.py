@@ -1,8 +1,10 @@
 """The loader against what it replaces and against its floor, on the same frames, in turns.
 
-    python -m bench.loader RAW [--modes mono,mono+stereo] [--batch 12] [--threads 2] [--append bench/RESULTS.md]
+    md2 bench loader [RAW] [--modes mono,mono+stereo] [--batch 12] [--threads 2] [--append bench/RESULTS.md]
 
-RAW holds drives in KITTI's raw layout with both cameras (real ones, or `md2 sample --size 1242x375`). Compared are
+RAW holds drives in KITTI's raw layout with both cameras; without it a synthetic drive of that size is rendered
+(about a minute). Its images are smoother than KITTI's and so cheaper to decode, for every row. prep packs the frames
+with its default options, and its samples are repeated until there are enough. Compared are
 
     plain, png     PyTorch DataLoader: full-size PNG by Pillow, antialiased resize to 640x192, tensors
     …, 4 scales    the same, and the pyramid of every image, plain and jittered, as Monodepth2's own trainer does
@@ -12,15 +14,15 @@ RAW holds drives in KITTI's raw layout with both cameras (real ones, or `md2 sam
 
 each with as many workers or threads as md2 has decoding threads. The plain loaders jitter colours as torchvision does
 (half of the samples, all frames alike) and hand out plain and jittered tensors. Every row but the floor ends in float
-batches. Rows take turns; ratios are taken within a turn, and the table has medians of rates and ratios. CPU time
-is this process's and its workers': on a busy machine it says more than the rates do.
+batches, which are looked at before anything is timed. Rows take turns, each once all others rest; ratios are taken
+within a turn, and the tables have medians of rates and ratios. CPU time is this process's and its workers': on a
+busy machine it says more than the rates do.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import random
 import shlex
 import statistics
@@ -28,11 +30,11 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.util import find_spec
 from io import BytesIO
 from itertools import count
 from multiprocessing import active_children
@@ -40,49 +42,85 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
-import webdataset
 from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bench.data import SIZE, find_samples, image_bytes, pack_samples, raw_tree
+from bench.machine import busy, processor, versions
 from md2.config import DataConfig
 from md2.pipeline import SAMPLES_AHEAD, Loader
-from shards.dataset import LocalDataset, open_dataset, write_dataset
-from shards.manifest import Split
-from shards.sample import Sample
+from shards.dataset import LocalDataset
 from shards.tar import read_samples
 
-SIZE = (640, 192)
-QUALITY = 95
 FULL_QUALITY = 92
 MIN_BATCHES = 8
 READ_AHEAD = 4 * SAMPLES_AHEAD
 """Samples that md2 may have prepared while other rows were timed."""
 STEMS = {"mono": ["0", "m1", "p1"], "mono+stereo": ["0", "m1", "p1", "s"]}
+GOALS = [
+    ("md2", "plain, png, jitter", 30.0),
+    ("md2", "plain, png", None),
+    ("md2", "webdataset", 3.5),
+    ("md2", "floor", 0.7),
+    ("md2, jitter", "plain, png, jitter", 12.0),
+    ("md2, jitter", "plain, png, jitter, 4 scales", None),
+    ("md2, jitter", "webdataset, jitter", None),
+]
+"""Row, what it is divided by, and what is aimed at."""
+Batches = Iterator[Sequence[Tensor]]
 
 
 @dataclass
 class Contender:
-    """One row: `batches` yields the number of samples of each batch, endlessly, skipping `buffered` before timing."""
+    """One row: `batches` yields the tensors of each batch, endlessly; `buffered` of them are skipped before timing."""
 
     name: str
-    batches: Iterator[int]
+    batches: Batches
     buffered: int
+    tensors: int
+    """(B, 3, H, W) images at full size in each batch; 0 where nothing but counting is left of them."""
     rates: list[float] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
 
+    def check(self, batch: int) -> None:
+        """That a batch is what every row promises.
+
+        Raises:
+            SystemExit: it is not.
+        """
+        found = [image for image in next(self.batches) if image.shape[-2:] == SIZE[::-1]]
+        shapes = {(tuple(image.shape), image.dtype) for image in found}
+        if self.tensors == 0:
+            return
+        if len(found) != self.tensors or shapes != {((batch, 3, *SIZE[::-1]), torch.float32)}:
+            raise SystemExit(f"{self.name}: {len(found)} images of {shapes}, not {self.tensors}")
+        for image in found:
+            if image.min() < 0 or image.max() > 1 or image.flatten(1).std(1).min() < 0.02:
+                raise SystemExit(f"{self.name}: a batch does not hold pictures in [0, 1]")
+
     def measure(self, seconds: float) -> None:
         """Adds a turn: samples per second, and CPU milliseconds per sample of this process and its workers."""
-        time.sleep(0.5)  # until the row before has filled its queues and rests
+        settle()
         for _ in range(self.buffered):
             next(self.batches)
         samples, batches, begin, cpu = 0, 0, time.perf_counter(), cpu_seconds()
         while time.perf_counter() - begin < seconds or batches < MIN_BATCHES:
-            samples, batches = samples + next(self.batches), batches + 1
+            samples, batches = samples + len(next(self.batches)[0]), batches + 1
         self.rates.append(samples / (time.perf_counter() - begin))
         self.costs.append(1000 * (cpu_seconds() - cpu) / samples)
+
+
+def settle(longest: float = 10.0) -> None:
+    """Wait until the row before has filled its queues and rests."""
+    end = time.perf_counter() + longest
+    cpu = cpu_seconds()
+    while time.perf_counter() < end:
+        time.sleep(0.2)
+        before, cpu = cpu, cpu_seconds()
+        if cpu - before < 0.01:
+            return
 
 
 def cpu_seconds() -> float:
@@ -161,13 +199,15 @@ class PlainDataset(Dataset[dict[str, Tensor]]):
         return present(images, self.jitter, self.scales)
 
 
-def plain(samples: list[list[Path]], jitter: bool, batch: int, workers: int, scales: int = 1) -> Iterator[int]:
+def plain(samples: list[list[Path]], jitter: bool, batch: int, workers: int, scales: int = 1) -> Batches:
     loader = DataLoader(PlainDataset(samples, jitter, scales), batch, num_workers=workers, drop_last=True)
     for found in loader:
-        yield len(found["images0"])
+        yield list(found.values())
 
 
-def web(dataset: LocalDataset, stems: list[str], jitter: bool, batch: int, workers: int) -> Iterator[int]:
+def web(dataset: LocalDataset, stems: list[str], jitter: bool, batch: int, workers: int) -> Batches:
+    import webdataset
+
     def to_sample(sample: dict[str, Any]) -> dict[str, Tensor]:
         images = []
         for stem in stems:
@@ -178,21 +218,23 @@ def web(dataset: LocalDataset, stems: list[str], jitter: bool, batch: int, worke
     urls = [str(tar) for tar in dataset.tars("train")]
     source = webdataset.WebDataset(urls, resampled=True, shardshuffle=False).shuffle(256).map(to_sample)
     for found in DataLoader(source, batch, num_workers=workers, drop_last=True):
-        yield len(found["images0"])
+        yield [value for value in found.values() if isinstance(value, Tensor)]  # and not the keys
 
 
 # --- md2 and its floor
 
 
-def md2(dataset: LocalDataset, stereo: bool, jitter: bool, batch: int, threads: int) -> Iterator[int]:
+def md2(dataset: LocalDataset, stereo: bool, jitter: bool, batch: int, threads: int) -> Batches:
     config = DataConfig(width=SIZE[0], height=SIZE[1], stereo=stereo, color_jitter=jitter, threads=threads)
     loader = Loader(dataset, "train", config, batch_size=batch, seed=0, train=True, device=torch.device("cpu"))
     while True:
         for found in loader:
-            yield found.size
+            yield [*found.images.values(), *(found.augmented.values() if jitter else [])]
 
 
-def floor(dataset: LocalDataset, stems: list[str], batch: int, threads: int) -> Iterator[int]:
+def floor(dataset: LocalDataset, stems: list[str], batch: int, threads: int) -> Batches:
+    import simplejpeg
+
     samples = [
         [sample.components[f"{stem}.jpg"] for stem in stems]
         for tar in dataset.tars("train")
@@ -203,6 +245,7 @@ def floor(dataset: LocalDataset, stems: list[str], batch: int, threads: int) -> 
         for image in images:
             simplejpeg.decode_jpeg(image, colorspace="RGB")
 
+    counted = torch.empty(batch, 0)
     with ThreadPoolExecutor(threads) as pool:
         under_way: deque[list[Future[None]]] = deque()
         for begin in count(step=batch):
@@ -210,67 +253,27 @@ def floor(dataset: LocalDataset, stems: list[str], batch: int, threads: int) -> 
             under_way.append([pool.submit(decode, images) for images in chosen])
             if len(under_way) > 2:  # batches ahead, so that no thread waits for the others at a batch's end
                 wait(under_way.popleft())
-                yield batch
+                yield [counted]
 
 
 # --- data
 
 
-def find_samples(raw: Path) -> list[list[Path]]:
-    """Paths of t, t-1, t+1 and the right camera's t, for every left frame that has them."""
-    found = []
-    for target in sorted(raw.resolve().glob("*/*_sync/image_02/data/*.png")):
-        number, other = int(target.stem), target.parents[2] / "image_03" / "data" / target.name
-        near = [target.with_name(f"{number + step:010d}.png") for step in (-1, 1)]
-        if all(path.exists() for path in (*near, other)):
-            found.append([target, *near, other])
-    if not found:
-        raise SystemExit(f"{raw}: no drive with both cameras and three frames in a row")
-    return found
-
-
-def make_data(found: list[list[Path]], samples: int, folder: Path) -> tuple[LocalDataset, list[list[Path]]]:
-    """A dataset of `samples` samples, repeating what there is, and the same samples as full-size JPEG files."""
-    small: dict[Path, bytes] = {}
+def full_jpegs(found: list[list[Path]], folder: Path) -> list[list[Path]]:
+    """The same samples as full-size JPEG files."""
     full: dict[Path, Path] = {}
     for path in {path for sample in found for path in sample}:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
         full[path] = folder / f"{len(full):06d}.jpg"
-        rgb.save(full[path], "JPEG", quality=FULL_QUALITY)
-        buffer = BytesIO()
-        rgb.resize(SIZE, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
-        small[path] = buffer.getvalue()
-    extra = {"k.f32": np.array([371, 369, 314, 87], "<f4").tobytes(), "t.f32": np.array([-0.54], "<f4").tobytes()}
-
-    def packed() -> Iterator[Sample]:
-        for number in range(samples):
-            names = [f"{stem}.jpg" for stem in STEMS["mono+stereo"]]
-            paths = found[number % len(found)]
-            parts = {name: small[path] for name, path in zip(names, paths, strict=True)}
-            yield Sample(f"bench_{number:06d}", {**parts, **extra, "meta.json": b"{}"})
-
-    write_dataset(
-        folder / "shards",
-        {"train": packed()},
-        split=Split(name="bench", sha256="0" * 64),
-        frames=[0, -1, 1],
-        stereo=True,
-        depth=None,
-        size=SIZE,
-        codec="jpeg",
-        quality=QUALITY,
-        seed=0,
-        samples_per_shard=120,
-    )
-    return open_dataset(str(folder / "shards")), [[full[path] for path in sample] for sample in found]
+        with Image.open(path) as image:
+            image.convert("RGB").save(full[path], "JPEG", quality=FULL_QUALITY)
+    return [[full[path] for path in sample] for sample in found]
 
 
 # --- the measurement
 
 
 def run(
-    raw: Path,
+    given: Path | None,
     *,
     modes: list[str],
     batch: int = 12,
@@ -280,22 +283,28 @@ def run(
     samples: int = 960,
     show: Callable[[str], object] = print,
 ) -> dict[str, dict[str, float]]:
-    """Measure and print one table per mode; mode -> row -> median samples/s.
+    """Measure and print two tables per mode; mode -> row -> median samples/s.
 
     Args:
-        raw: drives in KITTI's raw layout.
+        given: drives in KITTI's raw layout; None: a synthetic one.
         modes: of `STEMS`.
         seconds: of each row in each turn.
         samples: in the dataset; repetitions of the frames that there are.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    found = find_samples(raw)
     results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        dataset, jpegs = make_data(found, samples, Path(folder))
-        show(describe(found, batch, threads, repeats))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        raw = raw_tree(given, folder)
+        found = find_samples(raw)
+        dataset = pack_samples(found, raw, folder, samples)
+        show(describe(found, dataset, given is None, batch, threads, repeats))
+        jpegs = full_jpegs(found, folder)
         for mode in modes:
-            results[mode] = measure_mode(mode, dataset, found, jpegs, batch, threads, seconds, repeats, show)
+            rows = measure_mode(mode, dataset, found, jpegs, batch, threads, seconds, repeats)
+            show(table(mode, rows))
+            show(goals(rows))
+            results[mode] = {row.name: statistics.median(row.rates) for row in rows}
     return results
 
 
@@ -308,84 +317,114 @@ def measure_mode(
     threads: int,
     seconds: float,
     repeats: int,
-    show: Callable[[str], object],
-) -> dict[str, float]:
+) -> list[Contender]:
     stems = STEMS[mode]
     images, stereo = len(stems), "s" in stems
     pngs, jpegs = [paths[:images] for paths in pngs], [paths[:images] for paths in jpegs]
     queued = 2 * threads + 1
+    both = 2 * images
+    rows = [
+        Contender("plain, png, jitter", plain(pngs, True, batch, threads), queued, both),
+        Contender("plain, png, jitter, 4 scales", plain(pngs, True, batch, threads, 4), queued, both),
+        Contender("plain, png", plain(pngs, False, batch, threads), queued, images),
+        Contender("plain, jpeg, jitter", plain(jpegs, True, batch, threads), queued, both),
+        Contender("webdataset", web(dataset, stems, False, batch, threads), queued, images),
+        Contender("webdataset, jitter", web(dataset, stems, True, batch, threads), queued, both),
+        Contender("floor", floor(dataset, stems, batch, threads), 3, 0),
+        Contender("md2", md2(dataset, stereo, False, batch, threads), READ_AHEAD // batch, images),
+        Contender("md2, jitter", md2(dataset, stereo, True, batch, threads), READ_AHEAD // batch, both),
+    ]
+    rows = [row for row in rows if row.name not in missing_rows()]
     with ExitStack() as stack:
-        rows = [
-            Contender("plain, png, jitter", plain(pngs, True, batch, threads), queued),
-            Contender("plain, png, jitter, 4 scales", plain(pngs, True, batch, threads, 4), queued),
-            Contender("plain, png", plain(pngs, False, batch, threads), queued),
-            Contender("plain, jpeg, jitter", plain(jpegs, True, batch, threads), queued),
-            Contender("webdataset", web(dataset, stems, False, batch, threads), queued),
-            Contender("webdataset, jitter", web(dataset, stems, True, batch, threads), queued),
-            Contender("floor", floor(dataset, stems, batch, threads), 3),
-            Contender("md2", md2(dataset, stereo, False, batch, threads), READ_AHEAD // batch),
-            Contender("md2, jitter", md2(dataset, stereo, True, batch, threads), READ_AHEAD // batch),
-        ]
         for row in rows:
             stack.callback(row.batches.close)  # type: ignore[attr-defined]
+            row.check(batch)
         for _ in range(repeats):
             for row in rows:
                 row.measure(seconds)
-    show(table(mode, rows))
-    return {row.name: statistics.median(row.rates) for row in rows}
+    return rows
+
+
+def missing_rows() -> dict[str, str]:
+    """Rows that cannot be measured here, and the package that they need."""
+    needs = {"floor": "simplejpeg", "webdataset": "webdataset", "webdataset, jitter": "webdataset"}
+    return {row: package for row, package in needs.items() if find_spec(package) is None}
+
+
+def ratios(row: Contender, other: Contender) -> tuple[float, float]:
+    """Medians over the turns: of the rates' ratios, and of the CPU times' inverse ratios."""
+    rates = statistics.median(a / b for a, b in zip(row.rates, other.rates, strict=True))
+    costs = statistics.median(b / a for a, b in zip(row.costs, other.costs, strict=True))
+    return rates, costs
 
 
 def table(mode: str, rows: list[Contender]) -> str:
-    by_name = {row.name: row for row in rows}
-
-    def ratio(row: Contender, other: str) -> str:
-        return f"{statistics.median(a / b for a, b in zip(row.rates, by_name[other].rates, strict=True)):.2f}"
-
-    against = ["plain, png, jitter", "plain, png, jitter, 4 scales", "webdataset", "floor"]
     lines = [
-        f"{mode}: samples/s",
+        f"{mode}:",
         "",
-        "| | samples/s | CPU ms/sample | " + " | ".join(f"/ {name}" for name in against) + " |",
+        "| | samples/s | CPU ms/sample | / plain, png, jitter | / floor |",
+        "|---|---|---|---|---|",
     ]
-    lines.append("|---|" + "---|" * (2 + len(against)))
+    by_name = {row.name: row for row in rows}
     for row in rows:
-        ratios = " | ".join(ratio(row, name) for name in against)
-        rate, cost = statistics.median(row.rates), statistics.median(row.costs)
-        lines.append(f"| {row.name} | {rate:.0f} | {cost:.2f} | {ratios} |")
+        cells = [f"{statistics.median(row.rates):.0f}", f"{statistics.median(row.costs):.2f}"]
+        cells += [
+            f"{ratios(row, by_name[other])[0]:.2f}" if other in by_name else ""
+            for other in ("plain, png, jitter", "floor")
+        ]
+        lines.append(f"| {row.name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def describe(found: list[list[Path]], batch: int, threads: int, repeats: int) -> str:
+def goals(rows: list[Contender]) -> str:
+    """What was aimed at beside what came out, by samples/s and by CPU time."""
+    by_name = {row.name: row for row in rows}
+    lines = ["| ratio | aimed at | by samples/s | by CPU time |", "|---|---|---|---|"]
+    for name, other, aim in GOALS:
+        if other not in by_name:
+            lines.append(
+                f"| {name} / {other} | {aim or ''} | not measured: {missing_rows()[other]} is not installed | |"
+            )
+            continue
+        rate, cost = ratios(by_name[name], by_name[other])
+        lines.append(f"| {name} / {other} | {aim or ''} | {rate:.2f} | {cost:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def describe(
+    found: list[list[Path]], dataset: LocalDataset, synthetic: bool, batch: int, threads: int, repeats: int
+) -> str:
     with Image.open(found[0][0]) as image:
         size = image.size
-    packages = ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "nvidia-dali-cuda120", "webdataset", "pillow", "simplejpeg")
-    )
-    command = shlex.join("RAW" if Path(word).is_dir() else word for word in sys.argv[1:])
+    words = ["RAW" if Path(word).is_dir() else word for word in sys.argv[1:]]
+    kind = "synthetic (smoother than KITTI's)" if synthetic else "given"
+    about = dataset.manifest
+    packages = versions("torch", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "webdataset", "pillow", "simplejpeg")
     return (
-        f"### Loader\n\n`python -m bench.loader {command}`\n\n"
-        f"{len(found)} instants of {size[0]}x{size[1]}; {SIZE[0]}x{SIZE[1]} JPEG of quality {QUALITY}; batch {batch}, "
-        f"{threads} threads or workers, medians of {repeats} turns.\n{processor()}, "
-        f"{len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, {packages}.\n"
+        f"### Loader\n\n`{shlex.join(['md2', 'bench', 'loader', *words])}`\n\n"
+        f"{len(found)} instants of {size[0]}x{size[1]}, {kind}; as prep packs them: {SIZE[0]}x{SIZE[1]} "
+        f"{about.codec.upper()} of quality {about.quality}, {image_bytes(dataset) / 1000:.0f} kB an image; "
+        f"batch {batch}, {threads} threads or workers, medians of {repeats} turns.\n"
+        f"{processor()}, {busy()}, {packages}.\n"
     )
-
-
-def processor() -> str:
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return models[0].partition(":")[2].strip() if models else platform.machine()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("raw", type=Path)
-    parser.add_argument("--modes", default="mono,mono+stereo")
-    parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--seconds", type=float, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=960)
+    parser.add_argument(
+        "raw", nargs="?", type=Path, metavar="RAW", help="drives in KITTI's raw layout; default: synthetic"
+    )
+    parser.add_argument("--modes", default="mono,mono+stereo", help="comma-separated, of these two")
+    parser.add_argument("--batch", type=int, default=12, help="samples")
+    parser.add_argument("--threads", type=int, help="decoding threads or workers of each row; default: one per core")
+    parser.add_argument("--seconds", type=float, default=4, help="of each row in each turn")
+    parser.add_argument("--repeats", type=int, default=5, help="turns")
+    parser.add_argument("--samples", type=int, default=960, help="in the dataset")
     parser.add_argument("--append", type=Path, help="file that the result is appended to")
     options = parser.parse_args()
+    modes = options.modes.split(",")
+    if not set(modes) <= set(STEMS):
+        parser.error(f"--modes {options.modes}: of {', '.join(STEMS)}")
     shown: list[str] = []
 
     def show(text: str) -> None:
@@ -394,7 +433,7 @@ def main() -> None:
 
     run(
         options.raw,
-        modes=options.modes.split(","),
+        modes=modes,
         batch=options.batch,
         threads=options.threads,
         seconds=options.seconds,

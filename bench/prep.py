@@ -1,8 +1,8 @@
 """md2 prep against its floor: decode + resize + encode of every unique frame once, and nothing else.
 
-    python -m bench.prep RAW [--instants 1500] [--workers 2] [--repeats 3]
+    md2 bench prep [RAW] [--instants 1500] [--workers 2] [--repeats 3]
 
-RAW holds drives in KITTI's raw layout with velodyne (real ones, or `md2 sample --size 1242x375`). Their instants are
+RAW holds drives in KITTI's raw layout with velodyne; without it a synthetic drive is rendered. Their instants are
 repeated under new frame numbers, through links, until there are enough. Mono+stereo with depth: every image of both
 cameras is a target. Floor and prep take turns on the same cores. The ratio floor / prep is the share of prep's time
 that is the unavoidable work; 1 would be free reading, lidar and shards. The workers' start, half a second, is part of
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import resource
 import statistics
 import tempfile
@@ -26,6 +25,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from bench.data import raw_tree
+from bench.machine import busy, processor, versions
 from prep.drives import Kitti
 from prep.options import make_content
 from prep.pack import pack
@@ -112,7 +113,9 @@ def run_prep(root: Path, out: Path, workers: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("raw", type=Path)
+    parser.add_argument(
+        "raw", nargs="?", type=Path, metavar="RAW", help="drives in KITTI's raw layout; default: synthetic"
+    )
     parser.add_argument("--instants", type=int, default=1500)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
@@ -120,8 +123,9 @@ def main() -> None:
     count = 2 * options.instants
     floors, preps = [], []
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        paths = link_drive(options.raw.resolve(), root, options.instants)
+        root = Path(folder) / "repeated"
+        raw = raw_tree(options.raw, Path(folder), lidar=True)
+        paths = link_drive(raw, root, options.instants)
         pool = ProcessPoolExecutor(
             options.workers, mp_context=get_context("spawn"), initializer=load, initargs=(paths,)
         )
@@ -142,9 +146,8 @@ def main() -> None:
     print(
         f"\n{count} images, {2 * (options.instants - 2)} samples of 4 images and depth, {size / 1e6:.0f} MB of shards,"
     )
-    cores = len(os.sched_getaffinity(0))
     print(
-        f"{options.workers} workers on {cores} cores, load {os.getloadavg()[0]:.1f}; {options.repeats} runs, medians\n"
+        f"{options.workers} workers, {options.repeats} runs, medians; {processor()}, {busy()}, {versions('pillow')}\n"
     )
     print("| | wall s | frames/s | CPU s | CPU ms/frame |\n|---|---|---|---|---|")
     for name, times in (("floor: decode + resize + encode", floors), ("md2 prep", preps)):

@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.machine import busy, processor, versions
 from md2.batch import Batch
 from md2.config import DataConfig
 from md2.pipeline import Loader
@@ -143,9 +142,8 @@ def in_fresh_process(*arguments: str) -> dict[str, Any]:
 def run(shards: list[int], per_shard: int, steps: int) -> str:
     """The report, in Markdown."""
     lines = [
-        f"{per_shard} samples of three {SIZE[0]}x{SIZE[1]} JPEGs a shard, batch {BATCH}, 2 threads, "
-        f"{len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, torch {version('torch')}, "
-        f"DALI {version('nvidia-dali-cuda120')}",
+        f"{per_shard} samples of three {SIZE[0]}x{SIZE[1]} JPEGs a shard, batch {BATCH}, 2 threads; {processor()}, "
+        f"{busy()}, {versions('torch', 'nvidia-dali-cuda120', 'nvidia-dali-cuda130')}",
         "",
         "| shards | samples | open, s | build, s | first batch, s | memory, MB | open files | samples/s |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,7 +1,7 @@
 """One training step, part by part, against a straightforward implementation of the same method.
 
-    python bench/step.py                                  mono+stereo, batch 4, 640x192, this machine's device
-    python bench/step.py --mode mono --batch 12 --variants channels_last,bf16,compile --append bench/RESULTS.md
+    md2 bench step                                  mono+stereo, batch 4, 640x192, this machine's device
+    md2 bench step --mode mono --batch 12 --variants channels_last,bf16,compile --append bench/RESULTS.md
 
 The baseline (reference.py) computes the unwarped sources' error at every scale, SSIM by five average pools per pair
 of images, and sends each pair of frames through the pose network by itself. First both are checked to give the
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import platform
 import re
 import shlex
 import statistics
@@ -35,6 +34,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bench import reference  # noqa: E402
+from bench.machine import busy, processor, versions  # noqa: E402
 from md2.batch import Offset  # noqa: E402
 from md2.config import DataConfig, LossConfig, ModelConfig  # noqa: E402
 from md2.loss import image_pyramid, reprojection_loss  # noqa: E402
@@ -256,13 +256,8 @@ def report(rounds: dict[str, list[dict[str, float]]], memory: dict[str, float], 
 
 def machine(device: torch.device, threads: int) -> str:
     """Hardware and versions, one line."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo")
-        found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-        hardware = f"{found.group(1) if found else platform.processor()}, {threads} threads"
-    return f"{hardware}; torch {torch.__version__}, Python {platform.python_version()}"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {threads} threads"
+    return f"{hardware}, {busy()}; {versions('torch', 'triton')}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -315,7 +310,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[Any], None] = pr
         [
             f"### Step: {options.mode}, batch {options.batch}, {options.width}x{options.height}",
             "",
-            f"`python bench/step.py {given}`".replace(" `", "`"),
+            f"`md2 bench step {given}`".replace(" `", "`"),
             f"on {machine(device, options.threads)}; medians of {options.repeats} rounds.",
             f"Same method: loss differs by {difference:.0e}, gradients by at most {worst:.0e} (float64).",
             "",

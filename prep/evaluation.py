@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import pooch
-
 from prep.drives import Kitti
 from prep.options import make_content, refuse_empty
 from prep.pack import Packed, Progress, pack, scratch_folder
@@ -87,6 +85,8 @@ def pack_for_evaluation(
     content = make_content(lists, size=f"{size[0]}x{size[1]}", frames="0", stereo=False, codec="png")
     plan = make_plan(lists, Kitti(RawData(list(raw)), content.depth), content, parts=[part])
     refuse_empty(plan, list(raw))
+    import pooch
+
     folder = (cache or Path(pooch.os_cache("md2")) / "evaluation") / _identity(raw, lists, plan)
     with start_workers(workers or len(os.sched_getaffinity(0))) as pool:
         return pack(plan, lists, str(folder), scratch_folder(str(folder)), pool, progress=progress)

@@ -27,8 +27,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import pooch
-
 from prep.assemble import SHARD_SPEC, Encoded, ShardJob, count_components, cut_shards, sample_jobs, write_shard
 from prep.chunks import read_chunk_index
 from prep.encode import ChunkJob, encode_chunk
@@ -89,6 +87,8 @@ def scratch_folder(out: str, within: Path | None = None) -> Path:
     if is_local(out):
         folder = Path(where)
         return folder.with_name(f".{folder.name}.prep")
+    import pooch
+
     return Path(pooch.os_cache("md2")) / "prep" / name
 
 

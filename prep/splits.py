@@ -20,8 +20,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-import pooch
-
 from shards.errors import InputError, UsageError
 
 Side = Literal["l", "r"]
@@ -191,6 +189,8 @@ def _split_name(path: Path) -> str:
 
 def _download(split: str, url: str) -> list[Path]:
     """Fetch a named split's files into the user's cache, each checked against its pinned sha256."""
+    import pooch
+
     folder = pooch.os_cache("md2") / "splits" / split
     paths = []
     for name, sha256 in NAMED[split].files.items():

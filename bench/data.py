@@ -1,0 +1,112 @@
+"""What the benchmarks read: a raw tree, packed by prep as `md2 prep` packs it by default.
+
+The raw tree is yours (KITTI's layout, both cameras) or a synthetic drive rendered at KITTI's size. Nothing here
+encodes an image: what is measured is what `md2 prep` writes, whatever its defaults become.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from prep.drives import Kitti
+from prep.options import make_content
+from prep.pack import pack
+from prep.plan import make_plan
+from prep.sources import RawData
+from prep.splits import read_split
+from prep.synthetic import write_drives
+from prep.workers import start_workers
+from shards.dataset import LocalDataset, open_dataset, write_dataset
+from shards.errors import InputError
+from shards.sample import Sample
+from shards.tar import read_samples
+
+FULL_SIZE = (1242, 375)
+SIZE = (640, 192)
+INSTANTS = 24
+"""Of a synthetic drive."""
+SAMPLES_PER_SHARD = 120
+
+
+def raw_tree(given: Path | None, folder: Path, *, size: tuple[int, int] = FULL_SIZE, lidar: bool = False) -> Path:
+    """The raw tree that was given, or one rendered below `folder`."""
+    if given is not None:
+        return given.resolve()
+    workers = len(os.sched_getaffinity(0))
+    return write_drives(
+        folder / "synthetic", drives=1, frames=INSTANTS, size=size, lidar=lidar, workers=min(workers, INSTANTS)
+    ).root
+
+
+def find_samples(raw: Path) -> list[list[Path]]:
+    """Paths of t, t-1, t+1 and the right camera's t, for every left frame that has them.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = []
+    for target in sorted(raw.glob("*/*_sync/image_02/data/*.png")):
+        number, other = int(target.stem), target.parents[2] / "image_03" / "data" / target.name
+        near = [target.with_name(f"{number + step:010d}.png") for step in (-1, 1)]
+        if all(path.exists() for path in (*near, other)):
+            found.append([target, *near, other])
+    if not found:
+        raise InputError(
+            f"{raw}: no PNG of both cameras with three frames in a row; expected there: "
+            "2011_09_26/2011_09_26_drive_0001_sync/image_02/data/0000000000.png and image_03"
+        )
+    return found
+
+
+def pack_samples(
+    found: list[list[Path]], raw: Path, folder: Path, samples: int, *, size: tuple[int, int] = SIZE
+) -> LocalDataset:
+    """The samples of `find_samples` packed by prep with its default options, and repeated until there are enough.
+
+    Without depth maps, which training does not read. Each repetition has keys of its own.
+    """
+    lists_file = folder / "train_files.txt"
+    lines = [f"{t.parents[3].name}/{t.parents[2].name} {int(t.stem)} l" for t, *_ in found]
+    lists_file.write_text("".join(f"{line}\n" for line in lines))
+    lists = read_split(str(lists_file))
+    content = make_content(lists, size=f"{size[0]}x{size[1]}", depth=False)
+    plan = make_plan(lists, Kitti(RawData([str(raw)]), content.depth), content)
+    with start_workers(1) as workers:
+        pack(plan, lists, str(folder / "once"), folder / "scratch", workers)
+    once = open_dataset(str(folder / "once"))
+    different = [sample for tar in once.tars("train") for sample in read_samples(tar)]
+
+    def repeated() -> Iterator[Sample]:
+        for number in range(samples):
+            sample = different[number % len(different)]
+            yield replace(sample, key=f"{sample.key}_{number // len(different):05d}")
+
+    about = once.manifest
+    write_dataset(
+        folder / "shards",
+        {"train": repeated()},
+        split=about.split,
+        frames=about.frames,
+        stereo=about.stereo,
+        depth=about.depth,
+        size=about.size,
+        codec=about.codec,
+        quality=about.quality,
+        seed=about.seed,
+        samples_per_shard=SAMPLES_PER_SHARD,
+    )
+    return open_dataset(str(folder / "shards"))
+
+
+def image_bytes(dataset: LocalDataset) -> float:
+    """Mean size of an encoded image, of the first shard."""
+    sizes = [
+        len(data)
+        for sample in read_samples(dataset.tars("train")[0])
+        for name, data in sample.components.items()
+        if name.endswith((".jpg", ".png")) and not name.startswith("depth")
+    ]
+    return sum(sizes) / len(sizes)
