@@ -6,6 +6,7 @@ images is in `md2.augment`: torch does it at a fraction of DALI's cost on a CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from md2.augment import FLIP_PROBABILITY, JITTER_PROBABILITY
 from md2.config import DataConfig
+from md2.reader_state import transplant
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError, UsageError
 from shards.manifest import Manifest
@@ -173,8 +175,9 @@ class Reader:
         self._failed: DatasetError | None = None
         seeds = Seeds.of(seed, rank)
         gpu = device.type == "cuda"
-        try:
-            self.pipeline = _graph(
+
+        def start(checkpoint: bytes | None) -> Any:
+            pipeline = _graph(
                 plan,
                 _reader_arguments(plan, seeds, rank, world),
                 seeds,
@@ -187,8 +190,12 @@ class Reader:
                 enable_checkpointing=True,
                 checkpoint=checkpoint,
             )
-            self.pipeline.build()
-        except RuntimeError as error:
+            pipeline.build()
+            return pipeline
+
+        try:
+            self.pipeline = start(None) if checkpoint is None else _go_on(start, checkpoint)
+        except (RuntimeError, ValueError) as error:
             if checkpoint is not None:
                 raise UsageError(f"the loader's state does not fit this set-up: {explain(error, None)}") from error
             raise DatasetError(f"{where} cannot be read: {explain(error, None)}") from error
@@ -249,6 +256,14 @@ class Reader:
             )
 
 
+def _go_on(start: Callable[[bytes | None], Any], checkpoint: bytes) -> Any:
+    """A pipeline that goes on at a checkpoint, also at one of the same reader with images on another device."""
+    try:
+        return start(checkpoint)
+    except RuntimeError:
+        return start(transplant(checkpoint, start(None).checkpoint()))
+
+
 def _tensor(output: Any) -> Tensor:
     """One of the pipeline's outputs, without a copy."""
     dense = output.as_tensor()
@@ -284,7 +299,7 @@ def _graph(plan: Plan, reader: dict[str, Any], seeds: Seeds, decode: Device, tar
     """Outputs as `Plan.outputs` names them: images uint8 (H, W, 3) on `target`, the rest on the host."""
     read = _read(plan, reader)
     encoded = [read[name] for name in plan.images]
-    flip = fn.random.coin_flip(probability=FLIP_PROBABILITY, seed=seeds.flip) if plan.flip else None
+    flip = fn.random.coin_flip(probability=FLIP_PROBABILITY, seed=seeds.flip, name="flip") if plan.flip else None
     outputs: list[Any] = _images(plan, encoded, decode, target)
     outputs += [fn.pad(fn.get_property(encoded[0], key="source_info")), read[INTRINSICS]]
     if plan.stereo:
@@ -294,8 +309,8 @@ def _graph(plan: Plan, reader: dict[str, Any], seeds: Seeds, decode: Device, tar
     if plan.flip:
         outputs.append(flip)
     if plan.jitter:
-        outputs.append(fn.random.coin_flip(probability=JITTER_PROBABILITY, seed=seeds.jitter))
-        outputs.append(fn.random.uniform(range=[-1.0, 1.0], shape=[4], seed=seeds.draws))
+        outputs.append(fn.random.coin_flip(probability=JITTER_PROBABILITY, seed=seeds.jitter, name="jitter"))
+        outputs.append(fn.random.uniform(range=[-1.0, 1.0], shape=[4], seed=seeds.draws, name="draws"))
     if plan.depth == "always":
         outputs += _depth(read[DEPTH], flip)
     elif plan.depth == "sometimes":

@@ -14,8 +14,11 @@ import torch
 from pipeline_data import config, loader, make_samples, pack
 
 import md2.pipeline
+import md2.reader
 from md2.batch import Batch
 from md2.pipeline import Loader
+from md2.reader import fn
+from md2.reader_state import transplant
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import UsageError
 
@@ -130,6 +133,55 @@ def test_a_state_from_reading_another_number_at_once_is_refused(
     monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", 8)
     with pytest.raises(UsageError, match="batches_ahead was 6, is 2"):
         make(dataset, state=state)
+
+
+@pytest.mark.parametrize("taken", [0, 3, 5, 9])
+def test_a_state_goes_on_where_images_go_through_other_operators(
+    dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    """As on another device. DALI itself refuses the state there, and the reader is built with it all the same."""
+    here = make(dataset)
+    take(here, taken)
+    state = here.state()
+    expected = take(here, 6)
+    images = md2.reader._images
+    monkeypatch.setattr(md2.reader, "_images", lambda *given: [fn.copy(image) for image in images(*given)])
+    refused: list[RuntimeError] = []
+    go_on = md2.reader._go_on
+
+    def watched(start: Any, checkpoint: bytes) -> Any:
+        with pytest.raises(RuntimeError) as raised:
+            start(checkpoint)
+        refused.append(raised.value)
+        return go_on(start, checkpoint)
+
+    monkeypatch.setattr(md2.reader, "_go_on", watched)
+    assert take(make(dataset, state=state), 6) == expected
+    assert len(refused) == 1
+
+
+def test_a_state_is_not_transplanted_where_part_of_it_would_be_lost(dataset: LocalDataset) -> None:
+    with_draws, without = make(dataset).state()["reader"], make(dataset, color_jitter=False).state()["reader"]
+    with pytest.raises(ValueError, match="takes the state of jitter, draws"):
+        transplant(with_draws, without)
+    for broken in (with_draws[:-3], with_draws[: len(with_draws) // 2], b"\x0b" + with_draws):
+        with pytest.raises(ValueError, match="checkpoint of DALI's"):
+            transplant(broken, with_draws)
+    assert transplant(with_draws, with_draws) == with_draws
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decode", ["cpu", "gpu"])
+def test_a_state_from_the_cpu_goes_on_on_the_gpu_and_back(dataset: LocalDataset, decode: str) -> None:
+    def keys(batches: Loader) -> list[list[str]]:
+        return [batch.keys for _, batch in zip(range(2), batches, strict=False)]
+
+    settings = config(stereo=True, flip=True, color_jitter=True, shuffle_buffer=8, device=decode)
+    here = make(dataset)
+    take(here, 1)
+    there = loader(dataset, settings, state=here.state(), device=torch.device("cuda"))
+    assert keys(there) == keys(here)
+    assert keys(make(dataset, state=there.state())) == keys(here)
 
 
 if __name__ == "__main__":
