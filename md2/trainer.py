@@ -348,7 +348,10 @@ class Trainer:
                 f"the run had {len(state['loaders'])} ranks, this job has {self.ranks.world}: "
                 "start as many, since each rank's place in the data is saved"
             )
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Whether it is fused goes with the device, not with the run.
+        ours = {"fused": self.optimizer.param_groups[0]["fused"]}
+        groups = [{**group, **ours} for group in state["optimizer"]["param_groups"]]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.epoch, self.step_in_epoch = checkpoint.step, checkpoint.epoch, state["step_in_epoch"]

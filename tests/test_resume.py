@@ -17,6 +17,10 @@ import pytest
 import torch
 
 from md2.checkpoint import load_checkpoint
+from md2.distributed import Ranks
+from md2.train import PlainReporter
+from md2.trainer import Trainer
+from shards.dataset import open_dataset
 
 SETTINGS = [
     "model.weights=scratch",
@@ -136,3 +140,21 @@ def test_another_dataset_is_refused_on_resume(whole: Path, dataset: Path, tmp_pa
     output = finish(process)
     assert process.returncode == 6, output
     assert "not the dataset" in output
+
+
+def test_how_the_optimiser_steps_is_the_devices_and_not_the_checkpoints(
+    whole: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Adam is fused on a GPU and not on a CPU; a checkpoint of the one is gone on with on the other."""
+    saved = load_checkpoint(whole / "checkpoints/last.pt")
+    for group in saved.training["optimizer"]["param_groups"]:
+        assert group["fused"] is False
+        group["fused"] = True
+    here = Ranks(0, 1, torch.device("cpu"))
+    config = saved.parsed_config()
+    trainer = Trainer(config, open_dataset(str(dataset)), tmp_path, here, PlainReporter(), resume=saved)
+    assert [group["fused"] for group in trainer.optimizer.param_groups] == [False]
+    moments = trainer.optimizer.state_dict()["state"]
+    assert moments and all(
+        torch.equal(moments[i]["exp_avg"], m["exp_avg"]) for i, m in saved.training["optimizer"]["state"].items()
+    )
