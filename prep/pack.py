@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +39,7 @@ from shards.errors import InputError, StorageError
 from shards.manifest import CARD, REPORT, DepthInfo, Manifest, Shard, Split
 from shards.storage import is_local, local_path
 from shards.store import MAX_MANIFEST_BYTES, Receipt, Store, open_store
+from shards.version import md2_version
 
 _LOCK = "lock"
 
@@ -223,7 +223,7 @@ def _assemble(
     total = sum(len(samples) for samples in packed.values())
     components, optional = describe_components(count_components(plan, packed), total)
     manifest = Manifest(
-        md2_version=version("md2"),
+        md2_version=md2_version(),
         split=Split(name=lists.name, sha256=lists.sha256),
         frames=list(content.frames),
         stereo=content.stereo,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import zlib
 from functools import cache
-from importlib.metadata import version
 
+import PIL
 from PIL import features
+
+from shards.version import md2_version
 
 
 @cache
 def versions() -> str:
     """`md2 0.1.0, pillow 12.0, zlib 1.3, …`."""
     codecs = {name: features.version(name) for name in ("libjpeg_turbo", "zlib", "zlib_ng")}
-    words = [f"md2 {version('md2')}", f"pillow {version('pillow')}", f"zlib {zlib.ZLIB_RUNTIME_VERSION}"]
+    words = [f"md2 {md2_version()}", f"pillow {PIL.__version__}", f"zlib {zlib.ZLIB_RUNTIME_VERSION}"]
     return ", ".join(words + [f"pillow's {name} {number}" for name, number in codecs.items() if number])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from shards.cache import Cache
@@ -24,6 +23,7 @@ from shards.sample import Codec, Sample
 from shards.storage import is_local, local_path, open_storage
 from shards.store import require_manifest
 from shards.tar import MAX_INDEX_BYTES, ShardWriter, parse_index
+from shards.version import md2_version
 
 SAMPLES_PER_SHARD = 1000
 SHARD_BYTES = 256 << 20
@@ -75,7 +75,7 @@ def write_dataset(
         counts += part_counts
     components, optional = describe_components(counts, sum(shard.samples for shard in shards))
     manifest = Manifest(
-        md2_version=version("md2"),
+        md2_version=md2_version(),
         split=split,
         frames=list(frames),
         stereo=stereo,
