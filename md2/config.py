@@ -128,7 +128,8 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """Autocast of the networks; loss and geometry stay float32. `auto`: what measured best."""
     channels_last: Literal["auto"] | bool = "auto"
-    compile: Literal["auto"] | bool = "auto"
+    compile: Literal["auto", "graphs"] | bool = "auto"
+    """torch.compile of the networks; `graphs`: replayed as CUDA graphs, for GPUs that wait for the host's launches."""
     on_nan: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is NaN or infinite: stop the run, or skip the step (and report it)."""
     max_steps: int | None = Field(None, gt=0)

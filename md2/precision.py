@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from md2.batch import Offset
 from md2.config import TrainConfig
+from shards.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Switches:
     device: torch.device
     dtype: torch.dtype | None
     channels_last: bool
-    compile: bool
+    compile: bool | Literal["graphs"]
 
     @property
     def scaled(self) -> bool:
@@ -34,9 +35,15 @@ class Switches:
 
     @classmethod
     def of(cls, train: TrainConfig, device: torch.device) -> Switches:
-        """Resolve `auto`: what measured best per device (bench/RESULTS.md)."""
+        """Resolve `auto`: what measured best per device (bench/RESULTS.md).
+
+        Raises:
+            UsageError: CUDA graphs on a CPU.
+        """
         gpu = device.type == "cuda"
         precision = train.precision if train.precision != "auto" else ("bf16" if gpu else "float32")
+        if train.compile == "graphs" and not gpu:
+            raise UsageError("train.compile graphs needs a GPU: use true or false")
         dtypes = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
         channels_last = True if train.channels_last == "auto" else train.channels_last
         compiled = False if train.compile == "auto" else train.compile
@@ -47,7 +54,9 @@ class Switches:
         return networks.to(memory_format=torch.channels_last) if self.channels_last else networks  # type: ignore[call-overload]
 
     def compiled(self, networks: nn.Module) -> Any:
-        return torch.compile(networks) if self.compile else networks
+        if not self.compile:
+            return networks
+        return torch.compile(networks, mode="reduce-overhead" if self.compile == "graphs" else None)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype) if self.dtype is not None else nullcontext()
