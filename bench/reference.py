@@ -2,7 +2,8 @@
 
 Everything is computed where an equation mentions it: the unwarped sources' error again at every scale, SSIM by
 five average pools for every pair of images, each temporal pair through the pose network by itself, each
-source warped by itself. Autograd keeps what it likes. `step.py` checks that loss and gradients equal md2's.
+source warped by itself. Autograd keeps what it likes. `step.py` checks that loss and gradients equal md2's, the tests
+that they do with every option.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from md2.batch import Offset
+from md2.config import LossConfig
 from md2.model import Networks
 from md2.prediction import Pose, Prediction
 
@@ -41,10 +43,10 @@ def ssim_error(x: Tensor, y: Tensor) -> Tensor:
     return torch.clamp((1 - numerator / denominator) / 2, 0, 1)
 
 
-def photometric(image: Tensor, target: Tensor) -> Tensor:
-    """0.85 SSIM error + 0.15 L1, (B, 1, H, W)."""
+def photometric(image: Tensor, target: Tensor, no_ssim: bool = False) -> Tensor:
+    """0.85 SSIM error + 0.15 L1, or L1 alone, (B, 1, H, W)."""
     difference = (target - image).abs().mean(1, keepdim=True)
-    return 0.85 * ssim_error(image, target).mean(1, keepdim=True) + 0.15 * difference
+    return difference if no_ssim else 0.85 * ssim_error(image, target).mean(1, keepdim=True) + 0.15 * difference
 
 
 def warp(source: Tensor, depth: Tensor, K: Tensor, T: Tensor) -> Tensor:
@@ -72,32 +74,46 @@ def smoothness(disparity: Tensor, image: Tensor) -> Tensor:
 
 def loss(
     prediction: Prediction,
-    images: Mapping[Offset, Tensor],
-    target_pyramid: Mapping[int, Tensor],
+    pyramids: Mapping[Offset, Mapping[int, Tensor]],
     K: Tensor,
     stereo: Tensor | None,
-    noise: Tensor | None,
+    noise: Tensor | Mapping[int, Tensor] | None,
+    config: LossConfig | None = None,
 ) -> Tensor:
-    """Total loss with the default options (minimum over sources, auto-mask, SSIM, full-resolution warping).
+    """Total loss; by default minimum over sources, auto-mask, SSIM, full-resolution warping.
 
-    `noise` (B, sources, H, W) standard normal is used at every scale; None draws it anew at each.
+    `pyramids`: offset -> level -> image. `noise` (B, sources, H, W) standard normal is used at every scale, or at the
+    scale that it is given for; None draws it anew at each.
     """
-    target = images[0]
+    config = config or LossConfig()
     sources = [*prediction.poses]
     if stereo is not None:
         sources.append("s")
-    total = target.new_zeros(())
+    total = K.new_zeros(())
     for scale, disparity in prediction.disparities.items():
+        level = scale if config.v1_multiscale else 0
+        target = pyramids[0][level]
+        shrunk = torch.cat([K[:, :2] / 2**level, K[:, 2:]], dim=1)
         full = F.interpolate(disparity, target.shape[2:], mode="bilinear", align_corners=False)
         depth = 1 / (1 / 100 + (1 / 0.1 - 1 / 100) * full)
-        warped_errors, unwarped_errors = [], []
+        warped, unwarped = [], []
         for source in sources:
-            T = stereo if source == "s" else prediction.poses[source].transform()
+            T = stereo if source == "s" else prediction.poses[source].transform(depth)
             assert T is not None
-            warped_errors.append(photometric(warp(images[source], depth, K, T), target))
-            unwarped_errors.append(photometric(images[source], target))
-        unwarped = torch.cat(unwarped_errors, dim=1)
-        unwarped = unwarped + 1e-5 * (torch.randn_like(unwarped) if noise is None else noise)
-        error, _ = torch.cat([unwarped, *warped_errors], dim=1).min(dim=1)
-        total = total + error.mean() + 1e-3 / 2**scale * smoothness(disparity, target_pyramid[scale])
+            image = pyramids[source][level]
+            warped.append(photometric(warp(image, depth, shrunk, T), target, config.no_ssim))
+            unwarped.append(photometric(image, target, config.no_ssim))
+        errors, entropy = torch.cat(warped, dim=1), K.new_zeros(())
+        if config.predictive_mask:
+            mask = F.interpolate(prediction.masks[scale], target.shape[2:], mode="bilinear", align_corners=False)
+            errors, entropy = errors * mask, -mask.log().mean()
+        identity = torch.cat(unwarped, dim=1)
+        if config.avg_reprojection:
+            errors, identity = errors.mean(1, keepdim=True), identity.mean(1, keepdim=True)
+        if not config.disable_automasking:
+            given = noise[scale] if isinstance(noise, Mapping) else noise
+            identity = identity + 1e-5 * (torch.randn_like(identity) if given is None else given)
+            errors = torch.cat([identity, errors], dim=1)
+        smooth = config.disparity_smoothness / 2**scale * smoothness(disparity, pyramids[0][scale])
+        total = total + errors.min(dim=1)[0].mean() + 0.2 * entropy + smooth
     return total / len(prediction.disparities)

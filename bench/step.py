@@ -92,8 +92,8 @@ def md2_loss(prediction: Prediction, inputs: Inputs) -> Tensor:
 
 def reference_loss(prediction: Prediction, inputs: Inputs) -> Tensor:
     """The loss of the baseline."""
-    pyramid = image_pyramid({0: inputs.images[0]}, prediction.disparities)[0]
-    return reference.loss(prediction, inputs.images, pyramid, inputs.K, inputs.stereo, inputs.noise)
+    pyramids = image_pyramid(inputs.images, prediction.disparities)
+    return reference.loss(prediction, pyramids, inputs.K, inputs.stereo, inputs.noise)
 
 
 def leaves(prediction: Prediction) -> list[Tensor]:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import reference
 from md2 import ssim
 from md2.batch import Offset
 from md2.config import DataConfig, LossConfig, ModelConfig
@@ -34,6 +36,65 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_loss_and_every_gradient_equal_the_baselines(step: Any, mode: str) -> None:
     difference, worst = step.check(mode)
     assert difference < 1e-9 and worst < 1e-9
+
+
+OPTIONS = [
+    {},
+    {"v1_multiscale": True},
+    {"avg_reprojection": True},
+    {"disable_automasking": True},
+    {"disable_automasking": True, "predictive_mask": True},
+    {"no_ssim": True},
+    {"disparity_smoothness": 0.5},
+    {"v1_multiscale": True, "avg_reprojection": True, "no_ssim": True},
+    {"v1_multiscale": True, "avg_reprojection": True, "disable_automasking": True, "predictive_mask": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "default")
+@pytest.mark.parametrize("sources", [[-1, 1], ["s"], [-1, 1, "s"], [-2, -1, 1, "s"]], ids=str)
+def test_loss_and_gradients_equal_the_baselines_with_every_option(sources: list[Offset], options: Any) -> None:
+    """By every output of the networks, float64, with places beyond the border and poses of both kinds."""
+    config, generator = LossConfig(**options), torch.Generator().manual_seed(4)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    images = {o: F.interpolate(rand(BATCH, 3, 6, 8), (32, 48), mode="bicubic").clamp(0, 1) for o in [0, *sources]}
+    pyramids = image_pyramid(images, range(SCALES), config.v1_multiscale)
+    sizes = {scale: (32 >> scale, 48 >> scale) for scale in range(SCALES)}
+    leaves = {f"disparity {s}": 0.02 + 0.2 * rand(BATCH, 1, *size) for s, size in sizes.items()}
+    leaves |= {f"mask {s}": 0.1 + 0.8 * rand(BATCH, len(sources), *size) for s, size in sizes.items()}
+    posed = [source for source in sources if source != "s"]
+    leaves |= {f"{part} {o}": 0.1 * rand(BATCH, 3) - 0.05 for o in posed for part in ("angle", "move")}
+    level = {scale: scale if config.v1_multiscale else 0 for scale in range(SCALES)}
+    drawn = 1 if config.avg_reprojection else len(sources)
+    noise = {scale: 2 * rand(BATCH, drawn, *sizes[level[scale]]) - 1 for scale in range(SCALES)}
+    K = torch.tensor([[28.0, 0, 24], [0, 30, 16], [0, 0, 1]], dtype=torch.float64).expand(BATCH, 3, 3)
+    stereo = torch.eye(4, dtype=torch.float64).repeat(BATCH, 1, 1)
+    stereo[:, 0, 3] = 0.1
+    partner = stereo if "s" in sources else None
+    results = []
+    for ours in (True, False):
+        own = {name: value.clone().requires_grad_() for name, value in leaves.items()}
+        prediction = Prediction(
+            {s: own[f"disparity {s}"] for s in sizes},
+            {o: Pose(own[f"angle {o}"], own[f"move {o}"], o < 0, relative=o == -2) for o in posed},
+            {s: own[f"mask {s}"] for s in sizes} if config.predictive_mask else {},
+        )
+        if ours:
+            total = reprojection_loss(prediction, pyramids, K, partner, config, noise=noise).total
+        else:
+            total = reference.loss(prediction, pyramids, K, partner, noise, config)
+        total.backward()
+        results.append((total.item(), {name: leaf.grad for name, leaf in own.items() if leaf.grad is not None}))
+    (total, grads), (expected, expected_grads) = results
+    assert total == pytest.approx(expected, rel=1e-9)
+    assert grads.keys() == expected_grads.keys()
+    assert len(grads) == SCALES * (2 if config.predictive_mask else 1) + 2 * len(posed)
+    for name, grad in grads.items():
+        assert (grad - expected_grads[name]).norm() <= 1e-7 * expected_grads[name].norm(), name
+        assert expected_grads[name].norm() > 0
 
 
 def test_the_check_notices_another_method(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
