@@ -31,13 +31,20 @@ INSTANTS = 24
 SAMPLES_PER_SHARD = 120
 
 
-def raw_tree(given: Path | None, folder: Path, *, size: tuple[int, int] = FULL_SIZE, lidar: bool = False) -> Path:
+def raw_tree(
+    given: Path | None,
+    folder: Path,
+    *,
+    size: tuple[int, int] = FULL_SIZE,
+    frames: int = INSTANTS,
+    lidar: bool = False,
+) -> Path:
     """The raw tree that was given, or one rendered below `folder`."""
     if given is not None:
         return given.resolve()
     workers = len(os.sched_getaffinity(0))
     return write_drives(
-        folder / "synthetic", drives=1, frames=INSTANTS, size=size, lidar=lidar, workers=min(workers, INSTANTS)
+        folder / "synthetic", drives=1, frames=frames, size=size, lidar=lidar, workers=min(workers, frames // 4)
     ).root
 
 

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def main() -> None:
             for repeat in range(options.repeats):
                 floors.append(timed(floor))
                 out = root / f"out{repeat}"
-                preps.append(timed(lambda out=out: run_prep(root, out, options.workers)))
+                preps.append(timed(partial(run_prep, root, out, options.workers)))
                 floor_wall, prep_wall = floors[-1][0], preps[-1][0]
                 print(f"run {repeat + 1}: floor {floor_wall:.2f} s, prep {prep_wall:.2f} s", flush=True)
         size = sum(path.stat().st_size for path in root.glob("out0/train/*"))

@@ -17,12 +17,16 @@ class What(StrEnum):
     prep = "prep"
     storage = "storage"
     scale = "scale"
+    gpu = "gpu"
 
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 def bench(context: typer.Context, what: What) -> None:
-    """Measure the loader, a training step, prep, storage or cost at scale; `md2 bench WHAT --help` has the options."""
+    """Measure the loader, a training step, prep, storage, cost at scale, or all on a GPU.
+
+    `md2 bench WHAT --help` has the options.
+    """
     sys.argv = [f"md2 bench {what}", *context.args]
-    import_module(f"bench.{what}").main()
+    raise typer.Exit(import_module(f"bench.{what}").main() or 0)
