@@ -12,8 +12,8 @@ traceback goes to OUT/SECTION.txt, the others go on, and the exit code is 1. Dat
     decode     images decoded on the GPU beside the CPU's; order, flips and cameras must be equal
     resume     a loader's state, and a run's checkpoint, made on the CPU and gone on with on the GPU
     loader     batches alone: triplets/s by batch size, decoded on the GPU and on the CPU
-    step       training steps on a batch that is there already: float32, bf16, compiled; peak memory
     training   `md2 train` end to end, the share of it beyond the step alone, and what the paper's 20 epochs would take
+    step       training steps on a batch that is there already: float32, bf16, compiled; peak memory
     baseline   forward, loss, backward, optimiser against bench/reference.py
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,7 +130,15 @@ class Setup:
         """MiB that torch had allocated at its peak since `reset_memory`; None on a CPU."""
         return torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
 
+    def device_memory(self) -> float | None:
+        """MiB of the device in use now, by all: torch, DALI, other processes; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        return (total - free) / 2**20
+
     def reset_memory(self) -> None:
+        gc.collect()  # pipelines of what was measured before
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -289,6 +289,8 @@ def steps(setup: Setup, record: Record) -> None:
     for batch in setup.batches:
         first: float | None = None
         for variant in setup.variants:
+            if "+" in variant and batch != setup.batches[0]:
+                continue  # compiling takes a minute each time, and is for small batches, which wait for launches
             try:
                 rate, loss, memory = step_alone(setup, batch, variant)
             except Exception as error:
@@ -318,7 +320,7 @@ def training(setup: Setup, record: Record) -> None:
         setup.reset_memory()
         Trainer(config, setup.dataset, run, Ranks(0, 1, setup.device), clock).fit()
         rate = (most - setup.warm) * batch / clock.seconds
-        memory = setup.peak_memory()
+        memory, device_memory = setup.peak_memory(), setup.device_memory()
         lines = [line for line in read_metrics(run) if line["kind"] == "train" and line["step"] > setup.warm]
         waited = sum(line["data_wait"] for line in lines) / len(lines)
         alone, _, _ = step_alone(setup, batch, "bf16" if setup.device.type == "cuda" else "float32")
@@ -332,6 +334,7 @@ def training(setup: Setup, record: Record) -> None:
                 "share beyond the step, %": 100 * beyond,
                 "host in the loader, %": 100 * waited,
                 "peak, MiB": memory,
+                "in use with DALI, MiB": device_memory,
                 "20 epochs of eigen_zhou, min": minutes,
             }
         )
@@ -398,8 +401,8 @@ SECTIONS = {
     "decode": decode,
     "resume": resume,
     "loader": loader,
-    "step": steps,
     "training": training,
+    "step": steps,
     "baseline": baseline,
 }
 """In the order in which they run."""

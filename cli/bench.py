@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from importlib import import_module
+from typing import Annotated
 
 import typer
 
+from cli.console import console
+from shards.errors import UsageError
 
-class What(StrEnum):
-    """Modules of bench/."""
-
-    loader = "loader"
-    step = "step"
-    prep = "prep"
-    storage = "storage"
-    scale = "scale"
-    gpu = "gpu"
-
-
+WHAT = {
+    "loader": "the loader against a plain DataLoader, webdataset, and bare decoding",
+    "step": "a training step, part by part, against a straightforward one",
+    "prep": "md2 prep against decoding, resizing and encoding alone",
+    "scale": "what the loader costs with 10 to 10,000 shards, and over 10,000 steps",
+    "storage": "reading from object storage, with latency and faults (from a checkout)",
+    "gpu": "all that is to be checked and measured on a GPU machine, into a folder",
+}
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-def bench(context: typer.Context, what: What) -> None:
-    """Measure the loader, a training step, prep, storage, cost at scale, or all on a GPU.
-
-    `md2 bench WHAT --help` has the options.
-    """
+def bench(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="WHAT", show_default=False, help="One of the following.")] = "--help",
+) -> None:
+    """Measure md2 on this machine; `md2 bench WHAT --help` has the options."""
+    if what in ("--help", "-h"):
+        console.print(context.get_help(), markup=False, highlight=False)
+        for name, about in WHAT.items():
+            console.print(f"  {name:9}{about}", highlight=False, soft_wrap=True)
+        raise typer.Exit
+    if what not in WHAT:
+        raise UsageError(f"md2 bench {what}: one of {', '.join(WHAT)}")
     sys.argv = [f"md2 bench {what}", *context.args]
-    raise typer.Exit(import_module(f"bench.{what}").main() or 0)
+    try:
+        module = import_module(f"bench.{what}")
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"md2 bench {what} needs {error.name}, which is not here: pip install 'md2[dev]', or run it from a checkout"
+        ) from error
+    raise typer.Exit(module.main() or 0)
