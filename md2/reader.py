@@ -6,6 +6,7 @@ images is in `md2.augment`: torch does it at a fraction of DALI's cost on a CPU.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
@@ -35,6 +36,8 @@ fn, types = dali.fn, dali.types
 
 READER = "shards"
 HEADER_BYTES = 4096
+MAX_IMAGE_PIXELS = 1 << 26
+"""A larger image is refused before it is decoded: 67 million pixels, 201 MB."""
 Device = Literal["cpu", "gpu"]
 
 
@@ -298,7 +301,7 @@ def _reader_arguments(plan: Plan, seeds: Seeds, rank: int, world: int) -> dict[s
 def _graph(plan: Plan, reader: dict[str, Any], seeds: Seeds, decode: Device, target: Device) -> tuple[Any, ...]:
     """Outputs as `Plan.outputs` names them: images uint8 (H, W, 3) on `target`, the rest on the host."""
     read = _read(plan, reader)
-    encoded = [read[name] for name in plan.images]
+    encoded = [_bounded(read[name]) for name in plan.images]
     flip = fn.random.coin_flip(probability=FLIP_PROBABILITY, seed=seeds.flip, name="flip") if plan.flip else None
     outputs: list[Any] = _images(plan, encoded, decode, target)
     outputs += [fn.pad(fn.get_property(encoded[0], key="source_info")), read[INTRINSICS]]
@@ -337,6 +340,19 @@ def _read(plan: Plan, reader: dict[str, Any]) -> dict[str, Any]:
     return {name: read[place] for place, name in enumerate(names)}
 
 
+def _bounded(encoded: Any) -> Any:
+    """The image's bytes, or none of them where its header asks for more memory than any camera's image takes.
+
+    A few kB can claim 65,535 x 65,535 pixels, and decoders believe them. Without bytes they refuse.
+    """
+    shape = fn.peek_image_shape(encoded)
+    if shape[0] * shape[1] <= MAX_IMAGE_PIXELS:
+        image = encoded
+    else:
+        image = types.Constant(np.zeros(0, dtype=np.uint8), device="cpu")
+    return image
+
+
 def _images(plan: Plan, encoded: list[Any], decode: Device, target: Device) -> list[Any]:
     """Decode; resize only where the size differs."""
     images = fn.decoders.image(
@@ -357,7 +373,7 @@ def _images(plan: Plan, encoded: list[Any], decode: Device, target: Device) -> l
 
 def _depth(encoded: Any, flip: Any) -> list[Any]:
     """(h, w, 1) float in units of the file, and its shape."""
-    depth = fn.decoders.image(encoded, device="cpu", output_type=types.ANY_DATA, dtype=types.UINT16)
+    depth = fn.decoders.image(_bounded(encoded), device="cpu", output_type=types.ANY_DATA, dtype=types.UINT16)
     depth = fn.cast(depth, dtype=types.FLOAT)
     if flip is not None:
         depth = fn.flip(depth, horizontal=flip)
@@ -387,15 +403,28 @@ def explain(error: BaseException, plan: Plan | None) -> str:
 
 def find_broken(plan: Plan) -> str | None:
     """The first image whose header cannot be parsed: tar, file name and reason. Reads only the heads of the images."""
+    decoded = {*plan.images, *([DEPTH] if plan.depth else [])}
     for tar, index in zip(plan.tars, plan.indexes, strict=True):
         with Path(tar).open("rb") as file:
             for entries in parse_index(Path(index).read_bytes(), index):
                 for entry in entries:
-                    if entry.component not in plan.images:
+                    if entry.component not in decoded:
                         continue
                     file.seek(entry.offset)
-                    try:
-                        Image.open(BytesIO(file.read(min(entry.size, HEADER_BYTES)))).close()
-                    except (OSError, SyntaxError):
-                        return f"{tar}: {entry.name} is not a readable image"
+                    if problem := _header_problem(file.read(min(entry.size, HEADER_BYTES))):
+                        return f"{tar}: {entry.name} {problem}"
     return None
+
+
+def _header_problem(head: bytes) -> str | None:
+    """What is wrong with an image that begins like this, as far as its first bytes tell."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(BytesIO(head)) as image:
+                pixels = image.width * image.height
+    except (OSError, SyntaxError):
+        return "is not a readable image"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        pixels = MAX_IMAGE_PIXELS + 1
+    return f"claims more than {MAX_IMAGE_PIXELS // 10**6} million pixels" if pixels > MAX_IMAGE_PIXELS else None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import resource
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from pipeline_data import Array, encode, loader, make_samples, pack, smooth
+from pipeline_data import Array, config, encode, loader, make_samples, pack, smooth
 
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError
@@ -18,13 +22,13 @@ from shards.sample import Sample
 BROKEN = "drive_009"
 
 
-def with_component(name: str, change: Callable[[bytes], bytes]) -> list[Sample]:
+def with_component(name: str, change: Callable[[bytes], bytes], **options: Any) -> list[Sample]:
     """23 samples of which one, in the second of five shards, has a changed component."""
     return [
         Sample(sample.key, {**sample.components, name: change(sample.components[name])})
         if sample.key == BROKEN
         else sample
-        for sample in make_samples(23)
+        for sample in make_samples(23, **options)
     ]
 
 
@@ -62,6 +66,39 @@ def test_all_images_of_a_batch_having_another_size_is_no_way_round_that(tmp_path
     dataset = pack(tmp_path / "data", make_samples(4, size=lambda number: (48, 64)))
     with pytest.raises(DatasetError, match=r"image 0 has the shape \(64, 48, 3\)"):
         list(loader(dataset))
+
+
+def claiming(height: int, width: int) -> Callable[[bytes], bytes]:
+    """A JPEG whose frame header (marker FF C0: length, precision, height, width) claims another size."""
+
+    def change(data: bytes) -> bytes:
+        place = data.index(b"\xff\xc0") + 5
+        return data[:place] + struct.pack(">HH", height, width) + data[place + 4 :]
+
+    return change
+
+
+@pytest.mark.parametrize("size", [(8200, 8200), (65500, 65500)], ids=["200 MB", "13 GB"])
+@pytest.mark.parametrize("width", [96, 192], ids=["as stored", "resized"])
+def test_an_image_that_claims_more_memory_than_any_camera_needs_is_refused_undecoded(
+    tmp_path: Path, size: tuple[int, int], width: int
+) -> None:
+    dataset = pack(tmp_path / "data", with_component("m1.jpg", claiming(*size)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DatasetError, match=rf"000001\.tar: {BROKEN}\.m1\.jpg claims more than 67 million pixels"):
+        list(loader(dataset, config(width=width)))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000, "kB: nothing of that size was made"
+
+
+def test_a_depth_map_that_claims_more_memory_is_refused_undecoded(tmp_path: Path) -> None:
+    def claim(data: bytes) -> bytes:
+        header = data[12:16] + struct.pack(">II", 60000, 60000) + data[24:29]  # a PNG's first chunk, before its CRC
+        return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+    samples = with_component("depth.png", claim, depth=lambda number: np.full((64, 96), 2560, np.uint16))
+    dataset = pack(tmp_path / "data", samples)
+    with pytest.raises(DatasetError, match=rf"{BROKEN}\.depth\.png claims more than 67 million pixels"):
+        list(loader(dataset, depth=True, train=False))
 
 
 def test_intrinsics_cut_short_are_named(tmp_path: Path) -> None:
