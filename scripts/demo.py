@@ -64,7 +64,7 @@ def table(raw: Path, trained: Predictor) -> bool:
         "trained network (median-scaled)": score(raw, lambda image: trained.predict(image).depth, "median"),
         "trained network (its own metres)": score(raw, lambda image: trained.predict(image).depth, "metres"),
     }
-    print(f"\n{'against the exact depth of the test drive':36} abs_rel    rmse      a1")
+    print(f"\n{'against exact depth, test drive':36} abs_rel    rmse      a1")
     for name, (abs_rel, rmse, a1) in rows.items():
         print(f"{name:36} {abs_rel:7.3f} {rmse:7.2f} {a1:7.3f}")
     constant, untrained, median, metres = (row[0] for row in rows.values())
