@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_data import SMALL
 
 from md2.checkpoint import load_checkpoint
 from md2.distributed import Ranks
@@ -22,18 +23,7 @@ from md2.train import PlainReporter
 from md2.trainer import Trainer
 from shards.dataset import open_dataset
 
-SETTINGS = [
-    "model.weights=scratch",
-    "data.width=96",
-    "data.height=64",
-    "data.threads=2",
-    "train.device=cpu",
-    "train.batch_size=2",
-    "train.epochs=3",
-    "train.log_every=1",
-    "train.image_every=1000",
-    "train.checkpoint_every=2",
-]
+SETTINGS = [*SMALL, "train.epochs=3", "train.image_every=1000", "train.checkpoint_every=2"]
 LIMIT = 240
 
 

@@ -7,6 +7,7 @@ face the sensor. Nothing is divided, nothing is approximated.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -93,7 +94,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class RayGrid:
+class RayGrid(ABC):
     """Rays origin + t · (rows[i] + cols[j]) in world coordinates.
 
     Attributes:
@@ -109,9 +110,9 @@ class RayGrid:
         """Scalar product of the directions in an area with a vector: (h,w)."""
         return np.asarray(_dot(self.rows[area[0]], vector)[:, None] + _dot(self.cols[area[1]], vector)[None, :])
 
+    @abstractmethod
     def windows(self, solids: list[Solid]) -> Iterator[Window]:
         """Windows of all solids, nearest first; a solid may have none or more than one."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
