@@ -202,14 +202,17 @@ def _download(split: str, url: str) -> list[Path]:
             raise InputError(f"{source}: not the published list (sha256 differs from {sha256})") from error
         except OSError as error:
             raise InputError(
-                f"{source}: cannot be downloaded ({_first_line(error)}); put the lists into DIR/{split}/ and give "
+                f"{source}: cannot be downloaded ({_cause(error)}); put the lists into DIR/{split}/ and give "
                 f"--splits DIR, or set {SPLITS_URL_ENV} to a mirror"
             ) from error
     return paths
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _cause(error: Exception) -> str:
+    """Why a download failed: without the connection pool and the retries that urllib3 wraps its reasons in."""
+    reason = getattr(error.args[0], "reason", None) if error.args else None
+    text = str(error) if reason is None else str(reason).rpartition(": ")[2]
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 def part_of(path: Path) -> str:

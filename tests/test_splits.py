@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -149,6 +150,13 @@ def test_a_named_split_is_downloaded_once_and_checked(server: tuple[str, Path], 
     (folder / "eigen" / "test_files.txt").unlink()
     assert len(read_split("eigen", url=url).parts["test"]) == 697  # from the cache
     assert any(cache.rglob("test_files.txt"))
+
+
+def test_a_server_that_is_not_there_is_named_with_the_reason_alone(cache: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        read_split("eigen", url="http://127.0.0.1:9/lists")
+    reason = r"http://127\.0\.0\.1:9/lists/eigen/test_files\.txt: cannot be downloaded \([^()]*refused\); put the lists"
+    assert re.match(reason, str(caught.value))
 
 
 def test_a_download_with_another_hash_is_refused_and_not_kept(server: tuple[str, Path], cache: Path) -> None:
