@@ -8,7 +8,7 @@ Every step leaves whole files or none, under names that say what decided their c
 SIGKILL goes on: chunks and shards that are there are not made again, and the dataset's bytes are those of an
 uninterrupted run, whatever the number of workers or the engine that runs them.
 
-Bounds: memory about 60 MB a worker besides the interpreter (a few raw instants, one decoded frame) and about 1 kB
+Bounds: memory about 75 MB a worker besides the interpreter (a few raw instants, one decoded frame) and about 1 kB
 a sample in the main process; scratch holds each needed frame once, encoded, and one shard for each worker. It is
 emptied when the dataset is committed.
 """
