@@ -74,6 +74,7 @@ def main() -> None:
     except Md2Error as error:
         fail(error)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is unwound: pressed again, it would only break Python's exit
         errors.print("md2: interrupted")
         sys.exit(130)
 

@@ -12,11 +12,13 @@ import os
 import platform
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_handles
+from types import FrameType
 from typing import Any, TypeVar
 
 from shards.errors import Md2Error, UsageError
@@ -27,6 +29,8 @@ SCHEDULER_TIMEOUT = 10
 """Seconds to wait for a dask scheduler's answer."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 32 << 20
+PATIENCE = 3.0
+"""Seconds after which a further Ctrl-C no longer waits for the jobs under way."""
 _AHEAD = 2
 """Jobs under way or waiting for each worker: none ever waits for the main process, and few are in memory."""
 
@@ -72,21 +76,63 @@ def start_workers(count: int = 1, scheduler: str | None = None) -> Iterator[Work
     else:
         # Not fork: the threads of fsspec's event loop would not come along, their locks would.
         context = multiprocessing.get_context("spawn")
-        others = set(multiprocessing.active_children())
-        try:
-            with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker) as pool:
+        with _interrupts() as ending, _Pool(count, mp_context=context, initializer=_begin_worker) as pool:
+            try:
                 yield Workers(pool, count)
-        except KeyboardInterrupt:
-            # Interrupted once, the pool has ended by itself, its jobs finished. Interrupted again while it did, it
-            # never would: what it tells its processes no longer arrives.
-            for process in set(multiprocessing.active_children()) - others:
-                process.kill()
-            raise
+            finally:
+                ending.set()
+                pool.shutdown(cancel_futures=True)
+
+
+class _Pool(ProcessPoolExecutor):
+    """Processes that Ctrl-C never reaches, not even before their first line of Python."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a new process inherits
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Until the event is set, Ctrl-C raises KeyboardInterrupt as ever; from then on it waits for the end.
+
+    An interrupted pool ends by itself once the jobs under way are finished, in a second or two. An exception in the
+    middle of that, or a process killed, leaves its thread half ended, to stall or to trip Python at exit. If it takes
+    longer, a further Ctrl-C ends this process where it stands, and the workers with it.
+    """
+    ending = threading.Event()
+    pressed: float | None = None
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed is None:
+            pressed = time.monotonic()
+            if not ending.is_set():
+                ending.set()
+                raise KeyboardInterrupt
+        elif time.monotonic() - pressed > PATIENCE:
+            os._exit(128 + number)
+
+    # Only the main thread is interrupted, and only where nobody has asked for something else.
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield ending
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield ending
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed is not None:
+        raise KeyboardInterrupt
 
 
 def _begin_worker() -> None:
-    """Leave Ctrl-C to the main process, and end when it ends, even by SIGKILL."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End when the main process ends, even by SIGKILL."""
     _keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -144,7 +190,7 @@ def run(workers: Workers, work: Callable[[Job], Result], jobs: Iterable[Job]) ->
             yield from (future.result() for future in done)
     except BrokenExecutor as error:
         raise Md2Error(
-            "a worker process died (out of memory?); try fewer --workers; run the same command again: it goes on"
+            "a worker process died (out of memory?); try fewer --workers; run the same command again"
         ) from error
     finally:
         for future in pending:

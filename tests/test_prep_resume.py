@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,7 @@ def test_sigkill_at_any_moment(long: tuple[Path, Path], expected: dict[str, byte
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-@pytest.mark.parametrize("presses", [1, 2])
+@pytest.mark.parametrize("presses", [1, 2, 5])
 def test_ctrl_c_ends_all_processes(long: tuple[Path, Path], tmp_path: Path, presses: int) -> None:
     raw, split = long
     scratch = scratch_folder(str(tmp_path / "out"), tmp_path)
@@ -132,17 +133,38 @@ def test_ctrl_c_ends_all_processes(long: tuple[Path, Path], tmp_path: Path, pres
     workers = children(process.pid)
     assert workers
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does for Ctrl-C
-    if presses == 2:  # while the workers finish what they are at
+    for _ in range(presses - 1):  # while the workers finish what they are at
         time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)
+        with suppress(ProcessLookupError):  # ended already
+            os.killpg(process.pid, signal.SIGINT)
     try:
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 130, errors.decode()
     assert b"Traceback" not in errors
     assert wait_until(lambda: not any(map(alive, workers)))
-    assert presses == 2 or not list(scratch.glob("**/.*.tmp"))
+    assert presses > 1 or not list(scratch.glob("**/.*.tmp"))
+
+
+def test_ctrl_c_again_ends_a_job_that_does_not(tmp_path: Path) -> None:
+    script = "import sys, time, prep.workers as w; w.PATIENCE = 0.5\n"
+    script += "with w.start_workers(2) as workers: list(w.run(workers, time.sleep, [3600, 3600]))"
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        assert wait_until(lambda: len(children(process.pid)) >= 3, process)  # two workers and Python's tracker
+        workers = children(process.pid)
+        for wait in (0.2, 0.2, 0.6):
+            assert process.poll() is None
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(wait)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert b"Traceback" not in errors  # the tracker may say that it cleans up
+    assert wait_until(lambda: not any(map(alive, workers)))
 
 
 def test_four_workers_give_the_same_bytes(long: tuple[Path, Path], expected: dict[str, bytes], tmp_path: Path) -> None:

@@ -12,12 +12,9 @@ OUT/splits/sample/train_files.txt, val_files.txt, test_files.txt
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +28,7 @@ from prep.synthetic.oxts import FORMAT, oxts_line
 from prep.synthetic.render import Renderer
 from prep.synthetic.rig import COLOUR_CAMERAS, DATE, FRAME_SECONDS, Rig, inverse
 from prep.synthetic.street import build_street
+from prep.workers import run, start_workers
 from shards.errors import InputError, UsageError
 
 SPLIT = "sample"
@@ -169,28 +167,10 @@ def _appearing(out: Path) -> Iterator[Path]:
 def _render(date: Path, jobs: list[_Drive], workers: int, progress: Callable[[int, int], None] | None) -> None:
     total = sum(drive.frames for drive in jobs)
     work = [(date / drive.name, drive, frame) for drive in jobs for frame in range(drive.frames)]
-    if workers == 1:
-        for done, item in enumerate(work, 1):
-            _write_frame(*item)
+    with start_workers(workers) as pool:
+        for done, _ in enumerate(run(pool, _write_frame, work), 1):
             if progress:
                 progress(done, total)
-        return
-    # Spawned, not forked: the caller may have threads (torch, DALI) that a fork would freeze. Ctrl-C is the
-    # caller's to handle: it cancels what waits, and the frames in work end.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_ignore_interrupts) as pool:
-        futures = [pool.submit(_write_frame, *item) for item in work]
-        try:
-            for done, future in enumerate(as_completed(futures), 1):
-                future.result()
-                if progress:
-                    progress(done, total)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @lru_cache(maxsize=2)
@@ -198,7 +178,8 @@ def _renderer(drive: _Drive) -> Renderer:
     return Renderer(build_street(drive.seed, drive.number, drive.frames), Rig(drive.size))
 
 
-def _write_frame(folder: Path, drive: _Drive, frame: int) -> None:
+def _write_frame(job: tuple[Path, _Drive, int]) -> None:
+    folder, drive, frame = job
     renderer = _renderer(drive)
     for camera in COLOUR_CAMERAS:
         image, depth = renderer.image(frame, camera)
