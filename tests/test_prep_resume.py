@@ -159,7 +159,7 @@ def test_ctrl_c_again_ends_a_job_that_does_not(tmp_path: Path) -> None:
             os.killpg(process.pid, signal.SIGINT)
             time.sleep(wait)
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130
