@@ -34,6 +34,8 @@ _MAX_HEADER_BYTES = 1 << 20
 _BLOCK = tarfile.BLOCKSIZE
 _NAME_BYTES = 100
 _COMPONENT = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_MEMBER = re.compile(rf"(?:\./)?([A-Za-z0-9_-]+)\.({_COMPONENT.pattern})")
+"""Key and component; some tools put `./` in front."""
 _INDEX_VERSION = "v1.2"
 _NUMBERS = range(1 << 50)
 _BROKEN = (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError)
@@ -234,7 +236,8 @@ def parse_index(data: bytes, where: str) -> list[list[IndexEntry]]:
     """The entries of an index, one list a sample; `where` goes into the message.
 
     Raises:
-        DatasetError: not an index v1.2, or its lines do not fit the count in its first line.
+        DatasetError: not an index v1.2, its lines do not fit the count in its first line, or a name that is no
+            `key.component`: DALI hands the names on, and keys become names of files.
     """
     try:
         header, *lines = data.decode("ascii").splitlines()
@@ -258,6 +261,9 @@ def _parse_index_line(line: str) -> list[IndexEntry]:
     entries = [IndexEntry(component, int(offset), int(size), name) for component, offset, size, name in fields]
     if any(number not in _NUMBERS for entry in entries for number in (entry.offset, entry.size)):
         raise ValueError("an offset or size that no tar has")
+    for entry in entries:
+        if _split_name(entry.name)[1] != entry.component:
+            raise ValueError(f"component {entry.component!r} of a file {entry.name!r}")
     return entries
 
 
@@ -325,7 +331,10 @@ def _groups(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tuple[str, list[In
     seen: set[str] = set()
     current, entries = "", list[IndexEntry]()
     for member in _members(tar, tar_path):
-        key, component = _split_name(member, tar_path)
+        try:
+            key, component = _split_name(member.name)
+        except ValueError as error:
+            raise DatasetError(f"{tar_path}: {error}") from error
         _check_member(member, tar_bytes, tar_path)
         if key != current:
             if entries:
@@ -362,16 +371,16 @@ def _members(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tarfile.TarInfo]:
         raise DatasetError(f"{tar_path}: broken or truncated tar ({error}); pack or pull it again") from error
 
 
-def _split_name(member: tarfile.TarInfo, tar_path: Path) -> tuple[str, str]:
-    name = member.name.removeprefix("./")
-    key, dot, component = name.partition(".")
-    if not dot or not _COMPONENT.fullmatch(component):
-        raise DatasetError(f"{tar_path}: member {member.name!r} is not of the form 'key.component'")
-    try:
-        Sample(key, {})
-    except ValueError as error:
-        raise DatasetError(f"{tar_path}: {error}") from error
-    return key, component
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and component of a file in a tar.
+
+    Raises:
+        ValueError: it is not of that form, or could be read as a path.
+    """
+    match = _MEMBER.fullmatch(name)
+    if match is None:
+        raise ValueError(f"name {name!r} is not of the form 'key.component' (letters, digits, '_' and '-')")
+    return match[1], match[2]
 
 
 def _check_member(member: tarfile.TarInfo, tar_bytes: int, tar_path: Path) -> None:

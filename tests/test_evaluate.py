@@ -22,6 +22,7 @@ from md2.predict import load
 from md2.scores import to_latex
 from md2.visualize import Tile, depth_to_uint16, sheet
 from shards.errors import DatasetError, InputError, UsageError
+from shards.files import sha256_file
 from shards.manifest import Manifest
 
 TRUTH = (4.0, 10.0, 20.0)
@@ -327,6 +328,20 @@ def test_names_of_models_in_tables() -> None:
         "saved/disparities.npy": "disparities",
     }
     assert {path: model_name(path) for path in names} == names
+
+
+def test_the_names_in_an_index_are_no_paths(mono: Path, tmp_path: Path) -> None:
+    """DALI names a sample as the dataset's index does, and --save-png names its file after the sample."""
+    folder = pack_truth(tmp_path / "d", [constant(10.0)])
+    index, manifest = folder / "test" / "000000.idx", folder / "dataset.json"
+    index.write_text(index.read_text().replace(" drive_000.", f" {tmp_path}/elsewhere."))
+    data = json.loads(manifest.read_text())
+    data["shards"][0] |= {"index_bytes": index.stat().st_size, "index_sha256": sha256_file(index)}
+    manifest.write_text(json.dumps(data))
+    options = EvalOptions(model="mono", dataset=str(folder), save_png=tmp_path / "pngs")
+    with pytest.raises(DatasetError, match=r"000000\.idx: .*elsewhere"):
+        run_eval(options, load(mono, "cpu"))
+    assert not (tmp_path / "elsewhere.png").exists()
 
 
 def test_the_sheet_shows_each_image_once(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -312,7 +312,8 @@ def test_truncated_tars_are_refused(tmp_path: Path, name: str) -> None:
         "", "v1.1 1\n0.jpg 512 1 k.0.jpg\n", "v1.2 2\n0.jpg 512 1 k.0.jpg\n", "v1.2 1\n0.jpg 512 1\n",
         "v1.2 1\n0.jpg x 1 k.0.jpg\n", "v1.2 x\n0.jpg 512 1 k.0.jpg\n", "v1.2 1\n0.jpg -512 1 k.0.jpg\n",
         "v1.2 1\n0.jpg 512 -1 k.0.jpg\n", f"v1.2 1\n0.jpg 512 {'9' * 4000} k.0.jpg\n",
-        "v1.2 0\n0.jpg 512 1 k.0.jpg\n", "v1.2 1\nä 512 1 k.0.jpg\n",
+        "v1.2 0\n0.jpg 512 1 k.0.jpg\n", "v1.2 1\nä 512 1 k.0.jpg\n", "v1.2 1\n0.jpg 512 1 /etc/k.0.jpg\n",
+        "v1.2 1\n0.jpg 512 1 ../k.0.jpg\n", "v1.2 1\n0.jpg 512 1 .0.jpg\n", "v1.2 1\n0.jpg 512 1 k.1.jpg\n",
     ],
 )  # fmt: skip
 def test_broken_indexes_are_refused(text: str) -> None:
