@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, NamedTuple, Self
 
 from shards.errors import DatasetError
 from shards.files import fsync_folder, replace
@@ -27,6 +27,8 @@ from shards.sample import Sample
 MAX_COMPONENT_BYTES = 256 << 20
 """A component larger than this is refused, by the writer and before a reader allocates it."""
 MAX_SAMPLE_BYTES = 1 << 30
+MAX_COMPONENTS = 1000
+"""Of one sample; a manifest has 100 frames at most."""
 MAX_INDEX_BYTES = 32 << 20
 """Some 300,000 components."""
 _MAX_HEADER_BYTES = 1 << 20
@@ -53,8 +55,7 @@ class ShardInfo:
     index_sha256: str
 
 
-@dataclass(frozen=True)
-class IndexEntry:
+class IndexEntry(NamedTuple):
     """One component of one sample: extension, offset of its data in the tar, size, both in bytes, and file name."""
 
     component: str
@@ -209,6 +210,8 @@ def _check_sample(key: str, components: list[tuple[str, bytes]]) -> None:
     """Refuse what DALI's index or a tar reader would misread, before anything of the sample is written."""
     if not components:
         raise ValueError(f"sample {key}: no components")
+    if len(components) > MAX_COMPONENTS:
+        raise ValueError(f"sample {key}: {len(components)} components, at most {MAX_COMPONENTS}")
     total = 0
     for component, data in components:
         name = f"{key}.{component}"
@@ -326,7 +329,7 @@ class _Headers:
 
 
 def _groups(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tuple[str, list[IndexEntry]]]:
-    """(key, components) of each run of members with one key, after checking names and sizes."""
+    """(key, components) of each run of members with one key, after checking names, numbers and sizes."""
     tar_bytes = tar_path.stat().st_size
     seen: set[str] = set()
     current, entries = "", list[IndexEntry]()
@@ -345,6 +348,8 @@ def _groups(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tuple[str, list[In
             current, entries = key, []
         if any(e.component == component for e in entries):
             raise DatasetError(f"{tar_path}: sample {key!r} has two components {component!r}")
+        if len(entries) == MAX_COMPONENTS:
+            raise DatasetError(f"{tar_path}: sample {key!r} has more than {MAX_COMPONENTS} components")
         entries.append(IndexEntry(component, member.offset_data, member.size, member.name))
         if sum(e.size for e in entries) > MAX_SAMPLE_BYTES:
             raise DatasetError(f"{tar_path}: sample {key!r} is larger than {MAX_SAMPLE_BYTES} bytes")

@@ -153,6 +153,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, content: dict[str,
         (Sample("k" * 96, {"0.jpg": b"x"}), "100"),
         (Sample("k", {"0.jpg": b""}), "empty"),
         (Sample("k", {}), "no components"),
+        (Sample("k", {f"{number}.jpg": b"x" for number in range(1001)}), "at most 1000"),
         (Sample("k", {"a/b": b"x"}), "only letters"),
         (Sample("k", {"../b": b"x"}), "only letters"),
         (Sample("k", {"tiefe.ä": b"x"}), "only letters"),
@@ -219,6 +220,14 @@ def claiming(path: Path, size: int, kind: bytes = tarfile.REGTYPE, headers: int 
     return path
 
 
+def many_components(path: Path, count: int) -> Path:
+    """Empty files of one sample: nothing but headers, each of which is compared with all before it."""
+    with path.open("wb") as file:
+        file.writelines(tar_header(f"k.{number}", 0) for number in range(count))
+        file.write(bytes(1024))
+    return path
+
+
 def sparse(path: Path) -> Path:
     """A sparse file of PAX, whose map of pieces is missing."""
     info = tarfile.TarInfo("k.0.jpg")
@@ -243,6 +252,7 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     "long link of -512 bytes": lambda p: claiming(p, -512, tarfile.GNUTYPE_LONGLINK),
     "attributes of 4 GB": lambda p: claiming(p, 4 << 30, tarfile.XHDTYPE),
     "attributes for all of 1 TB": lambda p: claiming(p, 1 << 40, tarfile.XGLTYPE),
+    "components without end": lambda p: many_components(p, 1001),
     "10,000 long names of one file": lambda p: claiming(p, 0, tarfile.GNUTYPE_LONGNAME, 10_000),
     "sparse": sparse,
     "not a tar": lambda p: p.write_bytes(b"no tar at all" * 1000) and p,
