@@ -27,6 +27,9 @@ CELL = 320
 """Width of a cell in pixels."""
 MAX_PIXELS = 64 << 20
 """An image that claims more is not decoded."""
+_TALLEST = 4 * CELL
+"""Pixels of a cell: an image of one column would else be stretched to gigabytes."""
+_LONGEST_WORD = 120
 _GAP, _TEXT = 6, 18
 _Picture = NDArray[np.uint8]
 
@@ -132,8 +135,8 @@ def _caption(sample: Sample) -> str:
         words.append(f"to the partner {struct.unpack('<f', sample.components[STEREO_TRANSLATION])[0]:+.3f} m")
     try:
         meta = json.loads(sample.components.get(META, b"{}"))
-        words += [str(meta[name]) for name in ("drive", "frame", "side") if name in meta]
-    except (ValueError, TypeError) as error:
+        words += [str(meta[name])[:_LONGEST_WORD] for name in ("drive", "frame", "side") if name in meta]
+    except (ValueError, TypeError, RecursionError) as error:
         raise DatasetError(f"sample {sample.key}: {META} is not JSON ({error})") from error
     return "   ".join(words)
 
@@ -154,7 +157,9 @@ def _open(sample: Sample, component: str, mode: str | None) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise DatasetError(f"sample {sample.key}: {component} claims {image.width}x{image.height} pixels, refused")
         return image.convert(mode) if mode else image
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:  # its own words are the address of a buffer
+        raise DatasetError(f"sample {sample.key}: {component} cannot be decoded (neither JPEG nor PNG)") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DatasetError(f"sample {sample.key}: {component} cannot be decoded ({error})") from error
 
 
@@ -162,7 +167,7 @@ def _image(sample: Sample, component: str) -> _Picture:
     if component not in sample.components:
         return np.full((CELL // 4, CELL, 3), 230, np.uint8)
     image = _open(sample, component, "RGB")
-    height = max(1, round(image.height * CELL / image.width))
+    height = min(max(1, round(image.height * CELL / image.width)), _TALLEST)
     return np.asarray(image.resize((CELL, height), Image.Resampling.BILINEAR))
 
 

@@ -336,9 +336,33 @@ def test_an_image_that_claims_to_be_huge_is_not_decoded(tmp_path: Path, monkeypa
     monkeypatch.setattr(sheet_module, "MAX_PIXELS", 64 * 32 - 1)
     with pytest.raises(DatasetError, match="64x32 pixels, refused"):
         contact_sheet(manifest, list(make_samples(1)))
-    broken = Sample("k", next(make_samples(1)).components | {"0.jpg": b"not an image"})
-    with pytest.raises(DatasetError, match=r"0\.jpg cannot be decoded"):
+
+
+@pytest.mark.parametrize(
+    ("component", "data", "reason"),
+    [
+        ("0.jpg", b"not an image", r"0\.jpg cannot be decoded \(neither JPEG nor PNG\)$"),
+        ("meta.json", b"[" * 100_000, r"meta\.json is not JSON"),
+    ],
+    ids=["an image", "meta.json"],
+)
+def test_what_cannot_be_drawn_is_named(tmp_path: Path, component: str, data: bytes, reason: str) -> None:
+    manifest = make_dataset(tmp_path, train=2, val=2)
+    broken = Sample("k", next(make_samples(1)).components | {component: data})
+    with pytest.raises(DatasetError, match=reason):
         contact_sheet(manifest, [broken])
+
+
+def test_nothing_in_a_sample_makes_the_contact_sheet_huge(tmp_path: Path) -> None:
+    """One column of pixels, scaled to a cell's width, would be a thousand times as high as the image."""
+    manifest = make_dataset(tmp_path, train=2, val=2)
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 20_000)).save(buffer, "JPEG")
+    strange = {"0.jpg": buffer.getvalue(), "meta.json": json.dumps({"drive": "x\n" * 100_000}).encode()}
+    with Image.open(
+        io.BytesIO(contact_sheet(manifest, [Sample("k", next(make_samples(1)).components | strange)]))
+    ) as image:
+        assert image.height < 6 * CELL
 
 
 @one_server
