@@ -22,6 +22,8 @@ SCHEMA_VERSION = 1
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Side = Annotated[int, Field(gt=0, le=65535)]
 """Pixels; no JPEG is larger."""
+Text = Annotated[str, Field(max_length=300, pattern=r"^\P{Cc}*$")]
+"""Without control characters: it comes from a bucket that others can write, and goes to terminals."""
 _SHARD_NAME = re.compile(r"[a-z0-9_]+/\d{6}\.tar")
 
 
@@ -60,7 +62,7 @@ class Shard(_Model):
 class Split(_Model):
     """The split's name, and the sha256 over its lists (part name and lines, in order)."""
 
-    name: str
+    name: Text
     sha256: Sha256
 
 
@@ -85,7 +87,7 @@ class Manifest(_Model):
     """
 
     schema_version: Literal[1] = 1
-    md2_version: str
+    md2_version: Text
     split: Split
     frames: list[int] = Field(min_length=1, max_length=100)
     stereo: bool
@@ -94,8 +96,8 @@ class Manifest(_Model):
     codec: Codec
     quality: int | None
     seed: int
-    components: list[str]
-    optional_components: dict[str, int]
+    components: list[Text]
+    optional_components: dict[Text, int]
     skipped: int = Field(ge=0)
     plan_sha256: Sha256 | None = None
     shards: list[Shard] = Field(min_length=1)

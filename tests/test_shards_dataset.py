@@ -157,9 +157,16 @@ def test_manifest_paths_cannot_leave_the_dataset(tmp_path: Path, name: str) -> N
         (lambda data: data.update(frames=[]), "frames"),
         (lambda data: data.update(frames=list(range(10_000))), "frames"),
         (lambda data: data.update(size=[1 << 40, 1]), "size"),
+        (lambda data: data["split"].update(name="x" * 1000), "split.name"),
+        (lambda data: data["split"].update(name="\x1b[2Jeigen"), "split.name"),
+        (lambda data: data.update(md2_version="0.1\n"), "md2_version"),
+        (lambda data: data["components"].append("0.jpg\x9b"), "components"),
+        (lambda data: data["optional_components"].update({"\x00": 1}), "optional_components"),
     ],
 )
-def test_manifests_of_absurd_sizes_are_refused(tmp_path: Path, change: Callable[[dict], None], field: str) -> None:
+def test_manifests_that_would_flood_memory_or_steer_a_terminal_are_refused(
+    tmp_path: Path, change: Callable[[dict], None], field: str
+) -> None:
     make_dataset(tmp_path)
     _edit(change)(tmp_path)
     with pytest.raises(DatasetError, match=rf"dataset\.json: .*{field}"):
