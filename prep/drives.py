@@ -51,6 +51,8 @@ class Drive:
 class Layout(Protocol):
     """How drives lie in the raw data."""
 
+    raw: RawData
+
     def open(self, name: str) -> Drive | None:
         """The drive; None where there is no such drive.
 
@@ -68,7 +70,7 @@ class Kitti:
     """
 
     def __init__(self, raw: RawData, depth: str | None) -> None:
-        self._raw = raw
+        self.raw = raw
         self._depth = depth
         self._rigs: dict[tuple[str, bool], Rig] = {}
 
@@ -86,17 +88,17 @@ class Kitti:
     def _open_raw(self, date: str, drive: str) -> Drive | None:
         folder = f"{date}/{drive}"
         images = {
-            side: numbered(self._raw.files(f"{folder}/image_{n}/data"), _IMAGE) for side, n in CAMERA_NUMBER.items()
+            side: numbered(self.raw.files(f"{folder}/image_{n}/data"), _IMAGE) for side, n in CAMERA_NUMBER.items()
         }
         if not any(images.values()):
             return None
         velodyne = self._depth == "velodyne"
-        scans = numbered(self._raw.files(f"{folder}/velodyne_points/data"), _SCAN) if velodyne else {}
+        scans = numbered(self.raw.files(f"{folder}/velodyne_points/data"), _SCAN) if velodyne else {}
         maps = {side: self._improved(date, drive, number) for side, number in CAMERA_NUMBER.items()}
         rig = self._rigs.get((date, bool(scans)))
         if rig is None:
-            rig = self._rigs[date, bool(scans)] = read_raw_rig(date, self._raw.read, depth=bool(scans))
-        return Drive(folder, drive, images, scans, maps, rig, kitti=_NOT_KITTI not in self._raw.files(folder))
+            rig = self._rigs[date, bool(scans)] = read_raw_rig(date, self.raw.read, depth=bool(scans))
+        return Drive(folder, drive, images, scans, maps, rig, kitti=_NOT_KITTI not in self.raw.files(folder))
 
     def _improved(self, date: str, drive: str, camera: str) -> Frames:
         """The depth benchmark's maps, as its zip has them or moved into the raw folders."""
@@ -105,7 +107,7 @@ class Kitti:
         inner = f"{drive}/proj_depth/groundtruth/image_{camera}"
         frames: Frames = {}
         for top in ("train", "val", date, ""):
-            frames = numbered(self._raw.files(f"{top}/{inner}" if top else inner), _DEPTH) | frames
+            frames = numbered(self.raw.files(f"{top}/{inner}" if top else inner), _DEPTH) | frames
         return frames
 
     def _open_sequence(self, name: str) -> Drive | None:
@@ -113,19 +115,19 @@ class Kitti:
         for top in ("sequences", "dataset/sequences"):
             folder = f"{top}/{number}"
             images: dict[Side, Frames] = {
-                "l": numbered(self._raw.files(f"{folder}/image_2"), _IMAGE),
-                "r": numbered(self._raw.files(f"{folder}/image_3"), _IMAGE),
+                "l": numbered(self.raw.files(f"{folder}/image_2"), _IMAGE),
+                "r": numbered(self.raw.files(f"{folder}/image_3"), _IMAGE),
             }
             if any(images.values()):
                 break
         else:
             return None
         velodyne = self._depth == "velodyne"
-        scans = numbered(self._raw.files(f"{folder}/velodyne"), _SCAN) if velodyne else {}
-        rig = read_odometry_rig(folder, self._raw.read, depth=bool(scans))
+        scans = numbered(self.raw.files(f"{folder}/velodyne"), _SCAN) if velodyne else {}
+        rig = read_odometry_rig(folder, self.raw.read, depth=bool(scans))
         poses_folder = folder.replace(f"sequences/{number}", "poses")
-        poses = self._raw.files(poses_folder).get(f"{number}.txt")
-        matrices = None if poses is None else read_poses(poses.path, self._raw.read(poses.path))
+        poses = self.raw.files(poses_folder).get(f"{number}.txt")
+        matrices = None if poses is None else read_poses(poses.path, self.raw.read(poses.path))
         return Drive(name, f"odom_{number}", images, scans, {"l": {}, "r": {}}, rig, poses=matrices)
 
 

@@ -79,7 +79,7 @@ class FolderLayout:
     """
 
     def __init__(self, raw: RawData, depth: bool = True) -> None:
-        self._raw = raw
+        self.raw = raw
         self._depth = depth
         self._cameras: dict[str, Camera | None] = {}
 
@@ -92,7 +92,7 @@ class FolderLayout:
         found = self._below("", 0)
         if not found:
             raise InputError(
-                f"{', '.join(self._raw.urls)}: no drives; expected: {CAMERA_FILE} with width, height, fx, fy, cx, "
+                f"{', '.join(self.raw.urls)}: no drives; expected: {CAMERA_FILE} with width, height, fx, fy, cx, "
                 "cy, and a folder for each drive with its frames in left/, for example drives/monday/left/000001.png"
             )
         return found
@@ -104,7 +104,7 @@ class FolderLayout:
         if level == _DEEPEST:
             return []
         inner = [
-            f"{folder}/{name}" if folder else name for name in self._raw.folders(folder) if not name.startswith(".")
+            f"{folder}/{name}" if folder else name for name in self.raw.folders(folder) if not name.startswith(".")
         ]
         return sorted(name for path in inner for name in self._below(path, level + 1))
 
@@ -116,7 +116,7 @@ class FolderLayout:
         if not left:
             return None
         right = self._images(name, camera.right) if camera.baseline is not None else {}
-        depth = matching(self._raw.files(_join(name, camera.depth)), _DEPTH) if self._depth else {}
+        depth = matching(self.raw.files(_join(name, camera.depth)), _DEPTH) if self._depth else {}
         numbers = _numbers(sorted(left, key=natural), camera.numbering, name)
         return Drive(
             name=name,
@@ -129,12 +129,12 @@ class FolderLayout:
         )
 
     def _images(self, drive: str, folder: str) -> dict[str, Ref]:
-        return matching(self._raw.files(_join(drive, folder)), _IMAGE)
+        return matching(self.raw.files(_join(drive, folder)), _IMAGE)
 
     def _camera(self, folder: str) -> Camera | None:
         """The camera file of the folder or the nearest one above it."""
         if folder not in self._cameras:
-            ref = self._raw.files(folder).get(CAMERA_FILE)
+            ref = self.raw.files(folder).get(CAMERA_FILE)
             above = None if not folder else self._camera(folder.rpartition("/")[0])
             self._cameras[folder] = above if ref is None else parse_camera(read(ref), ref.place)
         return self._cameras[folder]

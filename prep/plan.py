@@ -187,7 +187,7 @@ def make_plan(
         except InputError as error:
             if on_error == "stop":
                 raise
-            broken[name] = str(error)
+            broken[name] = layout.raw.without_place(str(error))
             continue
         if drive is None:
             plan.missing_drives.append(name)

@@ -29,13 +29,15 @@ import fsspec
 from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
-from shards.errors import InputError, SampleError
+from shards.errors import InputError, SampleError, UsageError
 from shards.retry import MissingError, Retrier
 
 PUBLIC_ARCHIVE = "https://s3.eu-central-1.amazonaws.com/avg-kitti"
 """Base URL of KITTI's public archives (CC BY-NC-SA 3.0)."""
 ARCHIVES = ("data_odometry_color", "data_odometry_calib", "data_odometry_poses", "data_odometry_velodyne")
 DEPTH_ARCHIVE = "data_depth_annotated"
+_NO_CREDENTIALS = ("http", "https", "s3", "s3a", "gs", "gcs")
+"""Schemes whose URLs begin with a host or bucket and nothing else."""
 
 _DATE = r"\d{4}_\d\d_\d\d"
 _RAW_ZIP = re.compile(rf"({_DATE})_(drive_\d{{4}}_(sync|extract)|calib|drive_\d{{4}}_tracklets)\.zip")
@@ -91,6 +93,9 @@ class RawData:
 
     Args:
         urls: folders and base URLs, in order of preference.
+
+    Raises:
+        UsageError: a URL with credentials in it, or of a kind that fsspec does not know.
     """
 
     def __init__(self, urls: Sequence[str]) -> None:
@@ -127,6 +132,29 @@ class RawData:
             raise InputError(f"{path}: not found in {', '.join(self.urls)}{_origin(path)}")
         return read(ref)
 
+    def without_place(self, message: str) -> str:
+        """A message without where the sources lie: for what is published, and the same wherever the data lies."""
+        places = {place for source in self._sources for place in source.places}
+        for place in sorted(places, key=len, reverse=True):
+            message = re.sub(rf"(?<![^\s,]){re.escape(place)}/", "", message)
+            message = re.sub(rf"(?<![^\s,]){re.escape(place)}(?=[,;:\s]|$)", "--raw", message)
+        return message
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a source, and the path of it there."""
+    scheme, colon, rest = url.partition("://")
+    host = rest.partition("/")[0]
+    # A secret may have a slash in it, so that the @ comes later.
+    secret = "@" in host or not re.fullmatch(r"[^:]*(:\d*)?|\[.*\](:\d*)?", host)
+    if colon and scheme.lower() in _NO_CREDENTIALS and secret:
+        raise UsageError(f"--raw {scheme}://…: no credentials in a URL; they come from the environment or a profile")
+    try:
+        found: tuple[Any, str] = url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"--raw {url}: {error}") from error
+    return found
+
 
 def _origin(path: str) -> str:
     """Which of KITTI's archives has a calibration file, for messages."""
@@ -141,7 +169,8 @@ class FolderSource:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") or url
-        self._fs, self._root = url_to_fs(self.url)
+        self._fs, self._root = _open(self.url)
+        self.places = (self.url, self._root)
         self._local = self._fs.protocol == "file" or "file" in self._fs.protocol
         self._zips: list[str] | None = None
         self._listings: dict[str, dict[str, Ref]] = {}
@@ -231,7 +260,8 @@ class HttpSource:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._fs, _ = url_to_fs(self.url)
+        self._fs, _ = _open(self.url)
+        self.places = (self.url,)
         self._directories: dict[str, Directory | None] = {}
 
     def folders(self, folder: str) -> list[str]:

@@ -19,7 +19,7 @@ from prep.plan import make_plan
 from prep.sources import RawData, read, read_many
 from prep.splits import read_split
 from prep.workers import start_workers
-from shards.errors import InputError, SampleError, StorageError
+from shards.errors import InputError, SampleError, StorageError, UsageError
 
 IMAGES = f"{DATE}/{DRIVE}/image_02/data"
 
@@ -188,6 +188,46 @@ def test_a_zip_cut_short_is_named(drive: Path, tmp_path: Path) -> None:
     assert {s.reason for s in packed.skipped} == {"broken drive"}
     assert len(packed.skipped) == 12
     assert f"{DRIVE}.zip" in packed.skipped[0].detail
+    report = (tmp_path / "out" / "report.json").read_text()
+    assert f'"detail": "{DRIVE}.zip: cut short' in report
+    assert str(tmp_path) not in report  # it is published: no path of this machine
+
+
+@pytest.mark.parametrize(
+    ("message", "shared"),
+    [
+        ("/data/raw/a.zip: cut short", "a.zip: cut short"),
+        (
+            "x.txt: not found in /data/raw, /data/raw/more, https://host/kitti; fetch it",
+            "x.txt: not found in --raw, --raw, --raw; fetch it",
+        ),
+        ("https://host/kitti/b.zip: the file ends. Fetch it", "b.zip: the file ends. Fetch it"),
+        ("/data/raw2/a.zip and b/data/raw", "/data/raw2/a.zip and b/data/raw"),
+    ],
+)
+def test_where_the_sources_lie_is_taken_out_of_what_is_published(message: str, shared: str) -> None:
+    raw = RawData(["/data/raw", "/data/raw/more/", "https://host/kitti", "."])
+    assert raw.without_place(message) == shared
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://me:s3cret@host/kitti", "http://me:s3/cret@host/kitti", "s3://key:s3cret@bucket/x", "gs://me@bucket",
+     "https://me:s3cret"],
+)  # fmt: skip
+def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(UsageError, match="no credentials in a URL") as caught:
+        RawData([url])
+    assert "s3" not in str(caught.value).replace("s3://", "")
+
+
+def test_addresses_with_a_port_are_no_credentials() -> None:
+    assert RawData(["http://localhost:8000/kitti", "https://[::1]:8000", "http://host"]).urls
+
+
+def test_a_kind_of_source_that_there_is_not() -> None:
+    with pytest.raises(UsageError, match=r"--raw nowhere://x: Protocol not known: nowhere"):
+        RawData(["nowhere://x"])
 
 
 def flipped(data: bytes, position: int) -> bytes:
