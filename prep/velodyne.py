@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from prep.calibration import Matrix
 from prep.depth_png import encode_sparse
@@ -119,12 +119,14 @@ def check_depth_png(data: bytes, size: tuple[int, int], name: str) -> None:
         SampleError: with `name` and what is wrong.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             image.load()
-            found, mode, kind = image.size, image.mode, image.format
-    except (OSError, SyntaxError, ValueError) as error:
+            found, mode = image.size, image.mode
+    except UnidentifiedImageError as error:  # its own words are the address of a buffer
+        raise SampleError(f"{name}: broken depth map (not a PNG); fetch it again") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SampleError(f"{name}: broken depth PNG ({error}); fetch it again") from error
-    if kind != "PNG" or not mode.startswith("I;16"):
-        raise SampleError(f"{name}: {kind} in mode {mode}, not a 16-bit greyscale PNG of metres x 256")
+    if not mode.startswith("I;16"):
+        raise SampleError(f"{name}: mode {mode}, not a 16-bit greyscale PNG of metres x 256")
     if found != size:
         raise SampleError(f"{name}: {found[0]}x{found[1]} pixels, its image has {size[0]}x{size[1]}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,11 @@ def test_a_ground_truth_png_of_another_kind_is_refused() -> None:
         check_depth_png(png(Image.new("RGB", SIZE)), SIZE, "gt.png")
     with pytest.raises(SampleError, match=r"gt\.png: broken"):
         check_depth_png(good[: len(good) // 2], SIZE, "gt.png")
+    with pytest.raises(SampleError, match=r"gt\.png: broken depth map \(not a PNG\)"):  # the same words each time
+        check_depth_png(b"GIF89a", SIZE, "gt.png")
+    huge = good[:16] + struct.pack(">II", 60_000, 60_000) + good[24:29]
+    with pytest.raises(SampleError, match=r"gt\.png: broken.*3600000000 pixels"):
+        check_depth_png(huge + struct.pack(">I", zlib.crc32(huge[12:])) + good[33:], SIZE, "gt.png")
 
 
 @pytest.mark.parametrize("size", [1, 15, 17, 31])
