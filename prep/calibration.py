@@ -74,7 +74,7 @@ class Rig:
         """
         if self.velodyne is None:
             raise InputError(f"{self.where}: no lidar calibration; pack with --no-depth")
-        return self.projection[side] @ self.velodyne
+        return _product(self.projection[side], self.velodyne)
 
 
 def read_raw_rig(date: str, read: Read, depth: bool) -> Rig:
@@ -88,7 +88,7 @@ def read_raw_rig(date: str, read: Read, depth: bool) -> Rig:
     if depth:
         lidar = _Calibration(f"{date}/calib_velo_to_cam.txt", read)
         rectify = _homogeneous(cameras.matrix("R_rect_00", 3, 3))
-        velodyne = rectify @ _homogeneous(np.hstack([lidar.matrix("R", 3, 3), lidar.matrix("T", 3, 1)]))
+        velodyne = _product(rectify, _homogeneous(np.hstack([lidar.matrix("R", 3, 3), lidar.matrix("T", 3, 1)])))
     width, height = (int(v) for v in cameras.matrix("S_rect_02", 1, 2)[0])
     projection: dict[Side, Matrix] = {side: cameras.camera(f"P_rect_{n}") for side, n in CAMERA_NUMBER.items()}
     return Rig(projection, (width, height), velodyne, cameras.path)
@@ -149,6 +149,14 @@ def _numbers(text: str, count: int, where: str) -> list[float]:
     if len(values) != count or not np.isfinite(values).all():
         raise InputError(f"{where} has {len(values)} numbers, not {count} finite ones; fetch the file again")
     return values
+
+
+def _product(a: Matrix, b: Matrix) -> Matrix:
+    """Matrix product, term by term: BLAS libraries differ in the last bit, the dataset must not."""
+    total = a[:, :1] * b[:1]
+    for k in range(1, len(b)):
+        total = total + a[:, k : k + 1] * b[k : k + 1]
+    return total
 
 
 def _homogeneous(m: npt.NDArray[Any]) -> Matrix:

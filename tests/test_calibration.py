@@ -86,6 +86,17 @@ def test_the_lidar_projection_by_hand() -> None:
     np.testing.assert_allclose(rig().lidar_projection("l") @ [10, 2, -1, 1], expected)
 
 
+def test_the_lidar_projection_does_not_depend_on_the_blas_library() -> None:
+    """Every number is its four products added up in order, each rounded, as any machine does it."""
+    random = np.random.default_rng(0)
+    projection, velodyne = random.normal(size=(3, 4)), random.normal(size=(4, 4))
+    found = Rig({"l": projection, "r": projection}, None, velodyne, "x").lidar_projection("l")
+    for row in range(3):
+        for column in range(4):
+            a, b, c, d = (float(projection[row, k]) * float(velodyne[k, column]) for k in range(4))
+            assert found[row, column] == ((a + b) + c) + d
+
+
 def test_without_depth_the_lidar_file_is_not_needed() -> None:
     content = {"2011_09_26/calib_cam_to_cam.txt": CAMERAS.encode()}
     assert read_raw_rig("2011_09_26", content.__getitem__, depth=False).size == (1242, 375)
