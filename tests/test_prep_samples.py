@@ -24,6 +24,7 @@ from prep.options import make_content
 from prep.plan import make_plan
 from prep.sources import RawData, Ref
 from prep.splits import read_split
+from prep.versions import versions
 from shards.manifest import Manifest
 from shards.sample import Codec
 
@@ -145,6 +146,13 @@ def test_same_input_same_bytes_and_another_seed_another_order(drive: Path, tmp_p
     keys, others = ([s["__key__"] for s in read_part(folder)] for folder in (dataset, tmp_path / "other"))
     assert keys != others
     assert sorted(keys) == sorted(others)
+
+
+def test_a_dataset_does_not_depend_on_the_zlib_that_python_was_built_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """prep reads with it and writes nothing: Python 3.11 and 3.13 pack one dataset, not two."""
+    before = versions.__wrapped__()
+    monkeypatch.setattr(zlib, "ZLIB_RUNTIME_VERSION", "0.0")
+    assert versions.__wrapped__() == before
 
 
 def test_every_raw_file_is_planned_once(drive: Path) -> None:
