@@ -21,7 +21,7 @@ Encoder = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -223,7 +223,7 @@ def recipes() -> dict[str, str]:
     """Published recipes: name -> YAML text."""
     folder = files("configs")
     found = (entry for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    return {entry.name.removesuffix(".yaml"): entry.read_text() for entry in sorted(found, key=lambda e: e.name)}
+    return {entry.name.removesuffix(".yaml"): entry.read_text("utf-8") for entry in sorted(found, key=lambda e: e.name)}
 
 
 def _find(source: str | Path) -> tuple[str, str]:
@@ -257,7 +257,7 @@ def _text(path: Path) -> str:
 def _read_yaml(name: str, text: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that there is not, such as 2011-09-31, is a ValueError
         raise UsageError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     if tree is None:
         return {}
@@ -272,7 +272,7 @@ def _merge(tree: dict[str, Any], override: str) -> None:
         raise UsageError(f"override {override!r} is not of the form key.sub=value, e.g. train.batch_size=8")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"override {override!r}: the value is not YAML") from error
     *sections, last = key.split(".")
     for section in sections:

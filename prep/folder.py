@@ -48,7 +48,7 @@ class Camera(BaseModel):
     `names`, that the last number in their names does, so that a dropped frame is a gap.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     width: int = Field(gt=0)
     height: int = Field(gt=0)
@@ -159,9 +159,10 @@ def parse_camera(content: bytes, where: str) -> Camera:
     """
     try:
         data = yaml.safe_load(content.decode())
-        return Camera.model_validate(data if data is not None else {})
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # also: not UTF-8, or a date that there is not
         raise InputError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
+    try:
+        return Camera.model_validate(data if data is not None else {})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "file"

@@ -58,7 +58,9 @@ def test_resolved_yaml_loads_back_equal(tmp_path: Path) -> None:
         ("train.learning_rate=.nan", "learning_rate = nan"),
         ("train.batch_size", "key.sub=value"),
         ("train.batch_size.x=1", "train"),
+        ("train.learning_rate=.inf", "learning_rate = inf"),
         ("data.url=[", "not YAML"),
+        ("data.url=2011-09-31", "not YAML"),
         ("data.frames=[0]", "no source image"),
         ("data.frames=[-1,0]", "comes first"),
         ("data.frames=[0,1,1]", "twice"),
@@ -97,7 +99,13 @@ def test_a_combination_is_judged_after_all_overrides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- a\n- b\n", "expected sections"), ("a: [\n", "not YAML"), ("dta: {}\n", "'data'")]
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "expected sections"),
+        ("a: [\n", "not YAML"),
+        ("a: 2011-09-31\n", "not YAML"),
+        ("dta: {}\n", "'data'"),
+    ],
 )
 def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -174,6 +174,9 @@ def test_frames_in_the_drives_folder_itself(drive: Path, tmp_path: Path) -> None
     [
         ("width: 192\n", "height: Field required"),
         ("width: [", "not YAML"),
+        ("width: 2011-09-31", "not YAML"),
+        ("".join(f"{k}: {v}\n" for k, v in (CAMERA | {"cx": ".nan"}).items()), "cx: Input should be a finite number"),
+        ("".join(f"{k}: {v}\n" for k, v in (CAMERA | {"fx": ".inf"}).items()), "fx: Input should be a finite number"),
         ("", "width: Field required"),
         ("- 1\n", "camera.yaml"),
         ("".join(f"{k}: {v}\n" for k, v in CAMERA.items()) + "focal: 3\n", "focal: Extra inputs"),
