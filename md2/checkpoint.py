@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +85,14 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: Path | None = N
 
 def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields without the deep copy of `dataclasses.asdict` (which would double the memory)."""
-    return {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
+    return {each.name: getattr(checkpoint, each.name) for each in fields(checkpoint)}
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint file onto the CPU, checking every byte against the file's own CRCs.
 
     Raises:
-        InputError: missing, damaged, or not a checkpoint of this format.
+        InputError: missing, damaged, or not a checkpoint of this format, down to the types of its fields.
     """
     path = Path(path)
     if not path.is_file():
@@ -109,7 +109,26 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise InputError(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from error
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a checkpoint of md2's format {FORMAT}")
+    if not _is_sound(data):
+        raise InputError(f"{path}: not what a checkpoint holds; another version of md2 or another program wrote it")
     return Checkpoint(**data)
+
+
+def _is_sound(data: dict[str, Any]) -> bool:
+    """Whether the fields are those of a `Checkpoint`, and hold what it says."""
+    networks, unit = data.get("networks"), data.get("metres_per_unit")
+    needed = {each.name for each in fields(Checkpoint)}
+    return (
+        needed == data.keys()
+        and all(isinstance(data[name], dict) for name in ("config", "training", "metrics"))
+        and all(isinstance(data[name], int) for name in ("step", "epoch"))
+        and (unit is None or (isinstance(unit, int | float) and 0 < unit < float("inf")))
+        and isinstance(networks, dict)
+        and all(
+            isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+            for state in networks.values()
+        )
+    )
 
 
 def has_checkpoint(run: Path) -> bool:

@@ -100,6 +100,27 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "other.pt")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"author": "someone"},
+        {"config": None},
+        {"networks": {"depth": [1.0]}},
+        {"networks": {"depth": {"weight": 1.0}}},
+        {"metres_per_unit": "5.4"},
+        {"metres_per_unit": float("nan")},
+        {"metres_per_unit": -1.0},
+        {"step": "7"},
+    ],
+)
+def test_fields_of_other_names_or_types_are_refused_in_one_line(tmp_path: Path, change: dict[str, object]) -> None:
+    save_checkpoint(checkpoint(1), tmp_path / "a.pt")
+    data = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save(data | change, tmp_path / "a.pt")
+    with pytest.raises(InputError, match=r"a\.pt: not what a checkpoint holds"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     save_checkpoint(checkpoint(1), path)
