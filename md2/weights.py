@@ -9,6 +9,7 @@ An official folder holds one state dict per sub-network: `encoder.pth` (with `he
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -46,6 +47,7 @@ IMAGENET_URLS = {
 
 OFFICIAL_NAMES = ("encoder", "depth", "pose_encoder", "pose", "predictive_mask")
 _EXTRAS = ("height", "width", "use_stereo")
+_BLOCK = re.compile(r"encoder\.layer([1-4])\.(\d{1,4})\.")
 
 
 def initialise(networks: Networks, weights: str) -> None:
@@ -176,10 +178,11 @@ def read_monodepth2(folder: str | Path) -> Monodepth2:
         raise InputError(f"{folder}: {', '.join(missing)} missing; a Monodepth2 folder has encoder.pth and depth.pth")
     states = {name: _read(folder / f"{name}.pth") for name in OFFICIAL_NAMES if (folder / f"{name}.pth").is_file()}
     extras = {name: states["encoder"].pop(name, None) for name in _EXTRAS}
-    if extras["height"] is None or extras["width"] is None:
+    height, width = extras["height"], extras["width"]
+    if not isinstance(height, int) or not isinstance(width, int):
         raise InputError(f"{folder}/encoder.pth: height and width are missing; it is not Monodepth2's encoder file")
     networks = {name: _tensors(state) for name, state in states.items()}
-    return Monodepth2(int(extras["height"]), int(extras["width"]), bool(extras["use_stereo"]), networks)
+    return Monodepth2(height, width, bool(extras["use_stereo"]), networks)
 
 
 def load_monodepth2(folder: str | Path) -> tuple[Networks, Config]:
@@ -247,10 +250,8 @@ def _tensors(state: Mapping[str, Any]) -> StateDict:
 
 def _encoder_of(state: StateDict, where: str) -> str:
     """ResNet name, from the number of blocks per stage and their kind."""
-    blocks = tuple(
-        1 + max((int(key.split(".")[2]) for key in state if key.startswith(f"encoder.layer{stage}.")), default=-1)
-        for stage in range(1, 5)
-    )
+    found = [match for key in state if (match := _BLOCK.match(key))]
+    blocks = tuple(1 + max((int(m[2]) for m in found if m[1] == str(stage)), default=-1) for stage in range(1, 5))
     expansion = 4 if "encoder.layer1.0.conv3.weight" in state else 1
     for name, architecture in ARCHITECTURES.items():
         if (architecture.blocks, architecture.block.expansion) == (blocks, expansion):
@@ -263,7 +264,7 @@ def _heads(state: StateDict, where: str) -> list[Tensor]:
     heads: list[Tensor] = []
     while (key := f"decoder.{10 + len(heads)}.conv.weight") in state:
         heads.append(state[key])
-    if not heads or any(head.shape[1] not in WIDTHS[:4] for head in heads):
+    if not heads or any(head.ndim != 4 or head.shape[1] not in WIDTHS[:4] for head in heads):
         raise InputError(f"{where}: depth.pth has no disparity outputs (decoder.10.conv.weight ...)")
     return heads
 
@@ -288,8 +289,9 @@ def _pose_of(networks: Mapping[str, StateDict], where: str) -> tuple[dict[str, s
 
 
 def _shape(state: StateDict, key: str, where: str) -> torch.Size:
-    if key not in state:
-        raise InputError(f"{where}: a pose file is not Monodepth2's: missing key {key}")
+    """Of a convolution's weights."""
+    if key not in state or state[key].ndim != 4:
+        raise InputError(f"{where}: a pose file is not Monodepth2's: no convolution {key}")
     return state[key].shape
 
 

@@ -243,6 +243,13 @@ def test_starting_from_a_checkpoint_and_from_a_run(tmp_path: Path) -> None:
         assert same(networks, original)
 
 
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "no number": ("encoder.pth", {"height": "tall"}),
+    "block": ("encoder.pth", {"encoder.layer4.x.weight": torch.zeros(1)}),
+    "flat": ("depth.pth", {"decoder.10.conv.weight": torch.zeros(1)}),
+}
+
+
 def damage(folder: Path, case: str) -> None:
     depth, encoder = folder / "depth.pth", folder / "encoder.pth"
     if case == "key":
@@ -261,10 +268,11 @@ def damage(folder: Path, case: str) -> None:
         state = torch.load(encoder, weights_only=True)
         del state["height"]
         torch.save(state, encoder)
-    elif case == "list":
-        torch.save([1, 2], depth)
-    elif case == "pickle":
-        torch.save({"decoder": Path("code")}, depth)
+    elif case in CHANGES:
+        name, change = CHANGES[case]
+        torch.save(torch.load(folder / name, weights_only=True) | change, folder / name)
+    elif case in ("list", "pickle"):
+        torch.save([1, 2] if case == "list" else {"decoder": Path("code")}, depth)
     elif case == "encoder":
         state = torch.load(encoder, weights_only=True)
         torch.save({k: v for k, v in state.items() if "layer4.1" not in k}, encoder)
@@ -279,6 +287,9 @@ def damage(folder: Path, case: str) -> None:
         ("pose", r"pose\.pth is missing"),
         ("pose_encoder", r"pose_encoder\.pth is missing"),
         ("size", r"height and width are missing"),
+        ("no number", r"height and width are missing"),
+        ("block", r"extra keys: encoder\.layer4\.x\.weight"),
+        ("flat", r"no disparity outputs"),
         ("list", r"depth\.pth: holds a list"),
         ("pickle", r"depth\.pth: damaged or not a file of weights"),
         ("encoder", r"blocks \(2, 2, 2, 1\) are not those"),
