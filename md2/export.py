@@ -15,7 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from md2.weights import is_monodepth2, read_monodepth2, save_monodepth2
 from shards.errors import InputError, UsageError
 from shards.files import fsync_folder, replace, temporary
 
-Format = Literal["onnx", "torch", "monodepth2"]
 TOLERANCE = 1e-4
 """Largest relative difference to PyTorch that a written file may have."""
 OPSET = 18

@@ -55,17 +55,6 @@ class Prediction:
     poses: dict[Offset, Pose] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
 
-    def float(self) -> Prediction:
-        """The same in float32, as geometry and loss want it after autocast."""
-        return Prediction(
-            {scale: disparity.float() for scale, disparity in self.disparities.items()},
-            {
-                offset: Pose(pose.axis_angle.float(), pose.translation.float(), pose.invert, pose.relative)
-                for offset, pose in self.poses.items()
-            },
-            {scale: mask.float() for scale, mask in self.masks.items()},
-        )
-
     def tensors(self) -> list[Tensor]:
         """All of them."""
         motions = [part for pose in self.poses.values() for part in (pose.axis_angle, pose.translation)]

@@ -10,7 +10,6 @@ from prep.velodyne import Convention
 from shards.errors import InputError, UsageError
 from shards.sample import Codec
 
-DEFAULT_SIZE = (640, 192)
 DEFAULT_QUALITY = 93
 """With full chroma: as close to the originals as what the published models saw (full-size JPEG, then resized)."""
 DEFAULT_SHARD_MB = 256

@@ -7,7 +7,6 @@ Credentials and endpoint come from the standard chain alone (environment, profil
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -226,17 +225,6 @@ class RemoteStorage:
     def _exclusive(self) -> dict[str, Any]:
         """Options of a write that must not replace anything, where the file system knows such a thing."""
         return {"mode": "create"} if self.scheme in ("s3", "s3a", "gs", "gcs") else {}
-
-    def sha256(self, name: str) -> str:
-        """Of the content, read through.
-
-        Raises:
-            MissingError: nothing has that name.
-        """
-        digest = hashlib.sha256()
-        for chunk in self.stream(name):
-            digest.update(chunk)
-        return digest.hexdigest()
 
     def names(self, prefix: str) -> list[str]:
         try:

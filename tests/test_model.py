@@ -277,16 +277,6 @@ def test_odometry_and_depth_alone_equal_the_whole() -> None:
     torch.testing.assert_close(networks.disparities(frames[0])[0], whole.disparities[0])
 
 
-def test_prediction_in_float32() -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        prediction = build(mask=True)(images())
-    assert prediction.disparities[0].dtype == torch.bfloat16
-    full = prediction.float()
-    tensors = [*full.disparities.values(), *full.masks.values(), full.poses[1].axis_angle, full.poses[1].translation]
-    assert {t.dtype for t in tensors} == {torch.float32}
-    assert full.poses[-1].invert
-
-
 def test_states_that_do_not_fit_are_named_and_nothing_is_loaded() -> None:
     networks = build()
     states = {name: dict(state) for name, state in build(seed=9).state_dicts().items()}
