@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-Offset = int | Literal["s"]
-"""Which image of a sample: 0 the target, -1 / 1 ... its neighbours in time, "s" the stereo partner."""
+from shards.sample import Offset
+
+__all__ = ["Batch", "Offset"]
 
 
 @dataclass(frozen=True)

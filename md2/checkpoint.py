@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from md2.config import Config, config_from_dict
-from shards.errors import InputError
+from shards.errors import InputError, first_line
+from shards.files import fsync_folder
 
 FORMAT = 1
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
@@ -76,7 +77,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: Path | None = N
         if keep is not None and path.exists():
             path.replace(keep)
         beside.replace(path)
-        _sync_folder(path.parent)
+        fsync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -106,7 +107,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     except InputError:
         raise
     except Exception as error:  # a zip with other things in it trips torch's unpickler in any way
-        raise InputError(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from error
+        raise InputError(f"{path}: damaged or not a checkpoint ({first_line(error)})") from error
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a checkpoint of md2's format {FORMAT}")
     if not _is_sound(data):
@@ -173,15 +174,3 @@ def resolve(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     raise InputError(f"{path}: neither a checkpoint nor a run folder with checkpoints/")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from md2.augment import Jitter, camera_matrices, float_images, jitter_factors, stereo_transforms
 from md2.batch import Batch, Offset
-from md2.config import DataConfig
+from md2.config import PAPER_METRES_PER_UNIT, DataConfig
 from md2.reader import Device, Reader, plan, sample_keys
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError, UsageError
@@ -37,8 +37,6 @@ SAMPLES_AHEAD = 96
 BYTES_AHEAD = 128 << 20
 """So many samples are read at once, but not more bytes of decoded images: DALI's threads wait for one another at the
 end of every operator and batch, which in small batches costs a third of the rate."""
-PAPER_METRES_PER_UNIT = 5.4
-"""The paper's stereo baseline is 0.1 for KITTI's 0.54 m."""
 
 
 class LoaderState(TypedDict):

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from shards.errors import UsageError
+from shards.errors import UsageError, first_line
 
 
 class Sink(Protocol):
@@ -78,8 +78,7 @@ def open_sinks(names: Sequence[str], run: Path, config: dict[str, Any]) -> list[
         except UsageError:
             raise
         except Exception as error:  # each package has its own
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UsageError(f"train.sinks: {name} does not start: {reason[0]}") from error
+            raise UsageError(f"train.sinks: {name} does not start: {first_line(error)}") from error
     return sinks
 
 

@@ -22,16 +22,14 @@ from urllib.error import HTTPError
 import torch
 from torch import Tensor, nn
 
-from md2.checkpoint import load_checkpoint, resolve
+from md2.checkpoint import StateDict, load_checkpoint, resolve
 from md2.config import Config, config_from_dict
 from md2.model import Networks
 from md2.networks.decoder import WIDTHS
 from md2.networks.resnet import ARCHITECTURES, ResNetEncoder
 from md2.networks.states import load_state
-from shards.errors import InputError
+from shards.errors import InputError, first_line
 from shards.files import fsync_folder, replace, temporary
-
-StateDict = dict[str, Tensor]
 
 IMAGENET_URLS = {
     name: f"https://download.pytorch.org/models/{name}-{digest}.pth"
@@ -98,7 +96,7 @@ def download_imagenet(encoder: str) -> StateDict:
         if isinstance(error, HTTPError):
             error.close()
         raise InputError(
-            f"cannot get the ImageNet weights {url}: {_first_line(error)}; download the file elsewhere and give its "
+            f"cannot get the ImageNet weights {url}: {first_line(error)}; download the file elsewhere and give its "
             "path as model.weights, or use model.weights=scratch"
         ) from error
     return state
@@ -222,7 +220,7 @@ def save_monodepth2(
         beside.replace(folder)
         fsync_folder(folder.parent)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot write {folder}: {_first_line(error)}") from error
+        raise InputError(f"cannot write {folder}: {first_line(error)}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -238,7 +236,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no weights trip torch's unpickler in any way: IndexError, TypeError ...
-        raise InputError(f"{path}: damaged or not a file of weights ({_first_line(error)})") from error
+        raise InputError(f"{path}: damaged or not a file of weights ({first_line(error)})") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: holds a {type(data).__name__}, not a state dict")
     return data
@@ -293,7 +291,3 @@ def _shape(state: StateDict, key: str, where: str) -> torch.Size:
     if key not in state or state[key].ndim != 4:
         raise InputError(f"{where}: a pose file is not Monodepth2's: no convolution {key}")
     return state[key].shape
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,6 +1,6 @@
 """Errors that a user can act on, and the exit codes that the commands end with.
 
-    Md2Error                 1   anything below; never raised itself
+    Md2Error                 1   anything below; itself only where a worker process died
     ├── UsageError           2   a wrong option, configuration key or combination
     ├── InputError           3   an input is missing or broken: raw data, image, checkpoint
     │   └── SampleError      3   one sample's input is: it can be skipped and listed
@@ -14,6 +14,7 @@ and what to do; the commands print it without a traceback.
 """
 
 INCOMPLETE = 4
+_LONGEST = 200
 
 
 class Md2Error(Exception):
@@ -52,3 +53,9 @@ class TrainingError(Md2Error):
     """Training cannot go on."""
 
     exit_code = 6
+
+
+def first_line(error: BaseException) -> str:
+    """Another library's exception for a message of one line: the first of its text, or its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:_LONGEST] if lines else type(error).__name__

@@ -7,8 +7,6 @@ import os
 import uuid
 from pathlib import Path
 
-_HASH_CHUNK = 1 << 20
-
 
 def fsync_folder(folder: Path) -> None:
     """Make the folder's entries (renames, new files) survive a power cut."""
@@ -69,8 +67,5 @@ def sha256_file(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
