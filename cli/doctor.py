@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from cli.console import console
+from shards.errors import first_line
 
 
 def doctor() -> None:
@@ -29,7 +31,7 @@ def doctor() -> None:
             console.print(f"[green]ok[/]    {name:10} {check()}", highlight=False)
         except (ImportError, RuntimeError, OSError) as error:
             failed = True
-            console.print(f"[red]fails[/] {name:10} {(str(error) or repr(error)).splitlines()[0]}", highlight=False)
+            console.print(f"[red]fails[/] {name:10} {escape(first_line(error))}", highlight=False)
     raise typer.Exit(1 if failed else 0)
 
 

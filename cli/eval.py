@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -154,7 +155,7 @@ def _print(report: EvalReport) -> None:
     for label, metrics in report.rows.items():
         style = "dim" if label in report.published else None
         cells = [f"{metrics[name]:.3f}" if math.isfinite(metrics[name]) else "nan" for name in names]
-        table.add_row(label, *cells, style=style)
+        table.add_row(escape(label), *cells, style=style)
     console.print(table)
     evaluation = report.evaluation
     missing = len(evaluation.images) - len(evaluation.counted)

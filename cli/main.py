@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from importlib.metadata import version
 from types import FrameType
 from typing import Annotated
 
@@ -24,6 +23,7 @@ from cli.shards import app as shards_app
 from cli.train import train
 from cli.zoo import zoo
 from shards.errors import Md2Error
+from shards.version import md2_version
 
 app = typer.Typer(
     name="md2",
@@ -35,7 +35,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"md2 {version('md2')}")
+        print(f"md2 {md2_version()}")
         raise typer.Exit
 
 

@@ -76,11 +76,15 @@ def odometry(
             f"sequence {name}: ATE on {len(report.error.errors)} 5-frame snippets "
             f"{report.error.mean:.3f} ± {report.error.std:.3f} m",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
     else:
         console.print(
-            f"sequence {name}: {report.frames} frames; no ground truth, so no error", highlight=False, soft_wrap=True
+            f"sequence {name}: {report.frames} frames; no ground truth, so no error",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
     if report.unit == "unknown":
         fitted = f"; {report.scale:.3g} m per unit fits it to the truth" if report.scale is not None else ""
