@@ -53,7 +53,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key.sub=value, e.g. data.url=... train.epochs=5")
     ] = None,
-    run: Annotated[Path | None, typer.Option("--run", "--run-dir", help="Run folder [default: runs/CONFIG].")] = None,
+    run: Annotated[Path | None, typer.Option("--run", "--run-dir", help="Run folder. (default: runs/CONFIG)")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run, mid-epoch, with the same numbers.")] = None,
 ) -> None:
     """Train a model, or go on with a run."""

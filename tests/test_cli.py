@@ -9,6 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from rich.text import Text
+from typer.main import get_command
+
+from cli.main import app
 
 COMMANDS = ("sample", "prep", "shards", "train", "eval", "predict", "odometry", "export", "report", "bench", "zoo")
 
@@ -58,6 +62,20 @@ def test_a_mistake_ends_with_one_line_and_its_exit_code(
     assert lines[0].startswith("md2: ")
     assert message in lines[0]
     assert not list(tmp_path.iterdir()), "a refused command must leave nothing behind"
+
+
+def test_help_loses_nothing_to_markup() -> None:
+    """Help goes through rich, which would swallow a `[default: ...]`."""
+    waiting = [("md2", get_command(app))]
+    seen = 0
+    while waiting:
+        name, command = waiting.pop()
+        waiting += [(f"{name} {inner}", it) for inner, it in getattr(command, "commands", {}).items()]
+        for parameter in command.params:
+            text = getattr(parameter, "help", None) or ""
+            assert Text.from_markup(text).plain == text, f"{name} {parameter.name}"
+            seen += 1
+    assert seen > 80
 
 
 def test_unknown_commands_and_options_are_usage_errors() -> None:
