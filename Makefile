@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # Renders a synthetic drive, packs it, trains on the CPU, evaluates against exact depth, predicts.
 demo: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" python scripts/demo.py $(DEMO)
+	PATH="$(CURDIR)/$(BIN):$$PATH" python scripts/demo.py "$(DEMO)"
 
 test: install
 	$(BIN)/python -m pytest -q
@@ -27,4 +27,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(DEMO) build *.egg-info
+	rm -rf "$(DEMO)" build *.egg-info

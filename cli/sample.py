@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +47,8 @@ def sample(
     console.print(
         f"{out}: {len(written.drives)} drive(s) of {frames} frames", highlight=False, soft_wrap=True, markup=False
     )
-    console.print(f"md2 prep --split {written.split} --raw {out}", highlight=False, soft_wrap=True, markup=False)
+    command = shlex.join(["md2", "prep", "--split", str(written.split), "--raw", str(out)])
+    console.print(command, highlight=False, soft_wrap=True, markup=False)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -68,5 +69,5 @@ def train(
         done = "stopped early" if outcome.stopped.early else "done"
         reporter.message(f"{done} at step {outcome.stopped.step}: {outcome.run}")
         if outcome.stopped.early:
-            reporter.message(f"go on with: md2 train --resume {outcome.run}")
+            reporter.message(f"go on with: md2 train --resume {shlex.quote(str(outcome.run))}")
     raise typer.Exit(outcome.exit_code)

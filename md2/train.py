@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -108,7 +109,8 @@ def start_run(config: Config, run: Path, reporter: Reporter) -> Outcome:
     with ranks(config.train.device) as place:
         if (run / CONFIG).exists():
             raise UsageError(
-                f"{run} already holds a run: md2 train --resume {run} goes on with it, --run names another"
+                f"{run} already holds a run: md2 train --resume {shlex.quote(str(run))} goes on with it, "
+                "--run names another"
             )
         place.barrier()
         dataset = open_dataset(config.data.url)
@@ -183,7 +185,8 @@ def _config_to_resume(run: Path, overrides: Sequence[str]) -> Config:
     path = run / CONFIG
     if not path.is_file():
         raise UsageError(
-            f"{run}: no run to resume there ({CONFIG} is missing); start one with md2 train CONFIG --run {run}"
+            f"{run}: no run to resume there ({CONFIG} is missing); "
+            f"start one with md2 train CONFIG --run {shlex.quote(str(run))}"
         )
     for override in overrides:
         key = override.partition("=")[0]

@@ -8,6 +8,7 @@ scene's exact depth: a constant one, the untrained network's, the trained networ
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ Predict = Callable[[Image.Image], np.ndarray]
 
 def run(*command: str) -> None:
     """Run a command, show it, stop at its failure."""
-    print(f"\n$ {' '.join(command)}", flush=True)
+    print(f"\n$ {shlex.join(command)}", flush=True)
     subprocess.run(command, check=True)
 
 
@@ -98,7 +99,7 @@ def main(folder: Path) -> int:
     print(
         f"\n{'It learned.' if learned else 'It has NOT learned: this should not happen.'}\n"
         f"  pictures   {pictures}\n"
-        f"  run        {trained} (summary.png; tensorboard --logdir {trained})\n"
+        f"  run        {trained} (summary.png; tensorboard --logdir {shlex.quote(str(trained))})\n"
         f"  metrics    {folder / 'metrics.json'}, {trained / 'metrics.jsonl'}\n"
         f"  {time.monotonic() - began:.0f} s"
     )
