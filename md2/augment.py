@@ -117,9 +117,10 @@ class Jitter:
         return turned.permute(0, 3, 1, 2)
 
     def _on_gpu(self, rgb: Tensor) -> Tensor:
-        """All chosen images at once, and nothing that the host would have to wait for."""
+        """All chosen images at once, and nothing that the host would have to wait for. None may be chosen."""
         out = rgb.clone()
-        flat = rgb.index_select(0, self.chosen).view(len(self.chosen), -1, 3 * _PIXELS)
+        groups = rgb.shape[1] * rgb.shape[2] // _PIXELS
+        flat = rgb.index_select(0, self.chosen).view(len(self.chosen), groups, 3 * _PIXELS)
         offsets = (flat.mean(1) * self.pivots).sum(1).view(-1, 1, 1)
         turned = torch.baddbmm(offsets, flat, self.blocks).clamp_(0, 1)
         return out.index_copy_(0, self.chosen, turned.view(len(self.chosen), *rgb.shape[1:]))

@@ -56,6 +56,15 @@ def test_all_images_at_once_as_on_a_gpu_are_those_one_by_one() -> None:
     assert count.names.total() < 20
 
 
+def test_a_batch_of_which_nothing_is_jittered_is_unchanged() -> None:
+    """Of twelve samples that is one batch in 4096: the GPU's way and the CPU's."""
+    images = torch.stack([as_floats(picture(seed)) for seed in range(2)])
+    jitter = Jitter.of(torch.zeros(0, dtype=torch.int64), jitter_factors(torch.zeros(0, 4)))
+    assert torch.equal(jitter(images), images)
+    rgb = images.permute(0, 2, 3, 1).contiguous()
+    assert torch.equal(jitter._on_gpu(rgb), rgb)
+
+
 def apply(pixels: Array, **changes: float) -> torch.Tensor:
     return jittered(as_floats(pixels)[None], torch.tensor([0]), factors(**changes))[0]
 
