@@ -108,6 +108,7 @@ class Loader:
         self.epoch, self.step = 0, 0
         self._chunk: dict[str, Tensor] = {}
         self._before_chunk = b""
+        self._read_on_gpu: torch.cuda.Event | None = None
         if state is not None:
             self._check(state)
             self.epoch, self.step = state["epoch"], state["step"]
@@ -175,7 +176,11 @@ class Loader:
     def _read_chunk(self) -> None:
         """The next batches; what is needed to read them once more, if a state is taken in their middle, is kept."""
         self._before_chunk = self._reader.checkpoint()
-        self._chunk = self._reader.read()
+        chunk = self._reader.read()
+        if self._read_on_gpu is not None:
+            # DALI fills memory again that is let go of, in the order of its own stream: it does not wait for torch's.
+            self._read_on_gpu.synchronize()
+        self._chunk = chunk
 
     def _finish_epoch(self) -> None:
         """Pass over what the reader makes beyond the epoch's batches: padding, and what fills no batch.
@@ -196,6 +201,8 @@ class Loader:
         images: dict[Offset, Tensor] = {
             offset: float_images(host[f"image {offset}"], mirror) for offset in self._plan.offsets
         }
+        if self.device.type == "cuda":
+            self._read_on_gpu = torch.cuda.current_stream(self.device).record_event()
         size = self._plan.size
         stored = host["stored"][:, [1, 0]] if self._plan.stored is None else torch.tensor([self._plan.stored])
         cameras = camera_matrices(

@@ -153,6 +153,45 @@ def test_images_are_decoded_on_the_gpu_and_small_tensors_alone_copied_there(
     assert len(batch.images) == images and all(image.is_cuda for image in batch.images.values())
 
 
+class _Watched:
+    """In place of a CUDA event: what the loader held each time it was waited for."""
+
+    def __init__(self, batches: Loader) -> None:
+        self.batches = batches
+        self.held: list[dict[str, torch.Tensor]] = []
+
+    def synchronize(self) -> None:
+        self.held.append(self.batches._chunk)
+
+
+def test_memory_goes_back_to_dali_only_when_the_gpu_has_read_it(
+    dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", 16)
+    batches = loader(dataset, batch_size=8)
+    iterator = iter(batches)
+    next(iterator)
+    watched = _Watched(batches)
+    monkeypatch.setattr(batches, "_read_on_gpu", watched)
+    first = batches._chunk
+    next(iterator)
+    assert not watched.held
+    next(iterator)
+    assert len(watched.held) == 1 and watched.held[0] is first is not batches._chunk
+
+
+@pytest.mark.gpu
+def test_images_are_right_however_far_the_gpu_is_behind(dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host asks for all batches while the device is still asleep, and DALI gets its memory back meanwhile."""
+    monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", 8)
+    expected = [batch.images[0] for batch in loader(dataset, batch_size=4, train=False)]
+    batches = loader(dataset, batch_size=4, train=False, device=torch.device("cuda"))
+    torch.cuda._sleep(10**9)
+    found = [batch.images[0] for batch in batches]
+    for image, other in zip(found, expected, strict=True):
+        assert (image.cpu() - other).abs().mean() < 0.5 / 255
+
+
 def _graph(batches: Loader, folder: Path) -> Counter[str]:
     """Operators of the pipeline's graph, by kind; each runs once per sample."""
     file = folder / "graph.dot"
