@@ -134,6 +134,12 @@ class Trainer:
         self.log: RunLog | None = None
         self.window = _Window()
         self.model: nn.Module = self.switches.compiled(self.networks)
+        # A replayed graph hands gradients out in its own memory, which the next replay fills again: what is to be
+        # accumulated must lie elsewhere, for autograd to add to.
+        self.keep_gradients = self.switches.compile == "graphs" and config.train.accumulate > 1
+        if self.keep_gradients:
+            for parameter in self.optimizer.param_groups[0]["params"]:
+                parameter.grad = torch.zeros_like(parameter)
         if ranks.world > 1:
             self.model = DistributedDataParallel(self.model)
 
@@ -214,7 +220,7 @@ class Trainer:
 
     def _step(self, group: list[Batch]) -> tuple[Prediction, LossOutput]:
         """One optimiser step over a group of batches, whose gradients are averaged."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
         self.averages.keep()
         self.losses = torch.zeros(1 + len(self.config.model.scales), device=self.ranks.device)
         for index, batch in enumerate(group):

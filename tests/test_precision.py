@@ -55,6 +55,7 @@ def test_networks_compile_into_one_graph_with_the_same_outputs(monkeypatch: pyte
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of compiling, which are torch's: that float32 could be TF32, for one
 @pytest.mark.parametrize("compiled", [True, "graphs"])
 def test_compiled_training_steps_equal_plain_ones_on_the_gpu(compiled: bool) -> None:
     losses = []

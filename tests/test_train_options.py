@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 from ranks_gradient import fixed_batch, share
-from train_data import Silent, train, trainer
+from train_data import Silent, config, train, trainer
 
 from md2.checkpoint import load_checkpoint
 from md2.distributed import Ranks
 from md2.loss import LossOutput
+from md2.precision import Switches
 from md2.prediction import Prediction
 from md2.runlog import RunLog, read_metrics
 from md2.train import resume_run
 from md2.trainer import Trainer
 from md2.validate import validate
+from shards.dataset import open_dataset
 from shards.errors import TrainingError, UsageError
 
 
@@ -67,6 +69,51 @@ def test_accumulated_batches_step_as_one_large_batch(dataset: Path, tmp_path: Pa
         for each in (parts, whole)
     ]
     assert ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item() < 1e-5
+
+
+def test_what_replayed_graphs_accumulate_is_added_outside_of_their_memory(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients stay where they are from step to step, and are those of a step that starts from none."""
+    extra = ["train.accumulate=2", "loss.disable_automasking=true", "train.learning_rate=1e-12"]
+    plain = trainer(dataset, tmp_path / "plain", extra)
+    monkeypatch.setattr(Switches, "of", lambda train, device: Switches(device, None, True, "graphs"))
+    monkeypatch.setattr(Switches, "compiled", lambda self, networks: networks)
+    graphs = trainer(dataset, tmp_path / "graphs", extra)
+    group = [share(fixed_batch(), 0, 2), share(fixed_batch(), 1, 2)]
+    places = []
+    for _ in range(2):
+        for each in (plain, graphs):
+            each.networks.eval()
+            each._step(group)
+        places.append([p.grad.data_ptr() for p in graphs.networks.parameters() if p.grad is not None])
+    assert places[0] == places[1]
+    pairs = zip(plain.networks.parameters(), graphs.networks.parameters(), strict=True)
+    for ours, theirs in pairs:
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None and theirs.grad is not None:
+            torch.testing.assert_close(theirs.grad, ours.grad, rtol=1e-4, atol=1e-6)
+            assert theirs.grad.stride() == theirs.stride()
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of compiling, which are torch's
+def test_replayed_graphs_accumulate_the_plain_gradients(dataset: Path, tmp_path: Path) -> None:
+    norms = []
+    for compiled in ("false", "graphs"):
+        extra = [f"train.compile={compiled}", "train.accumulate=2", "train.precision=float32"]
+        settings = config(dataset, extra=[*extra, "train.device=gpu", "train.learning_rate=1e-12"])
+        run = tmp_path / compiled
+        run.mkdir()
+        there = Ranks(0, 1, torch.device("cuda", 0))
+        one = Trainer(settings, open_dataset(str(dataset)), run, there, Silent())
+        one.model.train()
+        batches = iter(one.loader)
+        group = [next(batches), next(batches)]
+        for _ in range(4):  # recorded in the second, replayed after
+            one._step(group)
+        norms.append([p.grad.norm().item() for p in one.networks.parameters() if p.grad is not None])
+    assert norms[1] == pytest.approx(norms[0], rel=0.05, abs=1e-4)
 
 
 def test_the_logged_loss_is_the_mean_over_accumulated_batches_and_ranks(dataset: Path, tmp_path: Path) -> None:
