@@ -210,9 +210,10 @@ def _gradient(
     # Beyond the border the nearest pixel is repeated: no slope there.
     by_u = tl.where((u > 0) & (u < W - 1), by_u * (W - 1) / 2, 0.0)
     by_v = tl.where((v > 0) & (v < H - 1), by_v * (H - 1) / 2, 0.0)
+    # Beyond the last pixel there may be no place, and nothing times NaN would be NaN in the sums.
     p0 = tl.where(valid, by_u / z, 0.0)
     p1 = tl.where(valid, by_v / z, 0.0)
-    p2 = -(p0 * gx + p1 * gy)
+    p2 = tl.where(valid, -(p0 * gx + p1 * gy), 0.0)
     tl.store(by_depth + source * H * W + pixel, p0 * q0 + p1 * q1 + p2 * q2, mask=valid)
     out = sums + (source * tl.num_programs(0) + tl.program_id(0)) * 12
     _store_row(out, p0, d, x, y)
@@ -237,6 +238,16 @@ def _launch(kernel: Any, images: Tensor, *arguments: Any, **constants: Any) -> N
         kernel[grid](
             *arguments, sources, height, width, **constants, BLOCK=BLOCK, num_warps=_WARPS, enable_fp_fusion=True
         )
+
+
+def try_out(device: torch.device) -> None:
+    """Compile and run a kernel on next to nothing.
+
+    Raises:
+        Exception: whatever Triton, its compilers and the driver raise.
+    """
+    image = torch.zeros(1, 3, 4, 4, device=device)
+    photometric_error(image.unsqueeze(1), Target.of(image), no_ssim=True)
 
 
 def photometric_error(images: Tensor, target: Target, no_ssim: bool) -> Tensor:

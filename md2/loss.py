@@ -26,7 +26,7 @@ from md2.batch import Batch, Offset
 from md2.config import LossConfig, ModelConfig
 from md2.geometry import disparity_to_depth, scale_intrinsics
 from md2.prediction import Prediction
-from md2.reprojection import PixelMap, Rule, Views, pixel_map, reproject, unwarped_error
+from md2.reprojection import PixelMap, Rule, Views, pixel_map, planar, reproject, unwarped_error
 from md2.ssim import Target
 
 Pyramids = Mapping[Offset, Mapping[int, Tensor]]
@@ -233,8 +233,8 @@ class _Context:
             K = scale_intrinsics(self.intrinsics, size) if size else self.intrinsics
         else:
             K = self.intrinsics[size]
-        target = Target.of(_full(self.pyramids[0][size]))
-        images = torch.stack([_full(self.pyramids[source][size]) for source in self.sources], dim=1)
+        target = Target.of(planar(_full(self.pyramids[0][size])))
+        images = planar(torch.stack([_full(self.pyramids[source][size]) for source in self.sources], dim=1))
         identity = None
         if not self.config.disable_automasking:
             identity = unwarped_error(images, target, self.config.no_ssim)

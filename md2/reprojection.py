@@ -12,7 +12,9 @@ coordinate (+ 1e-7) it is the place to sample.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -295,8 +297,41 @@ def unwarped_error(images: Tensor, target: Target, no_ssim: bool) -> Tensor:
 
 
 def has_kernels(images: Tensor) -> bool:
-    """Whether the Triton kernels take these images: float32 on a CUDA device, and Triton installed."""
-    return images.is_cuda and images.dtype == torch.float32 and importlib.util.find_spec("triton") is not None
+    """Whether the Triton kernels take these images: float32 on a CUDA device where they run."""
+    return images.is_cuda and images.dtype == torch.float32 and _kernels_run(images.device)
+
+
+@cache
+def _kernels_run(device: torch.device) -> bool:
+    """Whether Triton is installed and works; a warning if it is and does not.
+
+    It compiles what launches a kernel with the machine's C compiler and Python's headers, which machines made for
+    running programs often lack.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from md2 import kernels
+
+        kernels.try_out(device)
+    except Exception as error:  # of compilers, drivers and Triton itself
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        warnings.warn(
+            f"the loss's Triton kernels do not run here, plain operators take several times as long and much more "
+            f"memory: {type(error).__name__}: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def planar(images: Tensor) -> Tensor:
+    """Images (..., 3, H, W) as the engine reads them again and again: for the kernels, one colour behind the other.
+
+    Images for the networks are channels_last, and so are their stack and all that is computed from them.
+    """
+    return images.contiguous() if has_kernels(images) else images
 
 
 def _engine(images: Tensor) -> Any:

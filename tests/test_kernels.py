@@ -75,10 +75,13 @@ def test_kernels_equal_plain_operators(size: tuple[int, int], no_ssim: bool) -> 
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5 * max(scale, 1), msg=lambda m, n=name: f"{n}: {m}")
 
 
-def loss(config: LossConfig, device: str = "cpu") -> tuple[LossOutput, list[torch.Tensor]]:
+def loss(
+    config: LossConfig, device: str = "cpu", layout: torch.memory_format = torch.contiguous_format
+) -> tuple[LossOutput, list[torch.Tensor]]:
     torch.manual_seed(2)
     offsets: list[Offset] = [0, -1, 1, "s"]
     images = {o: {0: torch.rand(2, 3, 12, 20).to(device), 1: torch.rand(2, 3, 6, 10).to(device)} for o in offsets}
+    images = {o: {s: image.to(memory_format=layout) for s, image in levels.items()} for o, levels in images.items()}
     leaves = [
         (0.2 * torch.rand(2, 1, 12, 20)).to(device).requires_grad_(),
         (0.2 * torch.rand(2, 1, 6, 10)).to(device).requires_grad_(),
@@ -120,25 +123,86 @@ def test_loss_through_kernels_equals_loss_without(name: str, monkeypatch: pytest
     torch.testing.assert_close(found.panels[0].warped[-1].cpu(), expected.panels[0].warped[-1], rtol=1e-4, atol=1e-5)
 
 
-COMPILE = """
-import sys
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from md2 import kernels
+def test_what_all_scales_share_is_laid_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images come channels_last from the loader; the kernels would copy them for every scale."""
+    launched: list[tuple[torch.Tensor, ...]] = []
+    launch = kernels._launch
 
-for name, constants in (("_warp", {}), ("_error", {"SSIM": True, "GRADIENTS": True}), ("_gradient", {"SSIM": True})):
-    kernel = getattr(kernels, name)
-    fixed = {**constants, "BLOCK": kernels.BLOCK, **({} if name == "_warp" else {"WEIGHT": 0.85})}
-    kinds = {a: "constexpr" if a in fixed else "i32" if a in ("N", "H", "W") else "*fp32" for a in kernel.arg_names}
-    source = ASTSource(kernel, kinds, {(kernel.arg_names.index(a),): value for a, value in fixed.items()})
-    built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels._WARPS})
-    print(name, len(built.asm["cubin"]))
+    def watched(kernel: object, images: torch.Tensor, *arguments: torch.Tensor, **constants: object) -> None:
+        if kernel is kernels._error:
+            launched.append(arguments[1:5])
+        launch(kernel, images, *arguments, **constants)
+
+    monkeypatch.setattr(kernels, "_launch", watched)
+    monkeypatch.setattr(reprojection, "has_kernels", lambda images: True)
+    monkeypatch.setattr(reprojection, "piece_size", lambda images: tuple(images.shape[:2]))
+    loss(LossConfig(), DEVICE, torch.channels_last)
+    assert len(launched) == 3  # unwarped, and two scales
+    assert len({tuple(part.data_ptr() for part in parts) for parts in launched}) == 1
+
+
+def test_where_triton_does_not_work_plain_operators_do_and_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    reprojection._kernels_run.cache_clear()
+    try:
+        assert reprojection._kernels_run(torch.device(DEVICE))
+        reprojection._kernels_run.cache_clear()
+        monkeypatch.setattr(kernels, "try_out", broken)
+        with pytest.warns(RuntimeWarning, match=r"do not run here.*RuntimeError: Failed to find C compiler\.$"):
+            assert not reprojection._kernels_run(torch.device(DEVICE))
+        assert not reprojection._kernels_run(torch.device(DEVICE))  # told once
+        reprojection._kernels_run.cache_clear()
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert not reprojection._kernels_run(torch.device(DEVICE))
+    finally:
+        reprojection._kernels_run.cache_clear()
+
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import KernelInterface
+
+
+class Driver:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+
+
+def compiled(kernel, grid):
+    def launch(*arguments, **options):
+        built = kernel.run(*arguments, grid=grid, warmup=True, **options)
+        print(kernel.fn.__name__, len(built.asm["cubin"]), built.metadata.num_warps)
+
+    return launch
+
+
+driver.set_active(Driver())
+KernelInterface.__getitem__ = compiled
+
+from md2 import kernels
+from md2.ssim import Target
+
+for sources, no_ssim in ((1, False), (2, False), (2, True)):
+    images = torch.zeros(2, sources, 3, 12, 20)
+    engine = kernels.Fused(Target.of(images[:, 0]), images, no_ssim, True)
+    engine.warp(torch.ones(2, 1, 12, 20), torch.zeros(2, sources, 3, 3), torch.zeros(2, sources, 3))
+    engine.error()
+    engine.gradient(torch.zeros(2, sources, 12, 20))
+kernels.try_out(torch.device("cpu"))
 """
 
 
 def test_kernels_compile_for_a_gpu_without_one(tmp_path: Path) -> None:
-    """The interpreter takes Python that the compiler does not; a Hopper binary can be made anywhere."""
+    """The interpreter takes Python that the compiler does not; a Hopper binary can be made anywhere.
+
+    All but the start of a kernel is as on the GPU: Triton's driver is replaced, and each launch compiles what it would
+    start, for one source and several, with and without SSIM.
+    """
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
@@ -149,9 +213,9 @@ def test_kernels_compile_for_a_gpu_without_one(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    sizes = dict(line.split() for line in done.stdout.splitlines())
-    assert list(sizes) == ["_warp", "_error", "_gradient"]
-    assert all(int(size) > 5000 for size in sizes.values())
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, _, _ in lines] == [*(["_warp", "_error", "_gradient"] * 3), "_error"]
+    assert all(int(size) > 5000 and int(warps) == kernels._WARPS for _, size, warps in lines)
 
 
 @pytest.mark.gpu
