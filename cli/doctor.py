@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -46,15 +47,22 @@ def _gpu() -> str:
 
     if not torch.cuda.is_available():
         return "none: everything runs on the CPU"
-    return f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}"
+    from md2.reprojection import has_kernels
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        runs = has_kernels(torch.zeros(1, device="cuda:0"))
+    kernels = "Triton kernels run" if runs else str(caught[-1].message) if caught else "without Triton: slower"
+    return f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}, {kernels}"
 
 
 def _dali() -> str:
-    """Decode a picture in a pipeline: that is what fails where the wheel and the machine disagree."""
+    """Decode a picture, on the GPU if there is one: that is what fails where the wheel and the machine disagree."""
     import io
 
     import numpy as np
     import nvidia.dali
+    import torch
     from PIL import Image
 
     # DALI's stubs leave out half of what it exports.
@@ -63,10 +71,11 @@ def _dali() -> str:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 32), (200, 100, 50)).save(buffer, "JPEG")
     encoded = np.frombuffer(buffer.getvalue(), np.uint8)
+    place, device_id = ("mixed", 0) if torch.cuda.is_available() else ("cpu", None)
 
     def decode() -> Any:
-        return dali.fn.decoders.image(dali.fn.external_source(lambda: [encoded]))
+        return dali.fn.decoders.image(dali.fn.external_source(lambda: [encoded]), device=place)
 
-    (images,) = dali.pipeline_def(batch_size=1, num_threads=1, device_id=None)(decode)().run()
-    height, width, _ = np.asarray(images[0]).shape
-    return f"{dali.__version__}, decodes ({width}x{height})"
+    (images,) = dali.pipeline_def(batch_size=1, num_threads=1, device_id=device_id)(decode)().run()
+    ((height, width, _),) = images.shape()
+    return f"{dali.__version__}, decodes on the {'CPU' if device_id is None else 'GPU'} ({width}x{height})"

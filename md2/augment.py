@@ -67,7 +67,7 @@ def float_images(pixels: Tensor, flipped: Tensor | None) -> Tensor:
     Returns:
         (B, 3, H, W) float32 in [0, 1], channels_last in memory.
     """
-    if pixels.is_cuda:
+    if pixels.device.type != "cpu":
         if flipped is not None:
             pixels = torch.where(flipped.view(-1, 1, 1, 1), pixels.flip(2), pixels)
         return pixels.permute(0, 3, 1, 2).float().div_(255)
@@ -113,7 +113,7 @@ class Jitter:
             The same shape, in [0, 1], channels_last in memory; what is not chosen is equal bit for bit.
         """
         rgb = images.permute(0, 2, 3, 1).contiguous()
-        turned = self._on_gpu(rgb) if images.is_cuda else self._on_cpu(rgb)
+        turned = self._on_cpu(rgb) if images.device.type == "cpu" else self._on_gpu(rgb)
         return turned.permute(0, 3, 1, 2)
 
     def _on_gpu(self, rgb: Tensor) -> Tensor:

@@ -93,7 +93,11 @@ def ranks(setting: Literal["auto", "cpu", "gpu"]) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, device)
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if device.type == "cuda":
+        # With its device NCCL connects now, where a rank that is missing shows, and barriers need not guess it.
+        distributed.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+    else:
+        distributed.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield Ranks(distributed.get_rank(), world, device)
     finally:

@@ -99,24 +99,31 @@ class FiniteGuard:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         bad = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients))
         if self.device.type != "cuda":
-            if bad:
-                self._pending.append((NotFinite(step, keys), bad, None))
-            else:
+            if not bad:
                 optimizer.step()
+            self._look_later(NotFinite(step, keys), bad)
             return
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         optimizer.step()
-        host = torch.empty((), dtype=torch.bool, pin_memory=True)
-        host.copy_(bad, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._pending.append((NotFinite(step, keys), host, event))
+        self._look_later(NotFinite(step, keys), bad)
 
     def _scaled_step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, which: NotFinite) -> None:
         scaler.step(optimizer)
         scaler.update()
-        if scaler.get_scale() < 1.0:
-            self._pending.append((which, torch.tensor(True), None))
+        # Not get_scale(), which would wait for the step.
+        scale: Tensor = scaler.scale(torch.ones((), device=self.device))
+        self._look_later(which, scale < 1)
+
+    def _look_later(self, which: NotFinite, bad: Tensor) -> None:
+        """Bring the outcome to the host without waiting for it."""
+        if self.device.type != "cuda":
+            self._pending.append((which, bad, None))
+            return
+        host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host.copy_(bad, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._pending.append((which, host, event))
 
     def found(self, wait: bool = False) -> list[NotFinite]:
         """Steps found not finite since the last call; on the GPU, unless `wait`, up to the step before the last."""
