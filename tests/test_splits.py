@@ -128,6 +128,8 @@ def test_the_hash_tells_lists_apart_but_not_line_ends(tmp_path: Path) -> None:
     marked.write_bytes(b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode())  # as Windows' Notepad saves it
     assert read_split(str(marked)).parts["train"] == read_split(str(tmp_path / "a" / "train_files.txt")).parts["train"]
     assert first == windows == read_split(str(marked)).sha256
+    blanks = write(tmp_path / "f" / "train_files.txt", LINES.replace("\n", " \t\n"))
+    assert first == read_split(str(blanks)).sha256
     assert len({first, val, order}) == 3
 
 
@@ -136,6 +138,16 @@ def test_a_folder_of_splits_comes_before_the_download(tmp_path: Path) -> None:
     lists = read_split("eigen_zhou", tmp_path, url="http://127.0.0.1:9/never")
     assert (lists.name, len(lists.parts["train"])) == ("eigen_zhou", 2)
     assert lists.named is NAMED["eigen_zhou"]
+
+
+def test_a_name_means_the_published_split_whatever_lies_in_the_folder_that_one_is_in(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "eigen" / "test_files.txt")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/lists/eigen/test_files\.txt"):
+        read_split("eigen", url="http://127.0.0.1:9/lists")
+    assert len(read_split("./eigen").parts["test"]) == 2
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
@@ -171,7 +183,7 @@ def test_a_mirror_can_be_named_by_the_environment(
     server: tuple[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MD2_SPLITS_URL", server[0])
-    with pytest.raises(InputError, match=r"eigen/test_files\.txt.*--splits DIR"):
+    with pytest.raises(InputError, match=rf"{server[0]}/eigen/test_files\.txt.*--splits DIR"):
         read_split("eigen")  # 404: the server was asked, and the message says what to do
 
 
