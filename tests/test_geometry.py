@@ -92,6 +92,13 @@ def test_projection_divides_by_z_plus_epsilon() -> None:
     assert pixels[0, 0, 0, 0].item() == pytest.approx(1e7)
 
 
+def test_points_behind_the_camera_are_divided_as_any_other() -> None:
+    points = torch.tensor([1.0, -3.0, -2.0], dtype=F64).view(1, 3, 1, 1)
+    pixels = geometry.project(points, intrinsics(4.0, 5.0, 1.0, 2.0), torch.eye(4, dtype=F64)[None])
+    # u = 4 * 1 / -2 + 1, v = 5 * -3 / -2 + 2.
+    torch.testing.assert_close(pixels[0, 0, 0], torch.tensor([-1.0, 9.5], dtype=F64), atol=1e-5, rtol=0)
+
+
 def test_identity_warp_returns_the_image() -> None:
     torch.manual_seed(0)
     image = torch.rand(2, 3, 6, 9)

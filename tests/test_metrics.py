@@ -147,6 +147,20 @@ def test_a_nan_prediction_is_not_averaged_away() -> None:
     assert all(math.isnan(value) for value in mean_metrics(found.values, found.pixels).values())
 
 
+def test_unless_told_otherwise_a_batch_is_measured_as_eigens_images_are() -> None:
+    """Validation during training asks for nothing else, and its numbers stand beside the published ones."""
+    depth = torch.full((1, 1, 375, 1242), 40.0)
+    disparity = torch.rand(1, 1, 24, 80, generator=torch.Generator().manual_seed(0)) / 20 + 1e-3
+    depth[..., ::7] = 80.0  # at the cap
+    depth[..., 3::7] = 1e-3
+    found, asked = evaluate_batch(disparity, depth), evaluate_batch(disparity, depth, **vars(EIGEN))
+    assert Protocol("garg", 1e-3, 80.0, True) == EIGEN
+    torch.testing.assert_close(found.values, asked.values, rtol=0, atol=0)
+    # Garg's crop: rows 153 to 370, columns 44 to 1196; of seven columns five are inside the range.
+    columns = sum(column % 7 not in (0, 3) for column in range(44, 1197))
+    assert found.pixels.tolist() == [(371 - 153) * columns]
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="disparity"):
         evaluate_batch(torch.ones(2, 1, 4, 4), torch.ones(1, 1, 4, 4))

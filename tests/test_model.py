@@ -186,6 +186,12 @@ def test_all_frames_at_once_give_one_motion_per_source(network: str) -> None:
     # Every frame has a say in every motion, unlike with pairs.
     frames[2] = frames[2].flip(3)
     assert not torch.allclose(networks(frames).poses[-1].axis_angle, poses[-1].axis_angle, rtol=1e-6, atol=0)
+    # They enter in the order of `frames`, not of time: two offsets that change places change places.
+    swapped = build({"pose_network": network, "pose_input": "all"}, frames=(0, 2, 1, -1), stereo=True)
+    swapped.load_networks(networks.state_dicts())
+    exchanged = swapped({0: frames[0], -1: frames[2], 1: frames[1], 2: frames[-1]}).poses
+    for first, second in ((-1, 2), (1, 1), (2, -1)):
+        torch.testing.assert_close(exchanged[second].axis_angle, networks(frames).poses[first].axis_angle)
     pairs = build({"pose_network": network}, frames=(0, -1, 1, 2))
     before = pairs(images((0, -1, 1, 2))).poses[-1].axis_angle
     torch.testing.assert_close(pairs(frames).poses[-1].axis_angle, before)
