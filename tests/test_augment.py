@@ -184,9 +184,12 @@ def test_the_losses_images_are_never_jittered(tmp_path: Path) -> None:
     dataset = pack(tmp_path, make_samples(16))
     plain = loader(dataset, config(color_jitter=False), train=False)
     by_key = {key: batch.images[0][place] for batch in plain for place, key in enumerate(batch.keys)}
+    seen = 0
     for batch in loader(dataset, config(color_jitter=True)):
+        seen += sum(not torch.equal(*pair) for pair in zip(batch.images[0], batch.augmented[0], strict=True))
         for place, key in enumerate(batch.keys):
             assert torch.equal(batch.images[0][place], by_key[key])
+    assert seen > 0
 
 
 def test_cameras_are_scaled_and_mirrored_about_pixel_centres() -> None:

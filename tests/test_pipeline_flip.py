@@ -66,16 +66,27 @@ def test_a_point_seen_in_the_target_lies_where_the_partner_sees_it_flipped_or_no
 
 
 def test_nominal_intrinsics_stay_as_they_are(tmp_path: Path) -> None:
-    dataset = pack(tmp_path, make_samples(8))
-    for batch in loader(dataset, config(flip=True, intrinsics="nominal")):
-        assert set(batch.intrinsics[:, 0, 2].tolist()) == {WIDTH / 2}
+    dataset = pack(tmp_path, make_samples(16))
+    plain = {batch.keys[0]: batch.images[0] for batch in loader(dataset, config(flip=False), batch_size=1)}
+    mirrored = []
+    for batch in loader(dataset, config(flip=True, intrinsics="nominal"), batch_size=1):
+        mirrored.append(not torch.equal(batch.images[0], plain[batch.keys[0]]))
+        expected = [[0.58 * WIDTH, 0, 0.5 * WIDTH], [0, 1.92 * HEIGHT, 0.5 * HEIGHT], [0, 0, 1]]
+        torch.testing.assert_close(batch.intrinsics[0], torch.tensor(expected))
+    assert set(mirrored) == {True, False}
 
 
 def test_without_flips_nothing_is_mirrored(tmp_path: Path) -> None:
-    dataset = pack(tmp_path, make_samples(8, stereo=True), stereo=True)
-    for batch in loader(dataset, config(flip=False, stereo=True)):
+    samples = make_samples(8, stereo=True)
+    by_key = {sample.key: sample for sample in samples}
+    seen = set()
+    for batch in loader(pack(tmp_path, samples, stereo=True), config(flip=False, stereo=True)):
         assert batch.stereo is not None
         assert (batch.stereo[:, 0, 3] < 0).all()
+        for key, image in zip(batch.keys, batch.images["s"], strict=True):
+            assert torch.equal(image, as_floats(decode(by_key[key].components["s.jpg"])))
+            seen.add(key)
+    assert len(seen) == 8
 
 
 def test_what_is_read_besides_changes_neither_order_nor_flips(tmp_path: Path) -> None:
@@ -83,6 +94,7 @@ def test_what_is_read_besides_changes_neither_order_nor_flips(tmp_path: Path) ->
     dataset = pack(tmp_path, make_samples(24, stereo=True, depth=lambda number: truth), stereo=True, depth=True)
     mono = loader(dataset, config(flip=True))
     whole = loader(dataset, config(flip=True, stereo=True, color_jitter=True), depth=True)
+    assert len(mono) == 6
     for less, more in zip(mono, whole, strict=True):
         assert less.keys == more.keys
         assert torch.equal(less.images[0], more.images[0])
