@@ -75,6 +75,28 @@ def test_kernels_equal_plain_operators(size: tuple[int, int], no_ssim: bool) -> 
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5 * max(scale, 1), msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_at_the_last_row_and_column_nothing_beyond_them_is_read() -> None:
+    """The taps beside the last pixel would be the next row's and channel's; at a weight of 0 NaN shows them."""
+    images = torch.full((1, 2, 3, 4, 6), torch.nan)
+    images[..., -1, -1] = torch.arange(6.0).view(1, 2, 3) / 6
+    depth, beyond = torch.ones(1, 1, 4, 6), torch.zeros(1, 2, 3, 3)
+    beyond[..., 2] = torch.tensor([2.0, 2, 1])  # every pixel's place, beyond the lower right corner
+    fused = kernels.Fused(Target.of(torch.rand(1, 3, 4, 6, device=DEVICE)), images.to(DEVICE), True, True)
+    warped = fused.warp(depth.to(DEVICE), beyond.to(DEVICE), torch.zeros(1, 2, 3, device=DEVICE)).cpu()
+    assert torch.equal(warped, images[..., -1:, -1:].expand(1, 2, 3, 4, 6))
+    fused.error()
+    assert all(
+        torch.equal(grad, torch.zeros_like(grad))
+        for grad in fused.gradient(torch.ones_like(depth).to(DEVICE).expand(1, 2, 4, 6))
+    )
+
+
+def test_rounding_makes_no_error_of_equal_images_negative() -> None:
+    image = torch.rand(1, 3, 19, 31, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    error = kernels.photometric_error(image[:, None], Target.of(image), False)
+    assert 0 <= error.min().item() <= error.max().item() < 1e-6
+
+
 def loss(
     config: LossConfig, device: str = "cpu", layout: torch.memory_format = torch.contiguous_format
 ) -> tuple[LossOutput, list[torch.Tensor]]:

@@ -369,6 +369,26 @@ def test_nan_in_a_source_or_disparity_reaches_the_loss() -> None:
     assert np.isnan(run(scenes, LossConfig(disparity_smoothness=0.0)).total.item())
 
 
+@pytest.mark.parametrize("broken", ["disparity", "motion"])
+def test_a_diverged_prediction_gives_a_nan_that_hangs_on_every_output(broken: str) -> None:
+    """Without reaching the sampler, which it would crash; each output has a gradient, or DDP would wait for ever."""
+    generator = torch.Generator().manual_seed(0)
+    images: dict[Offset, torch.Tensor] = {o: torch.rand(1, 3, 16, 24, generator=generator) for o in (0, 1)}
+    K = torch.tensor([[[20.0, 0, 12], [0, 20, 8], [0, 0, 1]]])
+    batch = Batch(images, images, K, None, 5.4, None, None, ["a"])
+    disparities = {s: torch.rand(1, 1, 16 >> s, 24 >> s, generator=generator) for s in (0, 1)}
+    pose = Pose(torch.zeros(1, 3), torch.zeros(1, 3))
+    prediction = Prediction(disparities, {1: pose}, {0: torch.rand(1, 1, 16, 24)})
+    (disparities[1] if broken == "disparity" else pose.translation).view(-1)[1] = torch.nan
+    for tensor in prediction.tensors():
+        tensor.requires_grad_()
+    output = ReprojectionLoss(LossConfig(), ModelConfig())(batch, prediction, panels=True)
+    assert output.total.isnan() and not output.panels
+    assert all(output.per_scale[s].isnan() for s in (0, 1))
+    output.total.backward()  # type: ignore[no-untyped-call]
+    assert all(tensor.grad is not None and tensor.grad.isnan().all() for tensor in prediction.tensors())
+
+
 def test_missing_stereo_transform_or_sources_is_named() -> None:
     scenes = make_scenes(STEREO, [0])
     pyramids = {o: {0: tensor([x.images[o][0] for x in scenes])} for o in scenes[0].images}
