@@ -225,6 +225,9 @@ def test_depth_beyond_the_cap_does_not_count(tmp_path: Path, mono: Path) -> None
     packed = pack_truth(tmp_path / "mixed", [mixed])
     half = run(packed, model=str(mono), crop="none", max_depth=50.0)
     assert half.evaluation.images[0].pixels == 40 * 60
+    # Of improved ground truth every measurement counts.
+    whole = run(packed, model=str(mono), protocol="eigen_benchmark", max_depth=50.0)
+    assert whole.evaluation.images[0].pixels == 40 * 120
 
 
 def test_images_without_ground_truth_are_counted_and_left_out(tmp_path: Path, mono: Path) -> None:

@@ -266,13 +266,14 @@ def test_scales_choose_the_heads() -> None:
 def test_every_trainable_parameter_gets_a_gradient(
     model: dict[str, Any], frames: tuple[int, ...], stereo: bool, mask: bool
 ) -> None:
-    """DistributedDataParallel waits for each one: what no loss reaches must be frozen."""
+    """DistributedDataParallel waits for each one: what no loss reaches must be frozen, and nothing else."""
     networks = build(model, frames, stereo, mask).train()
     prediction = networks(images())
     maps = [*prediction.disparities.values(), *prediction.masks.values()]
     motions = [t for pose in prediction.poses.values() for t in (pose.axis_angle, pose.translation)]
     torch.stack([t.square().mean() for t in itertools.chain(maps, motions)]).sum().backward()
     assert [name for name, p in networks.named_parameters() if p.requires_grad == (p.grad is None)] == []
+    assert all(".fc." in name for name, p in networks.named_parameters() if not p.requires_grad)
 
 
 def test_odometry_and_depth_alone_equal_the_whole() -> None:
