@@ -16,11 +16,12 @@ from evaluation_data import HEIGHT, WIDTH, constant, documented, pack_truth, run
 from PIL import Image
 
 from md2.eval_command import EvalOptions, EvalReport, keys_file, model_name, run_eval
-from md2.evaluate import Evaluation, ImageScore, choose_protocol, choose_scaling
+from md2.evaluate import Evaluation, ImageScore, choose_protocol, choose_scaling, evaluation_batches
 from md2.metrics import EIGEN, EIGEN_BENCHMARK, METRICS, Protocol
 from md2.predict import load
 from md2.scores import to_latex
 from md2.visualize import Tile, depth_to_uint16, sheet
+from shards.dataset import open_dataset
 from shards.errors import DatasetError, InputError, UsageError
 from shards.files import sha256_file
 from shards.manifest import Manifest
@@ -300,9 +301,19 @@ def test_baselines_stand_beside_the_model(packed: Path, mono: Path) -> None:
 
 def test_limit_and_batch_size_do_not_change_an_images_score(packed: Path, mono: Path) -> None:
     whole = run(packed, model=str(mono), batch_size=3).evaluation.images
-    cut = run(packed, model=str(mono), batch_size=2, limit=1).evaluation.images
-    assert len(cut) == 1
-    assert cut[0].values == pytest.approx(whole[0].values, rel=1e-5)
+    for alone in (
+        run(packed, model=str(mono), batch_size=1).evaluation.images,
+        run(packed, model=str(mono), batch_size=2, limit=2).evaluation.images,
+    ):
+        # The second image is the smallest: in a batch it is padded, and its crop is still of its own size.
+        assert len(alone) == (3 if alone[-1].key == whole[-1].key else 2)
+        for one, other in zip(alone, whole, strict=False):
+            assert (one.key, one.pixels) == (other.key, other.pixels)
+            assert one.values == pytest.approx(other.values, rel=1e-5)
+    opened = open_dataset(str(packed))
+    for limit, sizes in ((None, [2, 1]), (3, [2, 1]), (2, [2]), (1, [1])):
+        batches = evaluation_batches(opened, "test", None, batch_size=2, limit=limit)
+        assert [batch.size for batch in batches] == sizes
 
 
 def test_parts_and_missing_ground_truth(tmp_path: Path, mono: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from md2 import geometry
+from md2.reprojection import pixel_map
 
 F64 = torch.float64
 
@@ -140,6 +141,18 @@ def test_warp_gradients_equal_finite_differences() -> None:
         return geometry.warp(image, depth, intrinsics(5.0, 5.0, 2.4, 1.9), T)
 
     assert torch.autograd.gradcheck(warped, (depth, axis_angle, translation), eps=1e-7, atol=1e-5)
+
+
+def test_the_map_of_pixels_is_rounded_once() -> None:
+    """From numbers in single precision as if they were exact: every pixel of the image shares its error."""
+    K = intrinsics(0.58 * 640, 1.92 * 192, 319.7, 95.9).float()
+    T = geometry.transform_from_axis_angle(torch.tensor([[0.01, -0.02, 0.03]]), torch.tensor([[0.3, -0.1, 0.9]]))[
+        :, None
+    ]
+    single, double = pixel_map(K, T, (192, 640)), pixel_map(K.double(), T.double(), (192, 640))
+    assert single.homographies.dtype == torch.float32
+    for found, exact in zip(single, double, strict=True):
+        assert torch.equal(found, exact.float())
 
 
 def test_scaled_intrinsics_are_all_divided() -> None:

@@ -91,6 +91,18 @@ def test_at_the_last_row_and_column_nothing_beyond_them_is_read() -> None:
     )
 
 
+def test_where_an_image_equals_the_target_l1_has_no_slope() -> None:
+    """As in the plain operators; an unmoved camera, at a size whose places in [-1, 1] are exact."""
+    image = torch.rand(1, 3, 5, 9, generator=torch.Generator().manual_seed(0))
+    fused = kernels.Fused(Target.of(image.to(DEVICE)), image[:, None].to(DEVICE), True, True)
+    unmoved = torch.tensor([[2 / 8, 0, -1], [0, 2 / 4, -1], [0, 0, 1]], device=DEVICE)[None, None]
+    warped = fused.warp(torch.ones(1, 1, 5, 9, device=DEVICE), unmoved, torch.zeros(1, 1, 3, device=DEVICE))
+    assert torch.equal(warped[:, 0].cpu(), image)
+    fused.error()
+    for gradient in fused.gradient(torch.ones(1, 1, 5, 9, device=DEVICE)):
+        assert not gradient.any()
+
+
 def test_rounding_makes_no_error_of_equal_images_negative() -> None:
     image = torch.rand(1, 3, 19, 31, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     error = kernels.photometric_error(image[:, None], Target.of(image), False)

@@ -299,7 +299,8 @@ def test_eigens_test_split_packs_what_the_published_numbers_used() -> None:
 
     eigen, benchmark, zhou = (content_of(n) for n in ("eigen", "eigen_benchmark", "eigen_zhou"))
     assert (eigen.frames, eigen.depth, eigen.convention) == ((0,), "velodyne", "lidar_x")  # type: ignore[attr-defined]
-    assert (benchmark.depth, benchmark.convention) == ("improved", "camera_z")  # type: ignore[attr-defined]
+    found = (benchmark.frames, benchmark.depth, benchmark.convention)  # type: ignore[attr-defined]
+    assert found == ((0,), "improved", "camera_z")
     assert (zhou.frames, zhou.stereo, zhou.convention) == ((0, -1, 1), True, "camera_z")  # type: ignore[attr-defined]
     asked = content_of("eigen", depth_source="improved")
     assert (asked.depth, asked.convention) == ("improved", "camera_z")  # type: ignore[attr-defined]
