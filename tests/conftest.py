@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -54,6 +55,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is synced and renamed from here on, in order: `sync a.tmp`, `a.tmp -> a`; a power cut keeps no more."""
+    told: list[str] = []
+    fsync, rename, link = os.fsync, os.replace, os.link
+
+    def name(path: object) -> str:
+        return re.sub(r"\.([^/]*)\.[0-9a-f]{12}\.tmp$", r"\1.tmp", Path(str(path)).name)
+
+    def recorded_fsync(descriptor: int) -> None:
+        told.append(f"sync {name(Path(f'/proc/self/fd/{descriptor}').readlink())}")
+        fsync(descriptor)
+
+    def recorded_rename(source: object, target: object) -> None:
+        told.append(f"{name(source)} -> {name(target)}")
+        rename(source, target)  # type: ignore[type-var]
+
+    def recorded_link(source: object, target: object) -> None:
+        told.append(f"{name(source)} -> {name(target)}")
+        link(source, target)  # type: ignore[type-var]
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_rename)
+    monkeypatch.setattr(os, "link", recorded_link)
+    return told
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,13 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_the_old_one_is_kept_until_the_new_one_is_on_the_disk(tmp_path: Path, disk: list[str]) -> None:
+    folder = save_two(tmp_path)
+    first = ["sync last.pt.tmp", "last.pt.tmp -> last.pt", "sync checkpoints"]
+    assert disk == [*first, first[0], "last.pt -> previous.pt", *first[1:]]
+    assert [load_checkpoint(folder / name).step for name in (PREVIOUS, LAST)] == [1, 2]
+
+
 def test_newest_first(tmp_path: Path) -> None:
     save_two(tmp_path)
     found, warning = load_latest(tmp_path)

@@ -19,6 +19,7 @@ from storage_data import make_samples
 
 from shards import tar as tar_module
 from shards.errors import DatasetError
+from shards.files import create_from, temporary, write_atomic
 from shards.sample import Sample
 from shards.tar import ShardWriter, build_index, parse_index, read_samples, tar_header
 
@@ -185,6 +186,28 @@ def test_writer_refuses_a_key_twice_and_an_empty_shard(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without samples"):
         ShardWriter(tmp_path / "b.tar").close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_has_its_names_only_when_it_is_on_the_disk_and_the_index_first(tmp_path: Path, disk: list[str]) -> None:
+    with ShardWriter(tmp_path / "new" / "a.tar") as writer:
+        writer.add(Sample("k", {"a": b"1"}))
+        assert disk == []
+    index, tar = ["sync a.idx.tmp", "a.idx.tmp -> a.idx"], ["sync a.tar.tmp", "a.tar.tmp -> a.tar"]
+    assert disk == [*index, *tar, "sync new"]
+
+
+def test_small_files_are_on_the_disk_before_they_have_their_names(tmp_path: Path, disk: list[str]) -> None:
+    write_atomic(tmp_path / "new" / "a", b"1")
+    assert disk == ["sync a.tmp", "a.tmp -> a", "sync new"]
+    disk.clear()
+    made = temporary(tmp_path / "new" / "b")
+    assert temporary(tmp_path / "new" / "b") != made, "two processes would write into one file"
+    made.write_bytes(b"2")
+    assert create_from(made, tmp_path / "new" / "b")
+    assert disk == ["sync b.tmp", "b.tmp -> b", "sync new"]
+    made.write_bytes(b"3")
+    assert not create_from(made, tmp_path / "new" / "b")
+    assert (tmp_path / "new" / "b").read_bytes() == b"2"
 
 
 def test_a_failed_writer_leaves_nothing(tmp_path: Path) -> None:
