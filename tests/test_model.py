@@ -12,6 +12,7 @@ from torch import nn
 from md2.batch import Offset
 from md2.config import DataConfig, LossConfig, ModelConfig
 from md2.model import Networks
+from md2.networks.pose import PoseDecoder
 from md2.networks.resnet import ResNetEncoder
 from md2.prediction import Pose
 from shards.errors import InputError
@@ -223,6 +224,21 @@ def test_pose_decoder_equals_its_convolutions_written_out() -> None:
     x = conv(conv(conv(x, 1, 1).relu(), 2, 1).relu(), 3, 0).mean((2, 3)) * 0.01
     pose = networks(frames).poses[1]
     torch.testing.assert_close(torch.cat([pose.axis_angle, pose.translation], dim=1), x, rtol=1e-4, atol=1e-7)
+
+
+def test_official_channels_are_six_numbers_for_one_motion_after_the_other() -> None:
+    """Of the 12 that a pair network has, the first six are read; `all` has six a source."""
+    decoder = PoseDecoder([64, 64, 128, 256, 512], inputs=1, motions=2)
+    with torch.no_grad():
+        decoder.net[3].weight.zero_()
+        decoder.net[3].bias.copy_(torch.arange(12.0))
+    motions = decoder([torch.rand(3, 512, 2, 3)])
+    torch.testing.assert_close(motions, 0.01 * torch.arange(12.0).view(1, 2, 6).expand(3, 2, 6))
+    networks = build()
+    networks.pose.load_state_dict(decoder.state_dict())
+    for pose in networks(images()).poses.values():
+        torch.testing.assert_close(pose.axis_angle, torch.tensor([[0.0, 0.01, 0.02]]).expand(2, 3))
+        torch.testing.assert_close(pose.translation, torch.tensor([[0.03, 0.04, 0.05]]).expand(2, 3))
 
 
 def test_relative_translation_is_multiplied_by_the_mean_inverse_depth() -> None:
