@@ -17,6 +17,8 @@ from PIL import Image, ImageEnhance
 from pipeline_data import Array, Operations, as_floats, config, loader, make_samples, pack, smooth
 
 from md2.augment import (
+    FLIP_PROBABILITY,
+    JITTER_PROBABILITY,
     Jitter,
     _HostMemory,
     camera_matrices,
@@ -148,9 +150,12 @@ def test_contrast_pivots_at_each_images_own_grey_and_the_result_is_clamped() -> 
 def test_in_a_batch_jitter_is_one_draw_for_all_frames_of_half_of_the_samples(tmp_path: Path) -> None:
     samples = make_samples(64, stereo=True)
     dataset = pack(tmp_path, samples, stereo=True)
-    chosen, seen = 0, []
+    chosen, seen, coins = 0, [], set()
     for batch in loader(dataset, config(stereo=True, flip=True, color_jitter=True), batch_size=8):
+        assert batch.stereo is not None
         for place in range(batch.size):
+            same = torch.equal(batch.images[0][place], batch.augmented[0][place])
+            coins.add((bool(batch.stereo[place, 0, 3] > 0), same))
             fits = [_fit(batch.images[offset][place], batch.augmented[offset][place]) for offset in batch.images]
             if all(fit is None for fit in fits):
                 continue
@@ -165,6 +170,7 @@ def test_in_a_batch_jitter_is_one_draw_for_all_frames_of_half_of_the_samples(tmp
     assert 17 <= chosen <= 47
     assert np.ptp(seen) > 0.2
     assert len({round(gain, 4) for gain in seen}) > chosen * 0.9
+    assert len(coins) == 4, "one coin decides on both flip and jitter"
 
 
 def _fit(image: torch.Tensor, jittered_image: torch.Tensor) -> torch.Tensor | None:
@@ -261,6 +267,7 @@ def test_drawn_factors_fill_their_ranges_and_no_more(tmp_path: Path) -> None:
         pytest.approx([0.8, 1.2, 0.8, 0.1]),
         UNCHANGED,
     ]
+    assert (JITTER_PROBABILITY, FLIP_PROBABILITY) == (0.5, 0.5)
     dataset = pack(tmp_path, make_samples(64))
     outputs = loader(dataset, config(color_jitter=True), batch_size=32)._reader.read()
     found = jitter_factors(outputs["draws"][:32])
@@ -268,3 +275,14 @@ def test_drawn_factors_fill_their_ranges_and_no_more(tmp_path: Path) -> None:
     assert ((found - torch.tensor(UNCHANGED)).abs().amax(0) <= torch.tensor([0.2, 0.2, 0.2, 0.1])).all()
     assert (found.amax(0) - found.amin(0) > torch.tensor([0.3, 0.3, 0.3, 0.15])).all()
     assert torch.corrcoef(found.T).fill_diagonal_(0).abs().max() < 0.6, "the factors are drawn independently"
+
+
+def test_draws_are_others_for_each_seed_rank_and_epoch(tmp_path: Path) -> None:
+    """The same on all ranks, and a batch of four GPUs would hold four samples that are flipped and coloured alike."""
+    dataset = pack(tmp_path, make_samples(8))
+    settings = config(flip=True, color_jitter=True)
+    found = []
+    for seed, rank in ((0, 0), (0, 1), (1, 0)):
+        reader = loader(dataset, settings, seed=seed, rank=rank, world=2, batch_size=4)._reader
+        found += [(reader.read()["draws"].numpy().tobytes()) for _ in range(2)]
+    assert len(set(found)) == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,13 @@ def test_orders_differ_between_epochs_and_seeds_but_not_between_runs(dataset: Lo
     assert first == epochs(0)
     orders = {tuple(order) for order in [*first, *epochs(1)]}
     assert len(orders) == 6
+
+
+def test_within_a_shard_the_order_is_the_seeds_too(tmp_path: Path) -> None:
+    alone = pack(tmp_path, make_samples(12, frames=[0, 1]), frames=[0, 1], samples_per_shard=12)
+    orders = [keys(one(alone, seed=seed, batch_size=1, settings={"shuffle_buffer": 12})) for seed in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) != orders[0]
 
 
 def test_whole_shards_move_beyond_the_shuffle_buffer(dataset: LocalDataset) -> None:

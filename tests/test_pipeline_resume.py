@@ -23,6 +23,7 @@ from shards.dataset import LocalDataset, open_dataset
 from shards.errors import UsageError
 
 STEPS = 5
+OF_THE_LOADER = ("batch_size", "seed", "rank", "world", "train", "accumulate")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> LocalDataset:
 
 def make(dataset: LocalDataset, *, state: Any = None, **changes: Any) -> Loader:
     settings = {"stereo": True, "flip": True, "color_jitter": True, "shuffle_buffer": 8}
-    arguments = {name: changes.pop(name) for name in ("batch_size", "seed", "rank", "world") if name in changes}
+    arguments = {name: changes.pop(name) for name in OF_THE_LOADER if name in changes}
     return loader(dataset, config(**{**settings, **changes}), state=state, **arguments)
 
 
@@ -103,14 +104,32 @@ def test_state_is_small_and_loads_without_running_code(dataset: LocalDataset) ->
         ({"flip": False}, "flip was True, is False"),
         ({"color_jitter": False}, "color_jitter was True, is False"),
         ({"frames": [0, 1]}, "components was"),
+        ({"stereo": False}, "components was"),
+        ({"width": 64}, r"size was \[96, 64\], is \[64, 64\]"),
+        ({"train": False}, "train was True, is False"),
+        ({"accumulate": 2}, "steps was 5, is 4"),
     ],
 )
 def test_a_state_that_would_give_another_order_is_refused(
     dataset: LocalDataset, changes: dict[str, Any], message: str
 ) -> None:
     state = make(dataset).state()
+    make(dataset, state=state)
     with pytest.raises(UsageError, match=message):
         make(dataset, state=state, **changes)
+
+
+def test_another_ranks_state_is_refused(dataset: LocalDataset) -> None:
+    state = make(dataset, rank=0, world=2).state()
+    with pytest.raises(UsageError, match="rank was 0, is 1"):
+        make(dataset, rank=1, world=2, state=state)
+
+
+def test_a_state_knows_its_epoch(dataset: LocalDataset) -> None:
+    here = make(dataset)
+    take(here, 7)
+    there = make(dataset, state=here.state())
+    assert (there.epoch, there.step) == (here.epoch, here.step) == (1, 2)
 
 
 def test_another_dataset_is_refused(dataset: LocalDataset, tmp_path: Path) -> None:
