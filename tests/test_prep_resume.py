@@ -10,15 +10,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from prep_data import files_of, long_raw, run_pack
 
+from prep.assemble import Place, SampleJob, ShardJob
+from prep.calibration import Rig
 from prep.chunks import Blob, ChunkReader, ChunkWriter, read_chunk_index
+from prep.encode import ChunkJob, ImageFormat, Instant
 from prep.pack import scratch_folder
+from prep.sources import Member, Ref
+from prep.splits import Side
 from prep.workers import run, start_workers
 from shards.errors import DatasetError, Md2Error, UsageError
+from shards.store import Store
 
 FRAMES = 240
 CHUNKS = 10
@@ -266,6 +275,73 @@ def test_a_damaged_chunk_is_noticed(tmp_path: Path) -> None:
     for size in range(0, len(whole), 11):
         path.write_bytes(whole[:size])
         assert read_chunk_index(path) is None
+
+
+def chunk_job() -> ChunkJob:
+    """Of two instants: both images, a scan and a ready-made depth map in the first; the left image in the second."""
+    names = enumerate(("l", "r", "scan", "map"))
+    refs = {name: Ref(name, f"file:///raw/{name}", 100 + number) for number, name in names}
+    packed = Ref("next", "file:///raw.zip", 7, Member(0, 1, 5, 8, 99))
+    instants = (
+        Instant(3, {"l": refs["l"], "r": refs["r"]}, refs["scan"], ("l",), {"r": refs["map"]}),
+        Instant(4, {"l": packed}),
+    )
+    projection: dict[Side, np.ndarray] = {side: np.arange(12.0).reshape(3, 4) + len(side) for side in ("l", "r")}
+    rig = Rig(projection, (192, 64), np.eye(4), "calib")
+    return ChunkJob("d", instants, rig, ImageFormat((96, 32), "jpeg", 90), "camera_z", False, Path("scratch"), "1")
+
+
+def changed_jobs(job: ChunkJob) -> Iterator[tuple[str, ChunkJob]]:
+    first, second = job.instants
+    assert first.scan is not None and second.images["l"].member is not None
+
+    def instant(**changes: Any) -> ChunkJob:
+        return replace(job, instants=(replace(first, **changes), second))
+
+    def rig(**changes: Any) -> ChunkJob:
+        return replace(job, rig=replace(job.rig, **changes))
+
+    yield "drive", replace(job, drive="e")
+    yield "frame", instant(frame=2)
+    yield "image", instant(images={"l": first.images["l"]})
+    yield "side", instant(images={"l": first.images["r"], "r": first.images["l"]})
+    yield "size of a file", instant(images={**first.images, "l": replace(first.images["l"], size=1)})
+    yield "place of a file", instant(scan=replace(first.scan, url="file:///other/scan"))
+    yield "scan", instant(scan=None, depth_sides=())
+    yield "side of the depth", instant(depth_sides=("r",))
+    yield "both depths", instant(depth_sides=("l", "r"))
+    yield "ready-made depth", instant(depth_maps={})
+    crc = replace(second.images["l"], member=replace(second.images["l"].member, crc=98))
+    yield "content of a zip", replace(job, instants=(first, replace(second, images={"l": crc})))
+    yield "fewer", replace(job, instants=(first,))
+    yield "calibration", rig(projection={**job.rig.projection, "r": np.zeros((3, 4))})
+    yield "native size", rig(size=(192, 63))
+    yield "lidar", rig(velodyne=np.eye(4)[::-1])
+    yield "no lidar", rig(velodyne=None)
+    for number, form in enumerate((ImageFormat(None, "jpeg", 90), ImageFormat((96, 32), "png", 90))):
+        yield f"format {number}", replace(job, format=form)
+    yield "quality", replace(job, format=ImageFormat((96, 32), "jpeg", 91))
+    yield "convention", replace(job, convention="lidar_x")
+    yield "versions", replace(job, versions="2")
+
+
+def test_a_chunk_is_named_after_everything_that_decides_its_bytes() -> None:
+    """Else a run with other options, or after a file was mended, would take what an earlier one left in scratch."""
+    job = chunk_job()
+    names = {"": job.name} | {what: other.name for what, other in changed_jobs(job)}
+    assert len(set(names.values())) == len(names)
+    # Where the work is done, and whether broken files are skipped (such chunks are made again), decides nothing.
+    assert chunk_job().name == replace(job, folder=Path("elsewhere"), skip_broken=True).name == job.name
+
+
+def test_a_shard_is_told_by_all_that_goes_into_it() -> None:
+    def spec(key: str = "k", small: bytes = b"abc", size: int = 5, crc: int = 6, name: str = "0.jpg") -> str:
+        sample = SampleJob(key, {"k.f32": small}, {name: Place("a.chunk", Blob(0, size, crc))})
+        return ShardJob("train", 0, [sample], Path("scratch"), Store("out")).spec
+
+    changes: list[dict[str, Any]] = [{"key": "l"}, {"small": b"abd"}, {"size": 4}, {"crc": 7}, {"name": "s.jpg"}]
+    assert len({spec(), *(spec(**change) for change in changes)}) == 6
+    assert spec() == spec()
 
 
 def test_few_chunk_files_are_open_at_a_time(tmp_path: Path) -> None:
