@@ -16,7 +16,7 @@ from evaluation_data import HEIGHT, WIDTH, constant, documented, pack_truth, run
 from PIL import Image
 
 from md2.eval_command import EvalOptions, EvalReport, keys_file, model_name, run_eval
-from md2.evaluate import Evaluation, ImageScore, choose_protocol, choose_scaling, evaluation_batches
+from md2.evaluate import Evaluation, ImageScore, choose_part, choose_protocol, choose_scaling, evaluation_batches
 from md2.metrics import EIGEN, EIGEN_BENCHMARK, METRICS, Protocol
 from md2.predict import load
 from md2.scores import to_latex
@@ -24,7 +24,7 @@ from md2.visualize import Tile, depth_to_uint16, sheet
 from shards.dataset import open_dataset
 from shards.errors import DatasetError, InputError, UsageError
 from shards.files import sha256_file
-from shards.manifest import Manifest
+from shards.manifest import Manifest, Shard
 
 TRUTH = (4.0, 10.0, 20.0)
 
@@ -323,6 +323,9 @@ def test_parts_and_missing_ground_truth(tmp_path: Path, mono: Path) -> None:
     assert len(run(train, model=str(mono), part="train").evaluation.images) == 1
     with pytest.raises(DatasetError, match="no part 'val'"):
         run(train, model=str(mono), part="val")
+    shards = [Shard.model_construct(name=f"{part}/000000.tar") for part in ("train", "val", "test")]
+    for count, part in ((3, "test"), (2, "val")):
+        assert choose_part(Manifest.model_construct(shards=shards[:count]), None) == part
 
 
 def test_options_that_exclude_each_other(packed: Path, mono: Path, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, content: dict[str,
 @pytest.mark.parametrize(
     ("sample", "reason"),
     [
-        (Sample("k" * 96, {"0.jpg": b"x"}), "100"),
+        (Sample("k" * 94, {"0.jpg": b"x"}), "100"),
         (Sample("k", {"0.jpg": b""}), "empty"),
         (Sample("k", {}), "no components"),
         (Sample("k", {f"{number}.jpg": b"x" for number in range(1001)}), "at most 1000"),
@@ -164,11 +164,12 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, content: dict[str,
 )
 def test_writer_refuses_what_dali_would_misread(tmp_path: Path, sample: Sample, reason: str) -> None:
     writer = ShardWriter(tmp_path / "a.tar")
-    writer.add(Sample("good", {"0.jpg": b"y"}))
+    longest = "k" * 93  # with .0.jpg 99 characters
+    writer.add(Sample(longest, {"0.jpg": b"y"}))
     with pytest.raises(ValueError, match=reason):
         writer.add(sample)
     writer.close()  # what was refused left no trace
-    assert [s.key for s in read_samples(tmp_path / "a.tar")] == ["good"]
+    assert [s.key for s in read_samples(tmp_path / "a.tar")] == [longest]
 
 
 @pytest.mark.parametrize("key", ["a.b", "a b", "a/b", "..", "", "ä", "a\n"])
