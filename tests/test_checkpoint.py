@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 
-from md2.checkpoint import LAST, PREVIOUS, Checkpoint, load_checkpoint, load_latest, resolve, save_checkpoint
+from md2.checkpoint import (
+    LAST,
+    PREVIOUS,
+    Checkpoint,
+    has_checkpoint,
+    load_checkpoint,
+    load_latest,
+    resolve,
+    save_checkpoint,
+)
 from md2.config import Config
 from shards.errors import InputError
 
@@ -73,6 +83,8 @@ def empty(path: Path) -> None:
 def test_a_damaged_last_one_falls_back_and_says_so(tmp_path: Path, damage: object) -> None:
     folder = save_two(tmp_path)
     damage(folder / LAST)  # type: ignore[operator]
+    # Between two renames of a run that was killed there is the previous one alone: it must not begin anew.
+    assert has_checkpoint(tmp_path)
     found, warning = load_latest(tmp_path)
     assert found.step == 1
     if damage is not Path.unlink:
@@ -135,6 +147,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot write"):
         save_checkpoint(checkpoint(2), path)
     assert load_checkpoint(path).step == 1
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(content: object, file: IO[bytes]) -> None:
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(InputError, match="No space left"):
+        save_checkpoint(checkpoint(1), tmp_path / "new" / "a.pt")
+    assert list((tmp_path / "new").iterdir()) == []
+    assert not has_checkpoint(tmp_path)
 
 
 def test_a_run_resolves_to_its_best(tmp_path: Path) -> None:

@@ -62,6 +62,20 @@ def test_a_car_that_turns_drives_a_circle() -> None:
     np.testing.assert_allclose(radius, 0.5 / math.sin(step / 2), rtol=1e-9)
 
 
+def test_any_drive_comes_back_from_its_motions_in_any_unit() -> None:
+    """Turns and shifts that all differ: motions that commute would hide in which order they are put together."""
+    rng = np.random.default_rng(1)
+    poses = [np.eye(4)]
+    for _ in range(12):
+        tilt = move(yaw=rng.normal())[[1, 2, 0, 3]][:, [1, 2, 0, 3]]
+        poses.append(poses[-1] @ move(*rng.normal(size=3), yaw=rng.normal()) @ tilt)
+    true = np.stack(poses)
+    for scale in (1.0, 0.3):
+        found = trajectory(motions_of(true), scale)
+        np.testing.assert_allclose(found[:, :3, :3], true[:, :3, :3], atol=1e-12)
+        np.testing.assert_allclose(found[:, :3, 3], scale * true[:, :3, 3], atol=1e-12)
+
+
 def test_motion_takes_points_to_the_next_camera() -> None:
     """A car drives 2 m forward: a point 10 m ahead is then 8 m ahead."""
     motion = motions_of(np.stack([np.eye(4), move(z=2)]))[0]

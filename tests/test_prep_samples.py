@@ -292,6 +292,12 @@ def test_shards_are_cut_by_size(drive: Path, tmp_path: Path) -> None:
     assert len(read_part(tmp_path / "out")) == 36
 
 
+def test_shards_are_cut_by_number(drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prep.assemble.SAMPLES_PER_SHARD", 5)
+    run_pack(drive / "splits" / "sample", drive, tmp_path / "out")
+    assert [shard.samples for shard in manifest(tmp_path / "out").part("train")] == [5, 5, 2]
+
+
 def test_eigens_test_split_packs_what_the_published_numbers_used() -> None:
     def content_of(name: str, **options: object) -> object:
         lists = read_split_named(name)

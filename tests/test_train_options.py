@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,6 +15,7 @@ import torch
 from ranks_gradient import fixed_batch, share
 from train_data import Silent, config, train, trainer
 
+from md2.batch import Offset
 from md2.checkpoint import load_checkpoint
 from md2.distributed import Ranks
 from md2.loss import LossOutput
@@ -53,6 +56,75 @@ def test_the_learning_rate_drops_where_the_schedule_says(dataset: Path, tmp_path
     train(dataset, tmp_path / "run", "stereo", extra)
     rates = {line["epoch"]: line["lr"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"}
     assert rates == {0: 1e-4, 1: 1e-4, 2: 0.5e-4}
+    measured = [(line["step"], line["epoch"]) for line in read_metrics(tmp_path / "run") if line["kind"] == "val"]
+    assert measured == [(3, 1), (6, 2), (9, 3)], "after so many whole epochs"
+
+
+def test_noise_is_drawn_anew_for_each_step_part_of_it_and_rank(dataset: Path, tmp_path: Path) -> None:
+    """By the run's seed alone, so that a resumed run draws what it would have; and the networks see jittered images."""
+    draws: list[float] = []
+    seen: list[dict[Offset, torch.Tensor]] = []
+
+    def draw(*_: Any, noise: torch.Generator, panels: bool) -> None:
+        draws.append(torch.rand((), generator=noise).item())
+
+    def forward(one: Trainer, index: int) -> None:
+        one.loss = draw  # type: ignore[assignment]
+        one.model = lambda images: seen.append(images)  # type: ignore[assignment]
+        one._forward(batch, index)
+
+    plain = share(fixed_batch(), 0, 1)
+    batch = replace(plain, augmented={offset: image / 2 for offset, image in plain.images.items()})
+    for seed in (0, 1):
+        one = trainer(dataset, tmp_path / f"{seed}", [f"train.seed={seed}"])
+        for one.step, index, rank in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+            one.ranks = Ranks(rank, 1, torch.device("cpu"))
+            forward(one, index)
+    assert len(set(draws)) == 8
+    forward(one, 0)
+    assert draws[-1] == draws[-2]
+    assert all(torch.equal(images[0], batch.augmented[0]) for images in seen)
+
+
+def test_gradients_are_exchanged_after_the_last_part_of_a_step_alone(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer(dataset, tmp_path / "run", ["train.accumulate=3"], "stereo")
+    skips: list[bool] = []
+    monkeypatch.setattr(one, "_without_sync", lambda skip: (skips.append(skip), nullcontext())[1])
+    one._step([share(fixed_batch(), part, 4) for part in range(3)])
+    assert skips == [True, True, False]
+
+
+def test_the_best_is_that_of_the_lowest_abs_rel_also_after_a_resume(
+    dataset: Path, tmp_path: Path, disk: list[str]
+) -> None:
+    one = trainer(dataset, tmp_path / "run", ["train.precision=fp16"], "stereo")
+    one.scaler.load_state_dict({**one.scaler.state_dict(), "scale": 128.0})
+    folder = tmp_path / "run/checkpoints"
+    for one.step, abs_rel, loss in ((1, 0.3, 1.0), (2, 0.2, 5.0), (3, 0.25, 0.5), (4, 0.2, 0.5)):
+        one._save({"abs_rel": abs_rel, "loss": loss})
+    assert [load_checkpoint(folder / name).step for name in ("best.pt", "last.pt", "previous.pt")] == [2, 4, 3]
+    renames = [line for line in disk if "-> best" in line or "-> last" in line]
+    best, last = "best.pt.tmp -> best.pt", "last.pt.tmp -> last.pt"
+    assert renames == [best, last, best, last, last, last], "a run killed in between would miss its best"
+    here = Ranks(0, 1, torch.device("cpu"))
+    saved = load_checkpoint(folder / "last.pt")
+    resumed = Trainer(one.config, one.dataset, tmp_path / "run", here, Silent(), resume=saved)
+    assert (resumed.best, resumed.step, resumed.scaler.get_scale()) == (0.2, 4, 128.0)
+    resumed._save({"abs_rel": 0.21})
+    assert load_checkpoint(folder / "best.pt").step == 2
+
+
+def test_all_ranks_measure_the_first_ones_running_averages(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer(dataset, tmp_path / "run", [], "stereo")
+    told: list[str] = []
+    monkeypatch.setattr(Ranks, "broadcast", lambda self, tensors: told.extend("buffer" for _ in tensors))
+    monkeypatch.setattr("md2.trainer.validate", lambda *_: (told.append("validated"), ({}, None))[1])
+    one._validate()
+    assert told == ["buffer"] * len(list(one.networks.buffers())) + ["validated"]
 
 
 def test_accumulated_batches_step_as_one_large_batch(dataset: Path, tmp_path: Path) -> None:
@@ -201,6 +273,10 @@ def test_every_so_many_steps(dataset: Path, tmp_path: Path, monkeypatch: pytest.
     assert [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"] == [2, 4, 5]
     assert [p.name for p in sorted((tmp_path / "run/panels").glob("train-*"))] == ["train-00000004.png"]
     assert saved == [3, 5]
+    last, previous = (load_checkpoint(tmp_path / f"run/checkpoints/{name}.pt") for name in ("last", "previous"))
+    assert (last.step, previous.step) == (5, 3)
+    # In the middle of an epoch: a longer run goes on from there with the same learning rate.
+    assert (last.epoch, last.training["schedule"]["last_epoch"]) == (0, 0)
     assert counts == [1]
 
 
@@ -213,6 +289,7 @@ def test_the_seed_decides_weights_samples_and_nothing_else_does(dataset: Path, t
         found.append((one._forward(batch, 0)[1].total.item(), tuple(batch.keys)))
     assert found[0] == found[1]
     assert found[2][0] != found[0][0]
+    assert found[2][1] != found[0][1]
 
 
 def test_a_step_that_is_not_finite_stops_and_names_its_samples(dataset: Path, tmp_path: Path) -> None:
