@@ -49,7 +49,9 @@ def list_datasets(url: Url) -> None:
 @app.command()
 def show(
     url: Url,
-    part: Annotated[str | None, typer.Option(help="Part to take samples from. (default: train, else val, else test)")] = None,
+    part: Annotated[
+        str | None, typer.Option(help="Part to take samples from. (default: train, else val, else test)")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, max=100, help="Rows of the contact sheet.")] = 6,
     sheet: Annotated[
         Path | None, typer.Option(help="Where the contact sheet goes. (default: ./NAME.png, NAME being the dataset's)")
