@@ -138,7 +138,7 @@ class RawData:
         for place in sorted(places, key=len, reverse=True):
             message = re.sub(rf"(?<![^\s,]){re.escape(place)}/", "", message)
             message = re.sub(rf"(?<![^\s,]){re.escape(place)}(?=[,;:\s]|$)", "--raw", message)
-        return message
+        return re.sub(r"--raw(, --raw)+", "--raw", message)
 
 
 def _open(url: str) -> tuple[Any, str]:

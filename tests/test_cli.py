@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from rich.text import Text
 from typer.main import get_command
 
@@ -90,7 +91,8 @@ def test_version_is_the_installed_one() -> None:
 def test_doctor_checks_the_decoder() -> None:
     found = md2("doctor")
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "decodes (64x32)" in found.stdout
+    place = "GPU" if torch.cuda.is_available() else "CPU"
+    assert f"decodes on the {place} (64x32)" in found.stdout
 
 
 def test_zoo_gives_figures_and_commands() -> None:

@@ -244,7 +244,7 @@ def test_commands_end_with_the_documented_exit_codes(drive: Path, tmp_path: Path
     assert broken.returncode == 4
     assert "samples  4 lines, 0 can be packed" in broken.stdout
     assert f"broken   {tmp_path}/split/val_files.txt:2: 'no line' is not of the form" in broken.stdout
-    lost = f"{DATE}/calib_velo_to_cam.txt: not found in {raw}; KITTI has it in {DATE}_calib.zip"
+    lost = f"{DATE}/calib_velo_to_cam.txt: not found in --raw; KITTI has it in {DATE}_calib.zip"
     assert f"broken   {lost}" in broken.stdout
 
 

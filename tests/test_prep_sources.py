@@ -199,7 +199,7 @@ def test_a_zip_cut_short_is_named(drive: Path, tmp_path: Path) -> None:
         ("/data/raw/a.zip: cut short", "a.zip: cut short"),
         (
             "x.txt: not found in /data/raw, /data/raw/more, https://host/kitti; fetch it",
-            "x.txt: not found in --raw, --raw, --raw; fetch it",
+            "x.txt: not found in --raw; fetch it",
         ),
         ("https://host/kitti/b.zip: the file ends. Fetch it", "b.zip: the file ends. Fetch it"),
         ("/data/raw2/a.zip and b/data/raw", "/data/raw2/a.zip and b/data/raw"),
