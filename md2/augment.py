@@ -10,15 +10,15 @@ difference. One clamp to [0, 1] comes at the end, where torchvision clamps after
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import repeat
+from math import ceil
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from md2.host import host_memory, over_images
 
 BRIGHTNESS = CONTRAST = SATURATION = 0.2
 """Factors are drawn from 1 ± this."""
@@ -28,7 +28,8 @@ JITTER_PROBABILITY = FLIP_PROBABILITY = 0.5
 
 GREY = (0.299, 0.587, 0.114)
 """ITU-R BT.601 luma, Pillow's grey."""
-_PIXELS = 8
+_PIXELS = 4
+_STRIP_BYTES = 384 << 10
 _YIQ = np.array([GREY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
 _TO_YIQ, _FROM_YIQ = torch.from_numpy(_YIQ), torch.from_numpy(np.linalg.inv(_YIQ))
 
@@ -57,37 +58,15 @@ def jitter_matrices(factors: Tensor) -> Tensor:
     return matrices.float()
 
 
-def float_images(pixels: Tensor, flipped: Tensor | None) -> Tensor:
-    """Images as the networks take them.
-
-    Args:
-        pixels: (B, H, W, 3) uint8.
-        flipped: (B,) bool on the same device, which to mirror; None: nothing.
-
-    Returns:
-        (B, 3, H, W) float32 in [0, 1], channels_last in memory.
-    """
-    if pixels.device.type != "cpu":
-        if flipped is not None:
-            pixels = torch.where(flipped.view(-1, 1, 1, 1), pixels.flip(2), pixels)
-        return pixels.permute(0, 3, 1, 2).float().div_(255)
-    out = _host_memory.take(tuple(pixels.shape))
-    mirrored = repeat(False) if flipped is None else flipped.tolist()
-    # One image at a time stays in the cache from the flip to the division; the whole batch at once takes twice as long.
-    for target, source, mirror in zip(out.unbind(), pixels.unbind(), mirrored, strict=False):
-        target.copy_(source.flip(1) if mirror else source).div_(255)
-    return out.permute(0, 3, 1, 2)
-
-
 @dataclass(frozen=True)
 class Jitter:
     """One draw of colour jitter for a batch, to be applied to each of its frames.
 
     Attributes:
         chosen: (n,) int64, which samples of the batch are jittered.
-        blocks: (n, 24, 24), transposed `jitter_matrices` in blocks for 8 pixels: the product of all pixels with a 3x3
+        blocks: (n, 12, 12), transposed `jitter_matrices` in blocks for 4 pixels: the product of all pixels with a 3x3
             matrix is too thin for any BLAS.
-        pivots: (n, 24), what the means over every eighth pixel are multiplied with and added, for contrast: the grey
+        pivots: (n, 12), what the means over every fourth pixel are multiplied with and added, for contrast: the grey
             weights times how much of the mean grey it leaves, brightened.
     """
 
@@ -106,67 +85,90 @@ class Jitter:
         """The same where `move` puts tensors: it must be on the device of the images."""
         return Jitter(move(self.chosen), move(self.blocks), move(self.pivots))
 
+    def by_place(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Block and pivot of each chosen sample, by its place in the batch. Waits for a GPU if they are on one."""
+        return dict(zip(self.chosen.tolist(), zip(self.blocks, self.pivots, strict=True), strict=True))
+
     def __call__(self, images: Tensor) -> Tensor:
-        """A jittered copy of (B, 3, H, W) float32 images in [0, 1]; H * W is a multiple of 8.
+        """A jittered copy of (B, 3, H, W) float32 images in [0, 1]; H * W is a multiple of 4. None may be chosen.
+
+        All chosen images at once, and nothing that the host would have to wait for.
 
         Returns:
             The same shape, in [0, 1], channels_last in memory; what is not chosen is equal bit for bit.
         """
         rgb = images.permute(0, 2, 3, 1).contiguous()
-        turned = self._on_cpu(rgb) if images.device.type == "cpu" else self._on_gpu(rgb)
-        return turned.permute(0, 3, 1, 2)
-
-    def _on_gpu(self, rgb: Tensor) -> Tensor:
-        """All chosen images at once, and nothing that the host would have to wait for. None may be chosen."""
-        out = rgb.clone()
         groups = rgb.shape[1] * rgb.shape[2] // _PIXELS
         flat = rgb.index_select(0, self.chosen).view(len(self.chosen), groups, 3 * _PIXELS)
         offsets = (flat.mean(1) * self.pivots).sum(1).view(-1, 1, 1)
         turned = torch.baddbmm(offsets, flat, self.blocks).clamp_(0, 1)
-        return out.index_copy_(0, self.chosen, turned.view(len(self.chosen), *rgb.shape[1:]))
-
-    def _on_cpu(self, rgb: Tensor) -> Tensor:
-        out = _host_memory.take(tuple(rgb.shape))
-        rows = zip(self.chosen.tolist(), self.blocks.unbind(), self.pivots.unbind(), strict=True)
-        drawn = {place: (block, pivot) for place, block, pivot in rows}
-        for place, (target, source) in enumerate(zip(out.unbind(), rgb.unbind(), strict=True)):
-            if place not in drawn:
-                target.copy_(source)
-                continue
-            block, pivot = drawn[place]
-            flat = source.view(-1, 3 * _PIXELS)
-            offset = torch.dot(flat.mean(0), pivot)
-            torch.addmm(offset, flat, block, out=target.view(-1, 3 * _PIXELS)).clamp_(0, 1)
-        return out
+        out = rgb.clone().index_copy_(0, self.chosen, turned.view(len(self.chosen), *rgb.shape[1:]))
+        return out.permute(0, 3, 1, 2)
 
 
-class _HostMemory:
-    """Float buffers of the host that come back when the last tensor on them is gone.
+def float_images(pixels: Tensor, flipped: Tensor | None, jitter: Jitter | None) -> tuple[Tensor, Tensor]:
+    """Images as the loss takes them, and as the networks do.
 
-    The kernel clears every page of new memory, which takes about as long as filling it with an image; so memory is
-    used again, but never while a tensor, a view or the autograd graph still holds it. What was of another size
-    is let go.
+    Args:
+        pixels: (B, H, W, 3) uint8.
+        flipped: (B,) bool, which to mirror; None: nothing.
+        jitter: of colours; None: no jitter. All on the same device.
+
+    Returns:
+        Two of (B, 3, H, W) float32 in [0, 1], channels_last in memory; the same tensor where there is no jitter.
     """
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[int, ...], list[npt.NDArray[np.float32]]] = {}
-
-    def take(self, shape: tuple[int, ...]) -> Tensor:
-        """An uninitialised float32 tensor."""
-        if shape not in self._free:
-            self._free = {shape: []}
-        free = self._free[shape]
-        # pop() instead of a look and a pop: buffers may come back, or be taken, on another thread in between.
-        try:
-            memory = free.pop()
-        except IndexError:
-            memory = np.empty(shape, np.float32)
-        lent = memory.view()
-        weakref.finalize(lent, free.append, memory).atexit = False
-        return torch.from_numpy(lent)  # holds `lent` as long as anything uses its storage
+    if pixels.device.type == "cpu":
+        return _one_by_one(pixels, flipped, jitter)
+    if flipped is not None:
+        pixels = torch.where(flipped.view(-1, 1, 1, 1), pixels.flip(2), pixels)
+    images = pixels.permute(0, 3, 1, 2).float().div_(255)
+    return images, images if jitter is None else jitter(images)
 
 
-_host_memory = _HostMemory()
+def _one_by_one(pixels: Tensor, flipped: Tensor | None, jitter: Jitter | None) -> tuple[Tensor, Tensor]:
+    """`float_images` on the host, where memory is what takes time: an image stays in the cache until it is done."""
+    plain = host_memory.take(tuple(pixels.shape))
+    jittered = plain if jitter is None else host_memory.take(tuple(pixels.shape))
+    mirrored = [False] * len(pixels) if flipped is None else flipped.tolist()
+    drawn = {} if jitter is None else jitter.by_place()
+    images = list(zip(pixels.unbind(), mirrored, plain.unbind(), jittered.unbind(), strict=True))
+
+    def fill(mine: slice) -> None:
+        for place in range(len(images))[mine]:
+            source, mirror, image, other = images[place]
+            if place in drawn:
+                _turn_colours(_convert(source, mirror, image), *drawn[place], other)
+            elif jitter is not None:
+                for strip, target, copy in _strips(source, image, other):
+                    copy.copy_(_convert(strip, mirror, target))
+            else:
+                _convert(source, mirror, image)
+
+    if jitter is None:
+        fill(slice(None))  # so little work that several threads only take the memory's bandwidth from DALI's
+    else:
+        over_images(fill, plain)
+    batch = plain.permute(0, 3, 1, 2)
+    return batch, batch if jitter is None else jittered.permute(0, 3, 1, 2)
+
+
+def _convert(source: Tensor, mirror: bool, target: Tensor) -> Tensor:
+    return target.copy_(source.flip(1) if mirror else source).div_(255)
+
+
+def _turn_colours(image: Tensor, block: Tensor, pivot: Tensor, out: Tensor) -> None:
+    """`Jitter` of one (H, W, 3) image into `out`."""
+    flat = image.view(-1, 3 * _PIXELS)
+    offset = torch.dot(flat.mean(0), pivot)
+    for strip, turned in _strips(flat, out.view(-1, 3 * _PIXELS)):
+        # Not addmm, which fills the target with the offset first.
+        torch.mm(strip, block, out=turned).add_(offset).clamp_(0, 1)
+
+
+def _strips(*images: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The same image in several tensors, cut alike so that a strip in all of them fits a core's own cache."""
+    count = ceil(images[-1].nbytes / _STRIP_BYTES)
+    return [images] if count == 1 else zip(*(image.chunk(count) for image in images), strict=True)
 
 
 def camera_matrices(

@@ -15,10 +15,7 @@ dataset's order, unflipped and without jitter; the last batch may be smaller.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import cache
 from math import ceil
 from typing import Any, TypedDict
 
@@ -26,8 +23,9 @@ import torch
 from torch import Tensor
 
 from md2.augment import Jitter, camera_matrices, float_images, jitter_factors, stereo_transforms
-from md2.batch import Batch, Offset
+from md2.batch import Batch
 from md2.config import PAPER_METRES_PER_UNIT, DataConfig
+from md2.host import cores, host_threads
 from md2.reader import Device, Reader, plan, sample_keys
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError, UsageError
@@ -132,7 +130,7 @@ class Loader:
                 self._read_chunk()
             self.step += 1
             on_gpu = self.device.type == "cuda"
-            yield self._batch() if on_gpu else host_thread().submit(self._batch).result()
+            yield self._batch() if on_gpu else host_threads().batch.submit(self._batch).result()
 
     def state(self) -> LoaderState:
         """Where this loader stands: after the batch last taken, whatever is prefetched already."""
@@ -152,7 +150,6 @@ class Loader:
 
     def _open(self, checkpoint: bytes | None) -> Reader:
         where = f"{self.dataset.url}: part {self.part!r}"
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         reader = Reader(
             self._plan,
             where,
@@ -160,7 +157,7 @@ class Loader:
             seed=self.seed,
             rank=self.rank,
             world=self.world,
-            threads=self.config.threads or max(1, cores),
+            threads=self.config.threads or cores(),
             prefetch=self.config.prefetch,
             decode=self._decode,
             device=self.device,
@@ -198,9 +195,8 @@ class Loader:
         host = {name: values[begin : begin + self._valid()] for name, values in self._chunk.items()}
         flipped = host["flip"].bool().flatten() if self._plan.flip else None
         mirror = self._to_device(flipped) if flipped is not None else None
-        images: dict[Offset, Tensor] = {
-            offset: float_images(host[f"image {offset}"], mirror) for offset in self._plan.offsets
-        }
+        jitter = self._jitter(host) if self._plan.jitter else None
+        made = {o: float_images(host[f"image {o}"], mirror, jitter) for o in self._plan.offsets}
         if self.device.type == "cuda":
             self._read_on_gpu = torch.cuda.current_stream(self.device).record_event()
         size = self._plan.size
@@ -213,8 +209,8 @@ class Loader:
             stereo = self._to_device(stereo_transforms(host["translation"].flatten(), flipped, self.metres_per_unit))
         depth, depth_size = self._depth(host) if self._plan.depth else (None, None)
         return Batch(
-            images=images,
-            augmented=self._jitter(images, host) if self._plan.jitter else images,
+            images={offset: plain for offset, (plain, _) in made.items()},
+            augmented={offset: jittered for offset, (_, jittered) in made.items()},
             intrinsics=self._to_device(cameras),
             stereo=stereo,
             metres_per_unit=self.metres_per_unit,
@@ -229,10 +225,9 @@ class Loader:
             return self.batch_size
         return min(self.batch_size, self._share() - (self.step - 1) * self.batch_size)
 
-    def _jitter(self, images: dict[Offset, Tensor], host: dict[str, Tensor]) -> dict[Offset, Tensor]:
+    def _jitter(self, host: dict[str, Tensor]) -> Jitter:
         chosen = host["jitter"].flatten().nonzero().flatten()
-        jitter = Jitter.of(chosen, jitter_factors(host["draws"][chosen])).to(self._to_device)
-        return {offset: jitter(image) for offset, image in images.items()}
+        return Jitter.of(chosen, jitter_factors(host["draws"][chosen])).to(self._to_device)
 
     def _depth(self, host: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         size = host["depth_size"][:, :2].contiguous()
@@ -301,18 +296,3 @@ def batches_ahead(batch_size: int, samples: int, sample_bytes: int) -> int:
     most = min(SAMPLES_AHEAD, BYTES_AHEAD // sample_bytes) // batch_size
     allowed = max(padding(1), samples // 16)
     return max(batches for batches in range(1, max(1, most) + 1) if padding(batches) <= allowed)
-
-
-@cache
-def host_thread() -> Executor:
-    """A thread whose tensor operations do not fan out over the cores, which DALI's threads keep busy.
-
-    An operation that is spread over OpenMP threads ends with the slowest of them: beside decoding, a product of
-    microseconds was seen to take ten milliseconds. torch's setting holds for the thread that makes it, and for
-    threads that start later, so it is put back for those.
-    """
-    threads = torch.get_num_threads()
-    executor = ThreadPoolExecutor(1, "md2-loader", initializer=torch.set_num_threads, initargs=(1,))
-    executor.submit(torch.get_num_threads).result()
-    torch.set_num_threads(threads)
-    return executor

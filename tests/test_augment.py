@@ -16,17 +16,19 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 from pipeline_data import Array, Operations, as_floats, config, loader, make_samples, pack, smooth
 
+import md2.host
 from md2.augment import (
     FLIP_PROBABILITY,
     JITTER_PROBABILITY,
     Jitter,
-    _HostMemory,
     camera_matrices,
+    float_images,
     jitter_factors,
     jitter_matrices,
     stereo_transforms,
 )
 from md2.batch import Batch
+from md2.host import HostMemory, over_images
 from md2.reader import sample_keys
 
 dali: Any = nvidia.dali
@@ -42,29 +44,56 @@ def jittered(images: torch.Tensor, chosen: torch.Tensor, drawn: torch.Tensor) ->
     return Jitter.of(chosen, drawn)(images)
 
 
-def test_all_images_at_once_as_on_a_gpu_are_those_one_by_one() -> None:
+def test_images_one_by_one_on_the_host_are_those_all_at_once() -> None:
     """The GPU's way, on the CPU; and what it needs there has been moved before: it makes no constants of its own."""
-    images = torch.stack([as_floats(picture(seed)) for seed in range(5)])
+    pixels = torch.stack([torch.from_numpy(picture(seed)) for seed in range(5)])
     drawn = jitter_factors(2 * torch.rand(3, 4, generator=torch.Generator().manual_seed(1)) - 1)
     jitter = Jitter.of(torch.tensor([0, 2, 4]), drawn)
-    one_by_one = jitter(images)
+    flipped = torch.tensor([True, True, False, False, True])
+    plain, one_by_one = float_images(pixels, flipped, jitter)
+    expected = torch.stack(
+        [as_floats(image[:, ::-1] if f else image) for image, f in zip(pixels.numpy(), flipped, strict=True)]
+    )
+    assert torch.equal(plain, expected)
     with Operations() as count:
-        found = jitter._on_gpu(images.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
-    torch.testing.assert_close(found, one_by_one, rtol=0, atol=2e-6)
-    assert not torch.equal(found[4], images[4])
-    assert torch.equal(found[1], images[1])
+        all_at_once = jitter(expected)
+    torch.testing.assert_close(one_by_one, all_at_once, rtol=0, atol=2e-6)
+    for place in range(5):
+        assert torch.equal(one_by_one[place], plain[place]) == (place in (1, 3))
     assert count.names["baddbmm"] == 1
     assert count.names["lift_fresh"] == count.names["_local_scalar_dense"] == 0
     assert count.names.total() < 20
 
 
+def test_a_large_batch_is_shared_among_threads_and_no_image_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(md2.host, "cores", lambda: 3)
+    md2.host.host_threads.cache_clear()
+    pixels = torch.randint(1, 256, (7, 192, 320, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    jitter = Jitter.of(torch.tensor([1, 4, 6]), jitter_factors(torch.rand(3, 4)))
+    together = float_images(pixels, None, jitter)
+    assert together[0].nbytes >= md2.host.SHARED_FROM
+    apart = [float_images(pixels[place : place + 1], None, alone(jitter, place)) for place in range(7)]
+    for kind in (0, 1):
+        assert torch.equal(together[kind], torch.cat([images[kind] for images in apart]))
+    with pytest.raises(ZeroDivisionError):
+        over_images(lambda mine: 1 // 0, together[0])
+    md2.host.host_threads.cache_clear()
+
+
+def alone(jitter: Jitter, place: int) -> Jitter:
+    """That of a batch of one."""
+    chosen = jitter.chosen == place
+    return Jitter(jitter.chosen[chosen] * 0, jitter.blocks[chosen], jitter.pivots[chosen])
+
+
 def test_a_batch_of_which_nothing_is_jittered_is_unchanged() -> None:
     """Of twelve samples that is one batch in 4096: the GPU's way and the CPU's."""
-    images = torch.stack([as_floats(picture(seed)) for seed in range(2)])
+    pixels = torch.stack([torch.from_numpy(picture(seed)) for seed in range(2)])
     jitter = Jitter.of(torch.zeros(0, dtype=torch.int64), jitter_factors(torch.zeros(0, 4)))
+    images, jittered = float_images(pixels, None, jitter)
+    assert torch.equal(jittered, images)
+    assert jittered.data_ptr() != images.data_ptr()
     assert torch.equal(jitter(images), images)
-    rgb = images.permute(0, 2, 3, 1).contiguous()
-    assert torch.equal(jitter._on_gpu(rgb), rgb)
 
 
 def apply(pixels: Array, **changes: float) -> torch.Tensor:
@@ -224,7 +253,7 @@ def test_keys_come_out_of_paths_with_dots_and_colons() -> None:
 
 
 def test_memory_comes_back_only_when_nothing_holds_it() -> None:
-    memory = _HostMemory()
+    memory = HostMemory()
     first = memory.take((2, 3))
     first.fill_(1)
     place = first.data_ptr()

@@ -73,8 +73,8 @@ def make_batch(config: Config) -> Batch:
     jitter = Jitter.of(torch.tensor([1]), jitter_factors(torch.zeros(1, 4))).to(lambda tensor: tensor.to(META))
     with OneDevice():
         flipped = empty(BATCH, dtype=torch.bool)
-        images = {o: float_images(empty(BATCH, HEIGHT, WIDTH, 3, dtype=torch.uint8), flipped) for o in offsets}
-        augmented = {offset: jitter(image) for offset, image in images.items()}
+        made = {o: float_images(empty(BATCH, HEIGHT, WIDTH, 3, dtype=torch.uint8), flipped, jitter) for o in offsets}
+    images, augmented = ({offset: both[kind] for offset, both in made.items()} for kind in (0, 1))
     assert all(image.is_contiguous(memory_format=torch.channels_last) for image in augmented.values())
     stereo = empty(BATCH, 4, 4) if config.data.stereo else None
     return Batch(images, augmented, empty(BATCH, 3, 3), stereo, 5.4, None, None, ["a", "b"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
 from pipeline_data import config, loader, make_samples, pack
 
 import md2.pipeline
+from md2.host import cores, host_threads
 from md2.pipeline import Loader
 from shards.dataset import LocalDataset
 
@@ -133,9 +135,16 @@ def test_reading_leaves_torchs_threads_as_they_are(dataset: LocalDataset) -> Non
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        md2.pipeline.host_thread.cache_clear()
+        host_threads.cache_clear()
         next(iter(one(dataset)))
-        assert md2.pipeline.host_thread().submit(torch.get_num_threads).result() == 1
+        assert host_threads().batch.submit(torch.get_num_threads).result() == 1
+        together = Barrier(cores())
+
+        def ask() -> int:
+            together.wait()
+            return torch.get_num_threads()
+
+        assert {thread.result() for thread in [host_threads().images.submit(ask) for _ in range(cores())]} == {1}
         assert torch.get_num_threads() == 3
         with ThreadPoolExecutor(1) as fresh:
             assert fresh.submit(torch.get_num_threads).result() == 3
