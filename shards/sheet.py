@@ -110,6 +110,8 @@ def contact_sheet(manifest: Manifest, samples: list[Sample]) -> bytes:
         for column, cell in enumerate(row):
             sheet.paste(Image.fromarray(cell), (_GAP + column * (CELL + _GAP), top))
         draw.text((_GAP, top + height + 1), _caption(sample), fill="black", font=font)
+        if manifest.depth and DEPTH not in sample.components:
+            draw.text((width - CELL, top + 2), "no depth", fill="white", font=font)
         top += height + _TEXT + _GAP
     if manifest.depth:
         _legend(draw, width, font)

@@ -297,12 +297,14 @@ def test_the_contact_sheet_shows_each_image_in_its_column(tmp_path: Path) -> Non
     buffer = io.BytesIO()
     Image.fromarray(depth).save(buffer, "PNG")
     colours = {"0": (200, 200, 200), "m1": (255, 0, 0), "p1": (0, 255, 0), "s": (0, 0, 255)}
-    sample = Sample("k", {f"{k}.png": solid(c) for k, c in colours.items()} | {"depth.png": buffer.getvalue()})
+    images = {f"{k}.png": solid(c) for k, c in colours.items()}
+    samples = [Sample("k", images | {"depth.png": buffer.getvalue()}), Sample("none", images)]
     write_dataset(
-        tmp_path, {"train": [sample]}, split=Split(name="x", sha256="0" * 64), frames=[0, -1, 1], stereo=True,
+        tmp_path, {"train": samples}, split=Split(name="x", sha256="0" * 64), frames=[0, -1, 1], stereo=True,
         depth=DepthInfo(source="dense", convention="camera_z"), size=SIZE, codec="png", quality=None, seed=0,
     )  # fmt: skip
-    image = np.asarray(Image.open(io.BytesIO(contact_sheet(*read_some(str(tmp_path))))))
+    manifest, some = read_some(str(tmp_path))
+    image = np.asarray(Image.open(io.BytesIO(contact_sheet(manifest, sorted(some, key=lambda sample: sample.key)))))
     middle = 18 + CELL // 4
     for column, colour in enumerate(colours.values()):
         assert tuple(image[middle, 6 + column * (CELL + 6) + CELL // 2]) == colour
@@ -314,6 +316,8 @@ def test_the_contact_sheet_shows_each_image_in_its_column(tmp_path: Path) -> Non
     assert (rows == far).all(1).mean() > 0.1
     assert (rows == grey).all(1).mean() > 0.3, "no depth where none was measured"
     assert ((rows == far).all(1) | (rows == grey).all(1)).all()
+    cells = [image[top : top + CELL // 2, left : left + CELL] for top in (18, 18 + CELL // 2 + 18 + 6)]
+    assert [bool((cell == 255).all(2).any()) for cell in cells] == [False, True], "says that there is no depth"
     assert near[0] > near[2], "near is red"
     assert far[2] > far[0], "far is blue"
 
