@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +39,19 @@ def test_help_names_every_command_and_needs_no_torch() -> None:
     for command in COMMANDS:
         assert command in found.stdout
     assert "HEAVY []" in found.stdout
+
+
+def test_ctrl_c_while_python_imports_is_quiet(tmp_path: Path) -> None:
+    """An import that is interrupted, whenever it is pressed."""
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    root = Path(__file__).resolve().parents[1]
+    module, name = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]["md2"].split(":")
+    line = f"from {module} import {name}; {name}()"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", line], capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "md2: interrupted\n")
 
 
 @pytest.mark.parametrize(
