@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from shards.errors import StorageError, UsageError
+from shards.objects import Stat, check_name
 from shards.retry import BeyondEndError, MissingError, Retrier
-from shards.storage import Stat, check_name
 
 CHUNK = 1 << 20
 _TIMEOUTS = (5.0, 20.0)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import StorageError, UsageError
+from shards.objects import Stat, check_folder, check_name
 from shards.retry import BeyondEndError, ExistsError, MissingError, Retrier
-from shards.storage import Stat, check_folder, check_name
 
 CHUNK = 8 << 20
 """Bytes asked for by one request while an object is read through."""

@@ -10,49 +10,18 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from shards.errors import StorageError, UsageError
 from shards.files import create_from, temporary, write_atomic
+from shards.objects import Stat, check_folder, check_name
 from shards.retry import MissingError
 
 _CHUNK = 8 << 20
-_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _TYPO = re.compile(r"(s3a?|gs|gcs|https?|file):(?!//)", re.IGNORECASE)
-
-
-def check_name(name: str) -> str:
-    """`name` if it stays inside the storage.
-
-    Raises:
-        StorageError: an absolute name, `..`, or a character that some storage reads differently.
-    """
-    if not _NAME.fullmatch(name) or any(part in (".", "..") for part in name.split("/")):
-        raise StorageError(f"name {name!r} would leave the dataset; refused")
-    return name
-
-
-def check_folder(name: str) -> str:
-    """As `check_name`, for a folder found by listing: a bucket may hold folders of any other name as well.
-
-    Raises:
-        StorageError: it leaves the storage.
-    """
-    if any(part in ("", ".", "..") for part in name.split("/")):
-        raise StorageError(f"folder {name!r} would leave the storage; refused")
-    return name
-
-
-@dataclass(frozen=True)
-class Stat:
-    """Size in bytes, and a tag that changes when the content does ("" where the storage has none)."""
-
-    size: int
-    tag: str
 
 
 class Storage(Protocol):

@@ -21,7 +21,8 @@ from shards import store as store_module
 from shards.dataset import open_dataset
 from shards.errors import DatasetError, StorageError, UsageError
 from shards.manifest import Manifest, Shard
-from shards.storage import LocalStorage, check_name, open_storage
+from shards.objects import check_name
+from shards.storage import LocalStorage, open_storage
 from shards.store import Store, open_store, read_manifest
 
 PLAN = {"split": "drive", "size": [64, 32], "seed": 0}
