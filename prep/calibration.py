@@ -101,7 +101,8 @@ def read_odometry_rig(folder: str, read: Read, depth: bool) -> Rig:
         InputError: as `read_raw_rig`.
     """
     calibration = _Calibration(f"{folder}/calib.txt", read)
-    velodyne = _homogeneous(calibration.matrix("Tr", 3, 4)) if depth else None
+    missing = "unpack data_odometry_calib.zip last, whose calib.txt has it unlike that beside the images; or --no-depth"
+    velodyne = _homogeneous(calibration.matrix("Tr", 3, 4, missing)) if depth else None
     projection: dict[Side, Matrix] = {"l": calibration.camera("P2"), "r": calibration.camera("P3")}
     return Rig(projection, None, velodyne, calibration.path)
 
@@ -128,9 +129,9 @@ class _Calibration:
             name.strip(): rest for name, colon, rest in (row.partition(":") for row in text.splitlines()) if colon
         }
 
-    def matrix(self, name: str, rows: int, columns: int) -> Matrix:
+    def matrix(self, name: str, rows: int, columns: int, missing: str = "fetch the calibration again") -> Matrix:
         if name not in self._lines:
-            raise InputError(f"{self.path}: line '{name}:' is missing; fetch the calibration again")
+            raise InputError(f"{self.path}: line '{name}:' is missing; {missing}")
         values = _numbers(self._lines[name], rows * columns, f"{self.path}: line '{name}:'")
         return np.array(values, dtype=np.float64).reshape(rows, columns)
 

@@ -34,7 +34,8 @@ from shards.retry import MissingError, Retrier
 
 PUBLIC_ARCHIVE = "https://s3.eu-central-1.amazonaws.com/avg-kitti"
 """Base URL of KITTI's public archives (CC BY-NC-SA 3.0)."""
-ARCHIVES = ("data_odometry_color", "data_odometry_calib", "data_odometry_poses", "data_odometry_velodyne")
+ARCHIVES = ("data_odometry_calib", "data_odometry_color", "data_odometry_poses", "data_odometry_velodyne")
+"""Of KITTI odometry. The images' one has a `calib.txt` of its own for each sequence, without the lidar's line."""
 DEPTH_ARCHIVE = "data_depth_annotated"
 _NO_CREDENTIALS = ("http", "https", "s3", "s3a", "gs", "gcs")
 """Schemes whose URLs begin with a host or bucket and nothing else."""

@@ -20,6 +20,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+from prep.calibration import read_raw_rig
 from prep.drives import Kitti
 from prep.options import make_content
 from prep.pack import Packed, pack
@@ -102,6 +103,27 @@ def long_raw(drive: Path, target: Path, frames: int) -> tuple[Path, Path]:
         (target / DATE / path.name).symlink_to(path)
     lines = [f"{DATE}/{DRIVE} {number} {side}" for number in range(1, frames - 1) for side in "lr"]
     return target, write_split(target, *lines)
+
+
+def odometry_raw(drive: Path, top: Path) -> Path:
+    """The validation drive as sequence 09 of KITTI odometry."""
+    sequence = top / "sequences" / "09"
+    for camera in ("2", "3"):
+        (sequence / f"image_{camera}").mkdir(parents=True)
+        for path in (drive / DATE / VAL_DRIVE / f"image_0{camera}" / "data").glob("*.png"):
+            shutil.copy(path, sequence / f"image_{camera}" / f"{int(path.stem):06d}.png")
+    (sequence / "velodyne").mkdir()
+    for path in (drive / DATE / VAL_DRIVE / "velodyne_points" / "data").glob("*.bin"):
+        shutil.copy(path, sequence / "velodyne" / f"{int(path.stem):06d}.bin")
+    rig = read_raw_rig(DATE, lambda path: (drive / path).read_bytes(), depth=True)
+    assert rig.velodyne is not None
+    rows = {"P2": rig.projection["l"], "P3": rig.projection["r"], "Tr": rig.velodyne[:3]}
+    (sequence / "calib.txt").write_text(
+        "".join(f"{n}: {' '.join(map(repr, m.ravel().tolist()))}\n" for n, m in rows.items())
+    )
+    (top / "poses").mkdir()
+    shutil.copy(drive / DATE / VAL_DRIVE / "true_pose_02.txt", top / "poses" / "09.txt")
+    return top
 
 
 def zip_raw(drive: Path, target: Path, *, nested: bool = False, stored: bool = False) -> Path:

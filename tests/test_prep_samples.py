@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from prep_data import DATE, DRIVE, VAL_DRIVE, files_of, image, long_raw, read_part, run_pack, write_split
+from prep_data import DATE, DRIVE, VAL_DRIVE, files_of, image, long_raw, odometry_raw, read_part, run_pack, write_split
 
 from prep.calibration import read_raw_rig
 from prep.drives import Kitti
@@ -367,27 +367,6 @@ def test_improved_ground_truth_in_the_benchmarks_zip(drive: Path, tmp_path: Path
     split = write_split(tmp_path, f"{DATE}/{DRIVE} 3 l")
     run_pack(split, [str(drive), str(tmp_path / "raw")], tmp_path / "out", depth_source="improved")
     assert read_part(tmp_path / "out")[0]["depth.png"] == expected
-
-
-def odometry_raw(drive: Path, top: Path) -> Path:
-    """The validation drive as sequence 09 of KITTI odometry."""
-    sequence = top / "sequences" / "09"
-    for camera in ("2", "3"):
-        (sequence / f"image_{camera}").mkdir(parents=True)
-        for path in (drive / DATE / VAL_DRIVE / f"image_0{camera}" / "data").glob("*.png"):
-            shutil.copy(path, sequence / f"image_{camera}" / f"{int(path.stem):06d}.png")
-    (sequence / "velodyne").mkdir()
-    for path in (drive / DATE / VAL_DRIVE / "velodyne_points" / "data").glob("*.bin"):
-        shutil.copy(path, sequence / "velodyne" / f"{int(path.stem):06d}.bin")
-    rig = read_raw_rig(DATE, lambda path: (drive / path).read_bytes(), depth=True)
-    assert rig.velodyne is not None
-    rows = {"P2": rig.projection["l"], "P3": rig.projection["r"], "Tr": rig.velodyne[:3]}
-    (sequence / "calib.txt").write_text(
-        "".join(f"{n}: {' '.join(map(repr, m.ravel().tolist()))}\n" for n, m in rows.items())
-    )
-    (top / "poses").mkdir()
-    shutil.copy(drive / DATE / VAL_DRIVE / "true_pose_02.txt", top / "poses" / "09.txt")
-    return top
 
 
 @pytest.mark.parametrize("inner", ["", "dataset"])

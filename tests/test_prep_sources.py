@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prep_data import DATE, DRIVE, VAL_DRIVE, files_of, read_part, run_pack, serve, write_split, zip_raw
+from prep_data import DATE, DRIVE, VAL_DRIVE, files_of, odometry_raw, read_part, run_pack, serve, write_split, zip_raw
 
 from prep.drives import Kitti
 from prep.options import make_content, refuse_empty
@@ -175,6 +175,36 @@ def test_odometry_that_is_not_there_says_what_odometry_looks_like(tmp_path: Path
     plan = make_plan(lists, Kitti(RawData([str(tmp_path)]), content.depth), content)
     with pytest.raises(InputError, match=r"sequences/00/image_2/000000\.png.*data_odometry_calib\.zip"):
         refuse_empty(plan, [str(tmp_path)])
+
+
+@pytest.mark.parametrize("over_http", [False, True])
+def test_odometrys_own_zips(drive: Path, tmp_path: Path, over_http: bool) -> None:
+    """The images' zip has a calib.txt as well, which lacks the lidar's line and must not hide the right one."""
+    whole = odometry_raw(drive, tmp_path / "raw")
+    zips = tmp_path / "zips"
+    zips.mkdir()
+    kinds = {"color": "image_", "calib": "calib.txt", "velodyne": "velodyne/", "poses": "poses/"}
+    for kind, part in kinds.items():
+        with zipfile.ZipFile(zips / f"data_odometry_{kind}.zip", "w") as archive:
+            for path in (path for path in whole.rglob("*") if path.is_file()):
+                name = path.relative_to(whole).as_posix()
+                if part in name:
+                    archive.write(path, f"dataset/{name}")
+                elif kind == "color" and path.name == "calib.txt":
+                    archive.writestr(f"dataset/{name}", path.read_text().partition("Tr:")[0])
+    split = write_split(tmp_path / "split", "9 3 l", "9 4 r")
+    run_pack(split, whole, tmp_path / "expected")
+    with serve(zips) as web:
+        run_pack(split, web.url if over_http else zips, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+
+
+def test_odometry_without_the_lidars_calibration_says_where_it_is(drive: Path, tmp_path: Path) -> None:
+    calibration = odometry_raw(drive, tmp_path / "raw") / "sequences/09/calib.txt"
+    calibration.write_text(calibration.read_text().partition("Tr:")[0])
+    split = write_split(tmp_path / "split", "9 3 l")
+    with pytest.raises(InputError, match=r"sequences/09/calib.txt: line 'Tr:' is missing; unpack data_odometry_calib"):
+        run_pack(split, tmp_path / "raw", tmp_path / "out")
 
 
 def test_a_zip_cut_short_is_named(drive: Path, tmp_path: Path) -> None:
