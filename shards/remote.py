@@ -7,6 +7,7 @@ Credentials and endpoint come from the standard chain alone (environment, profil
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -112,6 +113,9 @@ class RemoteStorage:
             raise UsageError(f"{self.url}: {self.scheme}:// needs a package: pip install 'md2[gcs]'") from error
         if self.scheme in ("s3", "s3a"):
             filesystem.retries = 1  # retrying is this module's business, with one clock
+        else:
+            # gcsfs cannot be kept from retrying, within one attempt here, and logs each failure's traceback.
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
         return filesystem
 
     def _call(self, name: str, method: str, *args: Any, size: int = 0, **options: Any) -> Any:

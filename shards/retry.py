@@ -180,10 +180,19 @@ class Retrier:
         raise StorageError(f"{url}: {failure.cause}{advice}") from error
 
 
+_ADDRESSES = {
+    "http": "check the address",
+    "https": "check the address",
+    "s3": "check AWS_ENDPOINT_URL",
+    "s3a": "check AWS_ENDPOINT_URL",
+}
+"""What to look at where a server cannot be reached."""
+
+
 def _gave_up(url: str, failure: Failure, attempts: int, passed: float) -> str:
     advice = "try again later"
     if failure.kind == "unreachable":
-        advice = "check the address" if url[:4].lower() == "http" else "check AWS_ENDPOINT_URL"
+        advice = _ADDRESSES.get(url.partition(":")[0].lower(), "check the network")
     tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
     return f"{url}: {failure.cause}; gave up after {tries} in {passed:.0f} s, {advice}"
 
