@@ -70,8 +70,8 @@ def predict(
     )
     if predictor.unit == "unknown" and scale is None:
         console.print(
-            "scale unknown: this model learned from one camera, so depth is right up to one factor; .npy holds it in "
-            "the model's own unit, and no 16-bit PNG in metres was written",
+            "scale unknown: this model learned from one camera, so depth is right up to one factor; .npy and .ply hold "
+            "it in the model's own unit, and no 16-bit PNG in metres is written",
             highlight=False,
             soft_wrap=True,
         )

@@ -126,7 +126,7 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     device: Literal["auto", "cpu", "gpu"] = "auto"
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
-    """Autocast of the networks; loss and geometry stay float32. `auto`: what measured best."""
+    """Autocast of the networks; loss and geometry stay float32. `auto`: bf16 on a GPU, float32 on a CPU."""
     channels_last: Literal["auto"] | bool = "auto"
     compile: Literal["auto", "graphs"] | bool = "auto"
     """torch.compile of the networks; `graphs`: replayed as CUDA graphs, for GPUs that wait for the host's launches."""

@@ -37,7 +37,7 @@ def run_figure(run: Path) -> Path | None:
     for row, (name, picture) in enumerate(panels, start=1):
         axes = figure.add_subplot(grid[row, :])
         axes.imshow(picture)
-        axes.set_title(f"{name}: target, warped sources, disparity, auto-mask", fontsize=9, loc="left")
+        axes.set_title(f"{name}: target, warped sources, disparity, mask", fontsize=9, loc="left")
         axes.axis("off")
     figure.suptitle(run.name, fontsize=11)
     beside = run / (SUMMARY + ".tmp")

@@ -48,11 +48,13 @@ class Panels:
         error: (B, 1, h, w), what the mean was taken over: the minimum over sources (and unwarped sources).
         automask: (B, 1, h, w) bool, true where a warped source won over all unwarped ones and the pixel
             counts. None with `disable_automasking`.
+        mask: (B, sources, h, w), the predictive mask, what each source's error was multiplied with; in [0, 1], or None.
     """
 
     warped: dict[Offset, Tensor]
     error: Tensor
     automask: Tensor | None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,7 @@ class _Context:
         look = None
         if outcome.warped is not None:
             warped = dict(zip(self.sources, outcome.warped.unbind(1), strict=True))
-            look = Panels(warped, outcome.error, outcome.automask)
+            look = Panels(warped, outcome.error, outcome.automask, None if mask is None else mask.detach())
         return outcome.loss + MASK_WEIGHT * entropy, look
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The picture that shows what training does: target, warped sources, disparity, auto-mask."""
+"""The picture that shows what training does: target, warped sources, disparity, auto-mask or predictive masks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = 4
 
 @torch.no_grad()
 def panel(batch: Batch, prediction: Prediction, losses: LossOutput, shown: int = SHOWN) -> Picture:
-    """One row per sample: target, each warped source, disparity, auto-mask (white: counts).
+    """One row per sample: target, each warped source, disparity, auto-mask or each source's mask (white: counts).
 
     Needs losses computed with `panels=True`. Returns (rows H, columns W, 3) uint8.
     """
@@ -34,6 +34,8 @@ def panel(batch: Batch, prediction: Prediction, losses: LossOutput, shown: int =
         cells.append(color_disparity(_fit(prediction.disparities[0].float(), height, width)[index, 0].cpu().numpy()))
         if looks.automask is not None:
             cells.append(_rgb(_fit(looks.automask.float(), height, width)[index].expand(3, -1, -1)))
+        if looks.mask is not None:
+            cells += [_rgb(mask.expand(3, -1, -1)) for mask in _fit(looks.mask, height, width)[index].unbind()]
         rows.append(np.concatenate(cells, axis=1))
     return np.concatenate(rows, axis=0)
 

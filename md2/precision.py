@@ -35,9 +35,10 @@ class Switches:
 
     @classmethod
     def of(cls, train: TrainConfig, device: torch.device) -> Switches:
-        """Resolve `auto`: what measured best per device (bench/RESULTS.md), but float32 on a CPU.
+        """Resolve `auto`: channels_last everywhere (measured, bench/RESULTS.md); bf16 on a GPU, float32 on a CPU.
 
-        bf16 measured faster on a CPU with units for it; float32 gives the same training with and without them.
+        bf16 measured faster on a CPU with units for it; float32 gives the same training with and without them. On a GPU
+        bf16 is what the hardware is made for, not what was measured.
 
         Raises:
             UsageError: CUDA graphs on a CPU.
@@ -82,7 +83,8 @@ class FiniteGuard:
 
     On the GPU the decision stays on the device (fused Adam reads `found_inf`) and the host looks at
     the outcome one step later, so that it never waits for the step under way. With fp16's scaler a
-    skipped step is how it finds its scale; only a loss scale that has collapsed is reported.
+    skipped step is how it finds its scale: told are only those whose loss, which is not scaled, was not
+    finite, and a loss scale that has collapsed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -90,11 +92,17 @@ class FiniteGuard:
         self._pending: list[tuple[NotFinite, Tensor, torch.cuda.Event | None]] = []
 
     def step(
-        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, step: int, keys: list[str]
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        loss: Tensor,
+        *,
+        step: int,
+        keys: list[str],
     ) -> None:
-        """Step the optimiser unless the gradient is not finite."""
+        """Step the optimiser unless the gradient is not finite, as it is not where the (scalar) loss is not."""
         if scaler.is_enabled():
-            self._scaled_step(optimizer, scaler, NotFinite(step, keys))
+            self._scaled_step(optimizer, scaler, loss, NotFinite(step, keys))
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         bad = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients))
@@ -107,12 +115,14 @@ class FiniteGuard:
         optimizer.step()
         self._look_later(NotFinite(step, keys), bad)
 
-    def _scaled_step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, which: NotFinite) -> None:
+    def _scaled_step(
+        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor, which: NotFinite
+    ) -> None:
         scaler.step(optimizer)
         scaler.update()
         # Not get_scale(), which would wait for the step.
         scale: Tensor = scaler.scale(torch.ones((), device=self.device))
-        self._look_later(which, scale < 1)
+        self._look_later(which, (scale < 1) | ~loss.isfinite())
 
     def _look_later(self, which: NotFinite, bad: Tensor) -> None:
         """Bring the outcome to the host without waiting for it."""

@@ -232,9 +232,11 @@ def _of(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 def _columns(config: Config) -> list[str]:
     """What the columns of a panel are (`md2.panels.panel`)."""
-    sources = [f"frame {offset:+d}, warped" for offset in config.data.temporal]
-    sources += ["other camera, warped"] if config.data.stereo else []
-    return ["target", *sources, "disparity", *([] if config.loss.disable_automasking else ["auto-mask"])]
+    sources = [f"frame {offset:+d}" for offset in config.data.temporal] + ["other camera"] * config.data.stereo
+    masks = [] if config.loss.disable_automasking else ["auto-mask"]
+    if config.loss.predictive_mask:
+        masks = [f"mask of {source}" for source in sources]
+    return ["target", *(f"{source}, warped" for source in sources), "disparity", *masks]
 
 
 def _panels(run: Path, columns: list[str]) -> list[Figure]:

@@ -104,7 +104,8 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         networks = Networks(config.model, config.data, config.loss)
         if resume is None:
-            initialise(networks, config.model.weights)
+            if (left := initialise(networks, config.model.weights)) and ranks.main:
+                reporter.message(f"{config.model.weights} has no {', '.join(left)}: starting at random")
         else:
             networks.load_networks(resume.networks, f"{run}/checkpoints")
         self.networks = self.switches.prepare(networks.to(ranks.device))
@@ -229,7 +230,8 @@ class Trainer:
                 self.scaler.scale(losses.total / len(group)).backward()  # type: ignore[no-untyped-call]
             self.losses += torch.stack([losses.total, *losses.per_scale.values()]).detach() / len(group)
         self.averages.mend()
-        self.guard.step(self.optimizer, self.scaler, step=self.step + 1, keys=[key for b in group for key in b.keys])
+        keys = [key for batch in group for key in batch.keys]
+        self.guard.step(self.optimizer, self.scaler, self.losses[0], step=self.step + 1, keys=keys)
         self._look_for_bad_steps()
         return prediction, losses
 

@@ -48,7 +48,7 @@ _EXTRAS = ("height", "width", "use_stereo")
 _BLOCK = re.compile(r"encoder\.layer([1-4])\.(\d{1,4})\.")
 
 
-def initialise(networks: Networks, weights: str) -> None:
+def initialise(networks: Networks, weights: str) -> list[str]:
     """Give new networks their starting weights, as `model.weights` says.
 
     Args:
@@ -57,14 +57,18 @@ def initialise(networks: Networks, weights: str) -> None:
             ResNet file; or a run folder, checkpoint or official Monodepth2 folder, whose sub-networks are all
             taken over that `networks` has too.
 
+    Returns:
+        Names of the sub-networks that were expected in `weights` and are not there: they start at random.
+
     Raises:
-        InputError: no such file, a download that fails, a damaged file, or keys or shapes that do not fit.
+        InputError: no such file, a download that fails, a damaged file, keys or shapes that do not fit, or a pose
+            network without the encoder that it was trained on.
     """
     if weights == "scratch":
-        return
+        return []
     if weights == "imagenet":
         load_imagenet(networks, download_imagenet(networks.encoder_name), IMAGENET_URLS[networks.encoder_name])
-        return
+        return []
     path = Path(weights).expanduser()
     if not path.exists():
         raise InputError(
@@ -72,12 +76,12 @@ def initialise(networks: Networks, weights: str) -> None:
             "a run, a checkpoint or a folder of Monodepth2 weights"
         )
     if is_monodepth2(path):
-        _load_common(networks, read_monodepth2(path).networks, str(path))
-    elif path.is_file() and "conv1.weight" in (state := _read(path)):
+        return _load_common(networks, read_monodepth2(path).networks, str(path))
+    if path.is_file() and "conv1.weight" in (state := _read(path)):
         load_imagenet(networks, _tensors(state), str(path))
-    else:
-        found = resolve(path)
-        _load_common(networks, load_checkpoint(found).networks, str(found))
+        return []
+    found = resolve(path)
+    return _load_common(networks, load_checkpoint(found).networks, str(found))
 
 
 def download_imagenet(encoder: str) -> StateDict:
@@ -225,11 +229,19 @@ def save_monodepth2(
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _load_common(networks: Networks, states: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
-    """Load the sub-networks that both sides have. A new pose network beside an old depth network is fine."""
+def _load_common(networks: Networks, states: Mapping[str, Mapping[str, Tensor]], where: str) -> list[str]:
+    """Load the sub-networks that both sides have. A new pose network beside an old depth network is fine.
+
+    Returns the names of those that only `networks` has.
+    """
     children: dict[str, nn.Module] = dict(networks.named_children())
+    if "pose" in states and "pose_encoder" in children and "pose_encoder" not in states:
+        raise InputError(
+            f"{where}: pose_encoder is missing, which pose needs; take pose away as well to train both anew"
+        )
     for name in [name for name in children if name in states]:
         load_state(children[name], states[name], f"{where}: {name}")
+    return [name for name in children if name not in states]
 
 
 def _read(path: Path) -> dict[str, Any]:

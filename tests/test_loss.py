@@ -286,6 +286,7 @@ def test_panels_hold_warped_images_errors_and_mask() -> None:
     assert panel.error.mean().item() == pytest.approx(output.per_scale[1].item(), rel=1e-9)
     assert panel.automask is not None and panel.automask.dtype == torch.bool
     assert 0.05 < panel.automask.double().mean().item() < 0.95
+    assert panel.mask is None
 
 
 @pytest.mark.parametrize("case", ["mono_stereo", "v1_multiscale", "avg_reprojection", "predictive_mask", "no_ssim"])

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from prep_data import DATE, DRIVE, image, read_part, write_split
+from train_data import losses, train
 
+import md2
 from prep.folder import FolderLayout, natural, parse_camera, split_drives
 from prep.job import Job, make_job
 from prep.pack import Packed, pack
@@ -48,6 +50,19 @@ def run_job(raw: Path, out: Path, **options: Any) -> Packed:
     made = job(raw, out, **options)
     with start_workers(1) as workers:
         return pack(made.plan("stop", None), made.lists, str(out), out.with_name("scratch"), workers)
+
+
+def test_own_drives_train_and_their_unit_is_metres(drive: Path, tmp_path: Path) -> None:
+    """From folders to a checkpoint: both cameras, the baseline in camera.yaml."""
+    write_camera(tmp_path / "drives", baseline=0.54)
+    write_drive(drive, tmp_path / "drives" / "monday", frames=20, right=True)
+    run_job(tmp_path / "drives", tmp_path / "out")
+    extra = ["train.max_steps=2", "data.baseline=metres"]
+    outcome, _ = train(tmp_path / "out", tmp_path / "run", "mono_stereo", extra)
+    assert outcome.stopped.step == 2
+    assert all(loss > 0 for loss in losses(tmp_path / "run"))
+    assert len(losses(tmp_path / "run")) == 2
+    assert md2.load(tmp_path / "run").metres_per_unit == 1
 
 
 def test_frames_intrinsics_and_an_automatic_split(drive: Path, tmp_path: Path) -> None:

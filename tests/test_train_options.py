@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks_gradient import fixed_batch, share
@@ -19,8 +20,10 @@ from md2.batch import Offset
 from md2.checkpoint import load_checkpoint
 from md2.distributed import Ranks
 from md2.loss import LossOutput
+from md2.panels import panel
 from md2.precision import Switches
 from md2.prediction import Prediction
+from md2.report import _columns
 from md2.runlog import RunLog, read_metrics
 from md2.train import resume_run
 from md2.trainer import Trainer
@@ -258,6 +261,21 @@ def test_memory_format_and_compiling_change_nothing_but_rounding(
     assert set(one.networks.state_dicts()) == {"encoder", "depth"}
 
 
+def test_predictive_masks_are_shown_one_per_source(dataset: Path, tmp_path: Path) -> None:
+    masked = ["loss.predictive_mask=true", "loss.disable_automasking=true", "train.image_every=1", "train.batch_size=1"]
+    one = trainer(dataset, tmp_path / "run", masked, "mono")
+    batch = next(iter(one.loader))
+    prediction, losses = one._forward(batch, 0)
+    picture = panel(batch, prediction, losses)
+    assert picture.shape == (64, 6 * 96, 3), "target, two warped sources, disparity, two masks"
+    masks = prediction.masks[0][0].detach().numpy()
+    for place, mask in enumerate(masks):
+        cell = picture[:, (4 + place) * 96 : (5 + place) * 96]
+        assert (np.abs(cell / 255 - mask[..., None]) < 0.003).all()
+    assert not np.array_equal(masks[0], masks[1])
+    assert _columns(one.config)[-2:] == ["mask of frame -1", "mask of frame +1"]
+
+
 def test_every_so_many_steps(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """log_every, image_every, checkpoint_every, val_batches."""
     saved: list[int] = []
@@ -384,8 +402,9 @@ def test_a_sink_that_fails_does_not_end_the_run(dataset: Path, tmp_path: Path, m
 def test_overflow_in_half_precision_is_skipped_by_the_scaler(dataset: Path, tmp_path: Path) -> None:
     """fp16 on the CPU: activations overflow, the loss scale is halved, weights and running averages stay whole."""
     small = ["data.width=64", "data.height=64", "train.batch_size=1"]  # few CPUs compute in half precision
-    one = trainer(dataset, tmp_path / "run", ["train.precision=fp16", *small], "stereo")
+    one = trainer(dataset, tmp_path / "run", ["train.precision=fp16", "train.on_nan=skip", *small], "stereo")
     batch = next(iter(one.loader))
+    assert isinstance(one.reporter, Silent)
     one.networks.train()
     one._step([batch])
     convolution = one.networks.encoder.encoder.conv1.weight
@@ -395,8 +414,19 @@ def test_overflow_in_half_precision_is_skipped_by_the_scaler(dataset: Path, tmp_
     assert not one._step([batch])[1].total.isfinite()
     assert one.scaler.get_scale() == scale / 2
     assert torch.equal(convolution, kept * 1e6), "not stepped"
+    assert one.reporter.messages == [
+        f"step 1: the gradient is not finite; samples {batch.keys[0]}; the step was skipped"
+    ], "the loss is not scaled: that it is not finite is not the scale's doing"
+    stops = one.config.train.model_copy(update={"on_nan": "stop"})
+    one.config = one.config.model_copy(update={"train": stops})
+    with pytest.raises(TrainingError, match=batch.keys[0]):
+        one._step([batch])
     assert all(buffer.isfinite().all() for buffer in one.networks.buffers())
     with torch.no_grad():
         convolution.copy_(kept)
+    one.scaler.update(2.0**100)
+    assert one._step([batch])[1].total.isfinite()
+    assert torch.equal(convolution, kept), "gradients that overflow alone are how the scale is found, and no news"
+    one.scaler.update(scale)
     assert one._step([batch])[1].total.isfinite()
     assert not torch.equal(convolution, kept)

@@ -228,9 +228,17 @@ def test_fine_tuning_takes_what_both_have(tmp_path: Path) -> None:
     stereo_only = build(seed=4, frames=(0,), stereo=True)
     folder = official(stereo_only, tmp_path / "weights", stereo=True)
     networks, fresh = build(stereo=True), build(stereo=True)
-    weights.initialise(networks, str(folder))
+    assert weights.initialise(networks, str(folder)) == ["pose_encoder", "pose"]
     assert all(map(torch.equal, networks.depth.parameters(), stereo_only.depth.parameters()))
     assert all(map(torch.equal, networks.pose.parameters(), fresh.pose.parameters()))
+
+
+def test_a_pose_network_without_its_encoder_is_not_started_from(tmp_path: Path) -> None:
+    folder = official(build(seed=4), tmp_path / "weights")
+    assert weights.initialise(build(), str(folder)) == []
+    (folder / "pose_encoder.pth").unlink()
+    with pytest.raises(InputError, match="pose_encoder is missing, which pose needs"):
+        weights.initialise(build(), str(folder))
 
 
 def test_starting_from_a_checkpoint_and_from_a_run(tmp_path: Path) -> None:
