@@ -32,6 +32,9 @@ def evaluate(
         typer.Option(help="eigen, eigen_benchmark, a file, a folder: what to take of raw KITTI, or of PREDICTIONS."),
     ] = None,
     splits: Annotated[Path | None, typer.Option(help="Folder that holds splits by name.")] = None,
+    raw: Annotated[
+        list[str] | None, typer.Option(help="Where else raw KITTI lies, such as data_depth_annotated.zip's folder.")
+    ] = None,
     part: Annotated[str | None, typer.Option(help="Part of the dataset (default: test, else val).")] = None,
     protocol: Annotated[
         Literal["auto", "eigen", "eigen_benchmark"], typer.Option(help="auto: what belongs to the ground truth.")
@@ -77,9 +80,12 @@ def evaluate(
         packed_already = is_packed(dataset)
         if lists is None and not packed_already and Path(dataset).is_dir():
             raise UsageError(f"{dataset}: no packed dataset there; of raw KITTI, name what to take: --split eigen")
+        if raw and packed_already:
+            raise UsageError(f"{dataset}: packed already; --raw goes with raw KITTI")
         if lists is not None and not packed_already:
             size = (predictor.width, predictor.height) if predictor is not None else (640, 192)
-            packed = pack_for_evaluation([dataset], lists, evaluation_part(lists, part), size, progress=_Packing(bar))
+            places = [dataset, *(raw or [])]
+            packed = pack_for_evaluation(places, lists, evaluation_part(lists, part), size, progress=_Packing(bar))
             called = f"{lists.name} of {dataset}"
             dataset, left_out = packed.url, len(packed.skipped)
         options = EvalOptions(

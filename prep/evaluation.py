@@ -20,7 +20,7 @@ from prep.sources import RawData
 from prep.splits import SplitLine, SplitLists
 from prep.versions import versions
 from prep.workers import start_workers
-from shards.errors import UsageError
+from shards.errors import InputError, UsageError
 from shards.storage import open_storage
 from shards.store import read_manifest
 
@@ -78,13 +78,22 @@ def pack_for_evaluation(
         workers: processes; None: one per core.
 
     Raises:
-        InputError: none of the part's drives is there, or a file is broken.
+        InputError: none of the part's drives is there, none of its images has ground truth, or a file is broken.
         StorageError: the cache cannot be written.
     """
     # Lossless: the networks see what a resize of the original gives, as in the published evaluation.
     content = make_content(lists, size=f"{size[0]}x{size[1]}", frames="0", stereo=False, codec="png")
     plan = make_plan(lists, Kitti(RawData(list(raw)), content.depth), content, parts=[part])
     refuse_empty(plan, list(raw))
+    if not any(sample.depth for samples in plan.samples.values() for sample in samples):
+        expected = {
+            "improved": "data_depth_annotated.zip, or its folders train and val (DRIVE/proj_depth/groundtruth)",
+            "velodyne": "DRIVE/velodyne_points/data",
+        }
+        raise InputError(
+            f"{', '.join(raw)}: no ground truth for any image of {lists.name} there; expected: "
+            f"{expected.get(content.depth or '', 'depth')}; name another place that has it with --raw"
+        )
     import pooch
 
     folder = (cache or Path(pooch.os_cache("md2")) / "evaluation") / _identity(raw, lists, plan)

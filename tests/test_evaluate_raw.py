@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from evaluation_data import constant, pack_truth, tiny_checkpoint, tiny_config
 from PIL import Image
 from pipeline_data import smooth
+from prep_data import DATE, DRIVE
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -119,7 +122,10 @@ def test_eval_warns_and_prints_latex_and_baselines(tmp_path: Path) -> None:
     assert r"\\" in output
 
 
-def test_eval_mistakes(mono: Path, tmp_path: Path) -> None:
+def test_eval_mistakes(mono: Path, dataset: Path, tmp_path: Path) -> None:
+    _, _, error = md2("eval", mono, dataset, "--raw", tmp_path)
+    assert isinstance(error, UsageError)
+    assert "packed already" in str(error)
     _, _, error = md2("eval", mono)
     assert isinstance(error, UsageError)
     _, _, error = md2("eval", mono, tmp_path / "nothing")
@@ -156,6 +162,28 @@ def test_predict_odometry_export_report_from_outside(mono: Path, tmp_path: Path)
     assert isinstance(error, UsageError)
     _, _, error = md2("report", tmp_path)
     assert isinstance(error, InputError)
+
+
+def test_improved_ground_truth_may_lie_elsewhere(drive: Path, mono: Path, tmp_path: Path) -> None:
+    """As KITTI delivers it: a zip of its own. Without it, one line says what is missing and how to name it."""
+    (tmp_path / "eigen_benchmark").mkdir()
+    (tmp_path / "eigen_benchmark/test_files.txt").write_text(f"{DATE}/{DRIVE} 3 l\n")
+    arguments = ("eval", mono, drive, "--split", tmp_path / "eigen_benchmark", "--csv", tmp_path / "e.csv")
+    code, _, error = md2(*arguments)
+    assert isinstance(error, InputError)
+    assert "no ground truth for any image of eigen_benchmark there; expected: data_depth_annotated.zip" in str(error)
+    assert "--raw" in str(error)
+    truth = np.zeros((64, 192), np.uint16)
+    truth[40:50, 50:80] = 10 * 256
+    buffer = io.BytesIO()
+    Image.fromarray(truth).save(buffer, "PNG")
+    (tmp_path / "annotated").mkdir()
+    with zipfile.ZipFile(tmp_path / "annotated/data_depth_annotated.zip", "w") as archive:
+        archive.writestr(f"val/{DRIVE}/proj_depth/groundtruth/image_02/0000000003.png", buffer.getvalue())
+    code, output, _ = md2(*arguments, "--raw", tmp_path / "annotated")
+    assert code == 0, output
+    (line,) = (tmp_path / "e.csv").read_text().splitlines()[1:]
+    assert line.rpartition(",")[2] == "300"
 
 
 # Real KITTI
