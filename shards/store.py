@@ -248,6 +248,11 @@ class Store:
     def _check_plan(self, data: bytes) -> None:
         claim = self._parse(_CLAIM, data, Claim)
         if claim.plan_sha256 != self._plan_sha256:
+            if claim.host == socket.gethostname() and not _is_running(claim.process):
+                raise StorageError(
+                    f"{self.url}: holds part of another dataset (other raw data, split or options), left unfinished by a "
+                    "process of this machine; remove it if nobody is to finish it, or publish under another name"
+                )
             raise StorageError(
                 f"{self.url}: another dataset is being published there since {claim.since} by {claim.host} "
                 f"(process {claim.process}), or was left unfinished; publish under another name, or remove it first"
