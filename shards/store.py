@@ -250,7 +250,7 @@ class Store:
         if claim.plan_sha256 != self._plan_sha256:
             if claim.host == socket.gethostname() and not _is_running(claim.process):
                 raise StorageError(
-                    f"{self.url}: holds part of another dataset (other raw data, split or options), left unfinished by a "
+                    f"{self.url}: holds part of another dataset (other raw data, split, options), left unfinished by a "
                     "process of this machine; remove it if nobody is to finish it, or publish under another name"
                 )
             raise StorageError(

@@ -191,7 +191,7 @@ def test_what_an_ended_process_never_began_to_publish_is_not_in_the_way(target: 
     first.begin(PLAN)
     put(first, packed, packed.manifest.shards[0])
     storage.write(".publish/claim.json", json.dumps({**claim, "process": ended.pid}).encode())
-    with pytest.raises(StorageError, match="part of another dataset.*left unfinished by a process of this machine"):
+    with pytest.raises(StorageError, match=r"part of another dataset.*left unfinished by a process of this machine"):
         open_store(target).begin(PLAN)  # now a shard is there
     with pytest.raises(StorageError, match="part of another dataset"):
         put(first, packed, packed.manifest.shards[-1])
