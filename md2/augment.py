@@ -128,47 +128,51 @@ def float_images(pixels: Tensor, flipped: Tensor | None, jitter: Jitter | None) 
 def _one_by_one(pixels: Tensor, flipped: Tensor | None, jitter: Jitter | None) -> tuple[Tensor, Tensor]:
     """`float_images` on the host, where memory is what takes time: an image stays in the cache until it is done."""
     plain = host_memory.take(tuple(pixels.shape))
-    jittered = plain if jitter is None else host_memory.take(tuple(pixels.shape))
+    batch = plain.permute(0, 3, 1, 2)
     mirrored = [False] * len(pixels) if flipped is None else flipped.tolist()
-    drawn = {} if jitter is None else jitter.by_place()
-    images = list(zip(pixels.unbind(), mirrored, plain.unbind(), jittered.unbind(), strict=True))
+    images = list(zip(pixels.unbind(), mirrored, plain.unbind(), strict=True))
+    if jitter is None:
+        # Not on several threads: it is so little work that they would only take memory's bandwidth from DALI's.
+        for image in images:
+            _convert(*image)
+        return batch, batch
+    jittered = host_memory.take(tuple(pixels.shape))
+    drawn = jitter.by_place()
+    count = ceil(plain.nbytes / len(plain) / _STRIP_BYTES)
+    rows = list(zip(*(_strips(part, count) for part in (pixels, plain, jittered)), strict=True))
+    flat = plain.view(len(plain), -1, 3 * _PIXELS)
+    to_turn = list(zip(flat.unbind(), _strips(flat, count), _strips(jittered.view(flat.shape), count), strict=True))
 
     def fill(mine: slice) -> None:
         for place in range(len(images))[mine]:
-            source, mirror, image, other = images[place]
             if place in drawn:
-                _turn_colours(_convert(source, mirror, image), *drawn[place], other)
-            elif jitter is not None:
-                for strip, target, copy in _strips(source, image, other):
-                    copy.copy_(_convert(strip, mirror, target))
-            else:
-                _convert(source, mirror, image)
+                _convert(*images[place])
+                _turn_colours(*to_turn[place], *drawn[place])
+                continue
+            for source, target, copy in zip(*rows[place], strict=True):
+                copy.copy_(_convert(source, mirrored[place], target))
 
-    if jitter is None:
-        fill(slice(None))  # so little work that several threads only take the memory's bandwidth from DALI's
-    else:
-        over_images(fill, plain)
-    batch = plain.permute(0, 3, 1, 2)
-    return batch, batch if jitter is None else jittered.permute(0, 3, 1, 2)
+    over_images(fill, plain)
+    return batch, jittered.permute(0, 3, 1, 2)
 
 
 def _convert(source: Tensor, mirror: bool, target: Tensor) -> Tensor:
     return target.copy_(source.flip(1) if mirror else source).div_(255)
 
 
-def _turn_colours(image: Tensor, block: Tensor, pivot: Tensor, out: Tensor) -> None:
-    """`Jitter` of one (H, W, 3) image into `out`."""
-    flat = image.view(-1, 3 * _PIXELS)
-    offset = torch.dot(flat.mean(0), pivot)
-    for strip, turned in _strips(flat, out.view(-1, 3 * _PIXELS)):
+def _turn_colours(
+    image: Tensor, strips: tuple[Tensor, ...], out: tuple[Tensor, ...], block: Tensor, pivot: Tensor
+) -> None:
+    """`Jitter` of one image, (pixels / 4, 12) and the same in strips, into the strips of another."""
+    offset = torch.dot(image.mean(0), pivot)
+    for strip, turned in zip(strips, out, strict=True):
         # Not addmm, which fills the target with the offset first.
         torch.mm(strip, block, out=turned).add_(offset).clamp_(0, 1)
 
 
-def _strips(*images: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The same image in several tensors, cut alike so that a strip in all of them fits a core's own cache."""
-    count = ceil(images[-1].nbytes / _STRIP_BYTES)
-    return [images] if count == 1 else zip(*(image.chunk(count) for image in images), strict=True)
+def _strips(images: Tensor, count: int) -> Iterable[tuple[Tensor, ...]]:
+    """Each image of (B, rows, ...) cut into strips of its rows: one of floats and its copy fit a core's own cache."""
+    return zip(*(strip.unbind() for strip in images.chunk(count, 1)), strict=True)
 
 
 def camera_matrices(
