@@ -23,7 +23,7 @@ def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full
         console.print(f"{'':{width}}  " + "  ".join(f"{key:>7}" for key in SHOWN), style="bold", soft_wrap=True)
         for recipe in found:
             figures = "  ".join(f"{recipe.published[key]:7.3f}" for key in SHOWN if recipe.published)
-            told = figures or recipe.note or ""
+            told = figures or recipe.note
             console.print(f"{recipe.train_command:{width}}  {told}".rstrip(), highlight=False, soft_wrap=True)
         console.print(
             "\nFigures are the paper's (ICCV 2019 and its supplement). md2 zoo NAME shows one recipe with all of its "

@@ -111,7 +111,9 @@ def test_doctor_checks_the_decoder() -> None:
 
 def test_zoo_gives_figures_and_commands() -> None:
     name = "monodepth2_resnet18_kitti_stereo_1024x320"
-    assert name in md2("zoo").stdout
+    listed = md2("zoo").stdout
+    assert name in listed
+    assert "0.017 ± 0.008 m" in next(line for line in listed.splitlines() if "odometry_mono_640x192" in line)
     shown = md2("zoo", name).stdout
     # The paper's Table 1, row S 1024x320.
     assert "abs_rel 0.107  sq_rel 0.849  rmse 4.764  rmse_log 0.201  a1 0.874  a2 0.953  a3 0.977" in shown
