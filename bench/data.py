@@ -21,7 +21,7 @@ from prep.synthetic import write_drives
 from prep.workers import start_workers
 from shards.dataset import LocalDataset, open_dataset, write_dataset
 from shards.errors import InputError
-from shards.sample import Sample
+from shards.sample import Codec, Sample
 from shards.tar import read_samples
 
 FULL_SIZE = (1242, 375)
@@ -69,17 +69,25 @@ def find_samples(raw: Path) -> list[list[Path]]:
 
 
 def pack_samples(
-    found: list[list[Path]], raw: Path, folder: Path, samples: int, *, size: tuple[int, int] = SIZE
+    found: list[list[Path]],
+    raw: Path,
+    folder: Path,
+    samples: int,
+    *,
+    size: tuple[int, int] = SIZE,
+    codec: Codec = "jpeg",
 ) -> LocalDataset:
     """The samples of `find_samples` packed by prep with its default options, and repeated until there are enough.
 
     Without depth maps, which training does not read. Each repetition has keys of its own.
     """
+    folder = folder / codec
+    folder.mkdir()
     lists_file = folder / "train_files.txt"
     lines = [f"{t.parents[3].name}/{t.parents[2].name} {int(t.stem)} l" for t, *_ in found]
     lists_file.write_text("".join(f"{line}\n" for line in lines))
     lists = read_split(str(lists_file))
-    content = make_content(lists, size=f"{size[0]}x{size[1]}", depth=False)
+    content = make_content(lists, size=f"{size[0]}x{size[1]}", depth=False, codec=codec)
     plan = make_plan(lists, Kitti(RawData([str(raw)]), content.depth), content)
     with start_workers(1) as workers:
         pack(plan, lists, str(folder / "once"), folder / "scratch", workers)
@@ -114,6 +122,6 @@ def image_bytes(dataset: LocalDataset) -> float:
         len(data)
         for sample in read_samples(dataset.tars("train")[0])
         for name, data in sample.components.items()
-        if name.endswith((".jpg", ".png")) and not name.startswith("depth")
+        if name.endswith((".jpg", ".png", ".ppm")) and not name.startswith("depth")
     ]
     return sum(sizes) / len(sizes)

@@ -14,7 +14,10 @@ import torch
 
 from bench.data import FULL_SIZE, SIZE, find_samples, image_bytes, pack_samples, raw_tree
 from shards.dataset import LocalDataset
+from shards.sample import Codec
 
+MOST_UNCOMPRESSED = 4096
+"""Samples: 6 GB of files."""
 Cell = str | int | float | None
 
 
@@ -115,11 +118,25 @@ class Setup:
         return cls(device, folder, False, SIZE, batches, *amounts, options.threads, variants)
 
     @cached_property
-    def dataset(self) -> LocalDataset:
-        """Synthetic frames of KITTI's size, packed by prep; mono+stereo."""
+    def raw(self) -> Path:
+        """Synthetic frames of KITTI's size."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        raw = raw_tree(None, folder, size=(192, 96) if self.tiny else FULL_SIZE, frames=6 if self.tiny else 24)
-        return pack_samples(find_samples(raw), raw, folder, self.samples, size=self.size)
+        return raw_tree(None, folder, size=(192, 96) if self.tiny else FULL_SIZE, frames=6 if self.tiny else 24)
+
+    @cached_property
+    def dataset(self) -> LocalDataset:
+        """Those frames, packed by prep; mono+stereo."""
+        return self._packed("jpeg")
+
+    @cached_property
+    def uncompressed(self) -> LocalDataset:
+        """The same samples, uncompressed."""
+        return self._packed("ppm")
+
+    def _packed(self, codec: Codec) -> LocalDataset:
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        samples = min(self.samples, MOST_UNCOMPRESSED) if codec == "ppm" else self.samples
+        return pack_samples(find_samples(self.raw), self.raw, folder, samples, size=self.size, codec=codec)
 
     def synchronize(self) -> None:
         """Wait for the device."""

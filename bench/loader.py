@@ -11,6 +11,7 @@ with its default options, and its samples are repeated until there are enough. C
     plain, jpeg    the same from full-size JPEG (quality 92, as many people convert KITTI)
     webdataset     the webdataset library and Pillow in a DataLoader, on the very shards that md2 reads
     floor          bare libjpeg-turbo (simplejpeg) decode of the shards' JPEGs on threads, thrown away
+    …, ppm         webdataset and md2 on the same samples packed with `--codec ppm`: uncompressed, nothing to decode
 
 each with as many workers or threads as md2 has decoding threads. The plain loaders jitter colours as torchvision does
 (half of the samples, all frames alike) and hand out plain and jittered tensors. Every row but the floor ends in float
@@ -52,6 +53,7 @@ from bench.machine import busy, processor, versions
 from md2.config import DataConfig
 from md2.pipeline import SAMPLES_AHEAD, Loader
 from shards.dataset import LocalDataset
+from shards.sample import image_extension
 from shards.tar import read_samples
 
 FULL_QUALITY = 92
@@ -67,6 +69,9 @@ GOALS = [
     ("md2, jitter", "plain, png, jitter", 12.0),
     ("md2, jitter", "plain, png, jitter, 4 scales", None),
     ("md2, jitter", "webdataset, jitter", None),
+    ("md2, ppm", "plain, png, jitter", 30.0),
+    ("md2, ppm", "webdataset, ppm", None),
+    ("md2, ppm, jitter", "plain, png, jitter", 12.0),
 ]
 """Row, what it is divided by, and what is aimed at."""
 Batches = Iterator[Sequence[Tensor]]
@@ -211,7 +216,7 @@ def web(dataset: LocalDataset, stems: list[str], jitter: bool, batch: int, worke
     def to_sample(sample: dict[str, Any]) -> dict[str, Tensor]:
         images = []
         for stem in stems:
-            with Image.open(BytesIO(sample[f"{stem}.jpg"])) as image:
+            with Image.open(BytesIO(sample[f"{stem}.{image_extension(dataset.manifest.codec)}"])) as image:
                 images.append(image.convert("RGB"))
         return present(images, jitter)
 
@@ -298,10 +303,11 @@ def run(
         raw = raw_tree(given, folder)
         found = find_samples(raw)
         dataset = pack_samples(found, raw, folder, samples)
+        uncompressed = pack_samples(found, raw, folder, samples, codec="ppm")
         show(describe(found, dataset, given is None, batch, threads, repeats))
         jpegs = full_jpegs(found, folder)
         for mode in modes:
-            rows = measure_mode(mode, dataset, found, jpegs, batch, threads, seconds, repeats)
+            rows = measure_mode(mode, dataset, uncompressed, found, jpegs, batch, threads, seconds, repeats)
             show(table(mode, rows))
             show(goals(rows))
             results[mode] = {row.name: statistics.median(row.rates) for row in rows}
@@ -311,6 +317,7 @@ def run(
 def measure_mode(
     mode: str,
     dataset: LocalDataset,
+    uncompressed: LocalDataset,
     pngs: list[list[Path]],
     jpegs: list[list[Path]],
     batch: int,
@@ -333,6 +340,9 @@ def measure_mode(
         Contender("floor", floor(dataset, stems, batch, threads), 3, 0),
         Contender("md2", md2(dataset, stereo, False, batch, threads), READ_AHEAD // batch, images),
         Contender("md2, jitter", md2(dataset, stereo, True, batch, threads), READ_AHEAD // batch, both),
+        Contender("webdataset, ppm", web(uncompressed, stems, False, batch, threads), queued, images),
+        Contender("md2, ppm", md2(uncompressed, stereo, False, batch, threads), READ_AHEAD // batch, images),
+        Contender("md2, ppm, jitter", md2(uncompressed, stereo, True, batch, threads), READ_AHEAD // batch, both),
     ]
     rows = [row for row in rows if row.name not in missing_rows()]
     with ExitStack() as stack:
@@ -347,7 +357,9 @@ def measure_mode(
 
 def missing_rows() -> dict[str, str]:
     """Rows that cannot be measured here, and the package that they need."""
-    needs = {"floor": "simplejpeg", "webdataset": "webdataset", "webdataset, jitter": "webdataset"}
+    needs = {"floor": "simplejpeg"} | dict.fromkeys(
+        ("webdataset", "webdataset, jitter", "webdataset, ppm"), "webdataset"
+    )
     return {row: package for row, package in needs.items() if find_spec(package) is None}
 
 

@@ -67,7 +67,8 @@ def prep(
         typer.Option(help="Which depth a lidar point has (default: camera_z; lidar_x for eigen, as published)."),
     ] = None,
     codec: Annotated[
-        Literal["jpeg", "png"], typer.Option(help="png is lossless, and about three times the size.")
+        Literal["jpeg", "png", "ppm"],
+        typer.Option(help="png: lossless, three times the size. ppm: uncompressed, five times; fastest to read."),
     ] = "jpeg",
     quality: Annotated[int, typer.Option(help="JPEG quality, 1 to 100.")] = 93,
     part: Annotated[list[str] | None, typer.Option(help="Only this part of the split; repeat for several.")] = None,

@@ -195,10 +195,10 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             return to_pil(ImageOps.exif_transpose(image))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: cannot be read as an image ({_reason(error)}); it may be cut short") from error
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{where}: cannot be read as an image ({_reason(error)}); it may be cut short") from error
 
 
 def _reason(error: Exception) -> str:

@@ -27,7 +27,7 @@ from md2.reader_state import transplant
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError, UsageError
 from shards.manifest import Manifest
-from shards.sample import DEPTH, INTRINSICS, STEREO_TRANSLATION, Offset
+from shards.sample import DEPTH, INTRINSICS, STEREO_TRANSLATION, Offset, ppm_header
 from shards.tar import parse_index
 
 # DALI's stubs leave out half of what it exports.
@@ -52,6 +52,7 @@ class Plan:
         depth: `always` and `sometimes` (not in every sample), or None.
         stored: width and height of the stored images, None where it differs from sample to sample.
         size: width and height of the batch's images.
+        header: what every image's file begins with, where its pixels follow as they are and need no decoder; or None.
         flip, jitter: draw them.
         shuffle: reorder shards and samples; None: read in order.
     """
@@ -64,6 +65,7 @@ class Plan:
     depth: Literal["always", "sometimes"] | None
     stored: tuple[int, int] | None
     size: tuple[int, int]
+    header: bytes | None
     flip: bool
     jitter: bool
     shuffle: int | None
@@ -72,6 +74,7 @@ class Plan:
     def outputs(self) -> list[str]:
         """Names of the pipeline's outputs, in order."""
         names = [f"image {offset}" for offset in self.offsets]
+        names += [f"head {offset}" for offset in self.offsets] if self.header else []
         names += ["source", "intrinsics"]
         names += ["translation"] if self.stereo else []
         names += ["stored"] if self.stored is None else []
@@ -83,7 +86,9 @@ class Plan:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one sample of those outputs that the manifest promises one for."""
         width, height = self.size
-        images = {f"image {offset}": (height, width, 3) for offset in self.offsets}
+        pixels = (height, width, 3)
+        stored = (len(self.header) + height * width * 3,) if self.header else pixels
+        images = {f"image {offset}": stored for offset in self.offsets}
         return {**images, "intrinsics": (4,), "translation": (1,)}
 
 
@@ -122,6 +127,7 @@ def plan(dataset: LocalDataset, part: str, config: DataConfig, *, train: bool, d
         )
     if depth and DEPTH not in [*manifest.components, *manifest.optional_components]:
         raise UsageError(f"{dataset.url}: has no ground truth depth; the dataset has {_contents(manifest)}")
+    size = (config.width, config.height)
     return Plan(
         tars=tuple(str(path) for path in dataset.tars(part)),
         indexes=tuple(str(path) for path in dataset.indexes(part)),
@@ -130,7 +136,8 @@ def plan(dataset: LocalDataset, part: str, config: DataConfig, *, train: bool, d
         stereo=config.stereo,
         depth=None if not depth else "always" if DEPTH in manifest.components else "sometimes",
         stored=manifest.size,
-        size=(config.width, config.height),
+        size=size,
+        header=ppm_header(*size) if manifest.codec == "ppm" and manifest.size == size else None,
         flip=train and config.flip,
         jitter=train and config.color_jitter,
         shuffle=config.shuffle_buffer if train else None,
@@ -235,13 +242,14 @@ class Reader:
         try:
             outputs = dict(zip(self.plan.outputs, self.pipeline.run(stream), strict=True))
             self._check_shapes(outputs)
+            tensors = {name: _tensor(output) for name, output in outputs.items()}
+            return tensors if self.plan.header is None else self._pixels(tensors, self.plan.header)
         except (RuntimeError, StopIteration) as error:
             self._failed = DatasetError(f"{self.where}: {explain(error, self.plan)}; verify it with md2 shards verify")
             raise self._failed from error
         except DatasetError as error:
             self._failed = error
             raise
-        return {name: _tensor(output) for name, output in outputs.items()}
 
     def _check_shapes(self, outputs: dict[str, Any]) -> None:
         for name, expected in self.plan.shapes.items():
@@ -257,6 +265,22 @@ class Reader:
                 f"{self.where}: {key}: {name} has the shape {shapes[place]}, the manifest promises {expected}; "
                 "pull or pack the dataset again"
             )
+
+    def _pixels(self, tensors: dict[str, Tensor], header: bytes) -> dict[str, Tensor]:
+        """Images out of files that are a header and pixels, without a copy; the headers are looked at on the host."""
+        width, height = self.plan.size
+        expected = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        for offset in self.plan.offsets:
+            wrong = (tensors.pop(f"head {offset}") != expected).any(1).nonzero()
+            if len(wrong):
+                key = sample_keys(tensors["source"][wrong[0]])[0]
+                raise DatasetError(
+                    f"{self.where}: {key}: image {offset} does not begin with {header!r}, as every image of this "
+                    "dataset must; pull or pack it again"
+                )
+            name = f"image {offset}"
+            tensors[name] = tensors[name][:, len(header) :].view(-1, height, width, 3)
+        return tensors
 
 
 def _go_on(start: Callable[[bytes | None], Any], checkpoint: bytes) -> Any:
@@ -301,9 +325,11 @@ def _reader_arguments(plan: Plan, seeds: Seeds, rank: int, world: int) -> dict[s
 def _graph(plan: Plan, reader: dict[str, Any], seeds: Seeds, decode: Device, target: Device) -> tuple[Any, ...]:
     """Outputs as `Plan.outputs` names them: images uint8 (H, W, 3) on `target`, the rest on the host."""
     read = _read(plan, reader)
-    encoded = [_bounded(read[name]) for name in plan.images]
+    encoded = [read[name] if plan.header else _bounded(read[name]) for name in plan.images]
     flip = fn.random.coin_flip(probability=FLIP_PROBABILITY, seed=seeds.flip, name="flip") if plan.flip else None
-    outputs: list[Any] = _images(plan, encoded, decode, target)
+    outputs: list[Any] = (
+        _raw_images(plan.header, encoded, target) if plan.header else _images(plan, encoded, decode, target)
+    )
     outputs += [fn.pad(fn.get_property(encoded[0], key="source_info")), read[INTRINSICS]]
     if plan.stereo:
         outputs.append(read[STEREO_TRANSLATION])
@@ -371,6 +397,12 @@ def _images(plan: Plan, encoded: list[Any], decode: Device, target: Device) -> l
     return nodes
 
 
+def _raw_images(header: bytes, files: list[Any], target: Device) -> list[Any]:
+    """The files as they are, on `target`, and on the host how each begins."""
+    heads = [fn.slice(file, start=[0], shape=[len(header)], axes=[0]) for file in files]
+    return [*([file.gpu() for file in files] if target == "gpu" else files), *heads]
+
+
 def _depth(encoded: Any, flip: Any) -> list[Any]:
     """(h, w, 1) float in units of the file, and its shape."""
     depth = fn.decoders.image(_bounded(encoded), device="cpu", output_type=types.ANY_DATA, dtype=types.UINT16)
@@ -423,7 +455,7 @@ def _header_problem(head: bytes) -> str | None:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(BytesIO(head)) as image:
                 pixels = image.width * image.height
-    except (OSError, SyntaxError):
+    except (OSError, SyntaxError, ValueError):  # the last by PPM
         return "is not a readable image"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pixels = MAX_IMAGE_PIXELS + 1

@@ -14,7 +14,7 @@ from prep.splits import Side, SplitLists
 from prep.velodyne import points_in_view, project, read_scan
 from shards.errors import SampleError
 
-_BYTES_PER_PIXEL = {"jpeg": 0.61, "png": 1.8}
+_BYTES_PER_PIXEL = {"jpeg": 0.61, "png": 1.8, "ppm": 3.0}
 """Of KITTI's frames at 640x192 (JPEG at quality 93), where there is no frame to measure."""
 _DEPTH_BYTES = 56_000
 _NATIVE = (1242, 375)

@@ -27,7 +27,7 @@ from prep.versions import versions
 from shards.errors import SampleError, StorageError, UsageError
 from shards.sample import Codec
 
-_END: dict[Codec, bytes] = {"jpeg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}
+_END = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 """How a whole file ends: one without its end may show every pixel here and fail in another decoder."""
 _PNG_DEPTH = 24
 """Where a PNG says how many bits a channel has."""
@@ -249,7 +249,7 @@ def encode_image(
         )
     deep = kind == "PNG" and data[_PNG_DEPTH] != 8
     untouched = form.size in (None, native) and mode == "RGB" and not oriented and not deep
-    if untouched and kind == ("JPEG" if form.codec == "jpeg" else "PNG") and data.endswith(_END[form.codec]):
+    if untouched and kind == form.codec.upper() and data.endswith(_END[kind]):
         return data, native
     if form.size is not None and form.size != native:
         picture = picture.resize(form.size, Image.Resampling.LANCZOS)
@@ -257,5 +257,5 @@ def encode_image(
     if form.codec == "jpeg":
         picture.save(buffer, "JPEG", quality=form.quality, subsampling="4:4:4")
     else:
-        picture.save(buffer, "PNG")
+        picture.save(buffer, form.codec.upper())
     return buffer.getvalue(), native

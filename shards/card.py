@@ -11,6 +11,7 @@ _COMPONENTS = {
     DEPTH: "ground truth, 16-bit PNG, metres x 256, 0 = no measurement, native resolution",
     META: "drive, frame, side, native size, where each component came from",
 }
+_CODECS = {"png": "PNG (lossless)", "ppm": "PPM (uncompressed)"}
 _KITTI_SPLITS = ("eigen_zhou", "eigen_full", "eigen_benchmark", "eigen", "odom", "benchmark")
 _KITTI_LICENCE = """\
 ## Licence
@@ -40,7 +41,7 @@ def card(manifest: Manifest, url: str = "URL", kitti: bool | None = None) -> str
     if kitti is None:
         kitti = manifest.split.name in _KITTI_SPLITS
     size = "native size" if manifest.size is None else f"{manifest.size[0]} x {manifest.size[1]} pixels"
-    codec = "PNG (lossless)" if manifest.codec == "png" else f"JPEG, quality {manifest.quality}"
+    codec = _CODECS.get(manifest.codec) or f"JPEG, quality {manifest.quality}"
     parts = manifest.parts
     example = "train" if "train" in parts else parts[0]
     sections = [

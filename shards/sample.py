@@ -1,6 +1,6 @@
 """A sample: the named components that stand under one key in a tar shard.
 
-0.jpg / 0.png        target frame, RGB
+0.jpg / 0.png / .ppm target frame, RGB
 m1.jpg, p1.jpg       frames t-1 and t+1 (mN / pN for any offset)
 s.jpg                same instant from the other camera (stereo partner)
 k.f32                fx, fy, cx, cy of the stored images, float32, pixel centres at integers
@@ -15,7 +15,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Codec = Literal["jpeg", "png"]
+Codec = Literal["jpeg", "png", "ppm"]
+"""`ppm` is uncompressed: read without a decoder, at several times the bytes."""
 Offset = int | Literal["s"]
 """Which image of a sample: 0 the target, -1 / 1 ... its neighbours in time, "s" the stereo partner."""
 
@@ -30,8 +31,13 @@ _KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def image_extension(codec: Codec) -> str:
-    """File extension of an image component: `jpg` or `png`."""
-    return "jpg" if codec == "jpeg" else "png"
+    """File extension of an image component: `jpg`, `png` or `ppm`."""
+    return "jpg" if codec == "jpeg" else codec
+
+
+def ppm_header(width: int, height: int) -> bytes:
+    """What a `ppm` image begins with: binary PPM, as Pillow writes it. Rows of RGB bytes follow, and nothing else."""
+    return f"P6\n{width} {height}\n255\n".encode()
 
 
 def offset_name(offset: Offset) -> str:

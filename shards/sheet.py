@@ -155,12 +155,12 @@ def _open(sample: Sample, component: str, mode: str | None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is the stricter one
-            image = Image.open(io.BytesIO(sample.components[component]), formats=("JPEG", "PNG"))
+            image = Image.open(io.BytesIO(sample.components[component]), formats=("JPEG", "PNG", "PPM"))
         if image.width * image.height > MAX_PIXELS:
             raise DatasetError(f"sample {sample.key}: {component} claims {image.width}x{image.height} pixels, refused")
         return image.convert(mode) if mode else image
     except UnidentifiedImageError as error:  # its own words are the address of a buffer
-        raise DatasetError(f"sample {sample.key}: {component} cannot be decoded (neither JPEG nor PNG)") from error
+        raise DatasetError(f"sample {sample.key}: {component} cannot be decoded (no JPEG, PNG or PPM)") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DatasetError(f"sample {sample.key}: {component} cannot be decoded ({error})") from error
 

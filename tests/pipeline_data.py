@@ -17,7 +17,7 @@ from md2.config import DataConfig
 from md2.pipeline import Loader
 from shards.dataset import LocalDataset, open_dataset, write_dataset
 from shards.manifest import DepthInfo, Split
-from shards.sample import Codec, Sample
+from shards.sample import Codec, Sample, image_extension
 
 WIDTH, HEIGHT = 96, 64
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def make_samples(
     rng = np.random.default_rng(seed)
     names = {0: "0", -1: "m1", 1: "p1"}
     stems = [names[frame] for frame in frames] + (["s"] if stereo else [])
-    extension = "jpg" if codec == "jpeg" else "png"
+    extension = image_extension(codec)
     samples = []
     for number in range(count):
         parts = {f"{stem}.{extension}": encode(smooth(rng, *size(number)), codec, **options) for stem in stems}

@@ -29,9 +29,10 @@ def test_all_of_the_gpu_benchmark_runs_on_a_cpu_and_says_that_it_did(tmp_path: P
     assert [section["name"] for section in found["sections"]] == sections
     assert all(holds for section in found["sections"] for _, holds, _ in section["checks"])
     rows = {section["name"]: [row for _, table in section["tables"] for row in table] for section in found["sections"]}
-    assert [row["decoded on"] for row in rows["decode"]] == ["cpu, batches on cpu"]
+    assert [row["decoded on"] for row in rows["decode"]] == ["cpu, batches on cpu", "nowhere (ppm), batches on cpu"]
     assert {row[""] for row in rows["step"]} == {"float32", "bf16"}
-    assert rows["training"][0]["triplets/s"] > 0
+    assert [row["shards"] for row in rows["training"]] == ["jpeg", "ppm"]
+    assert all(row["triplets/s"] > 0 for row in rows["training"])
     assert rows["training"][0]["peak, MiB"] is None
     text = (tmp_path / "gpu.md").read_text()
     assert text.startswith("# GPU: none used: every figure below is the CPU's")
@@ -94,7 +95,15 @@ def test_the_loaders_benchmark_packs_with_prep_and_fills_its_tables(drive: Path)
     assert done.returncode == 0, done.stderr
     assert "640x192 JPEG of quality 93" in done.stdout
     rows = {line.split("|")[1].strip(): line.split("|")[2:] for line in done.stdout.splitlines() if line[:1] == "|"}
-    for name in ("plain, png, jitter", "plain, png, jitter, 4 scales", "webdataset", "floor", "md2", "md2, jitter"):
+    for name in (
+        "plain, png, jitter",
+        "plain, png, jitter, 4 scales",
+        "webdataset",
+        "floor",
+        "md2",
+        "md2, jitter",
+        "md2, ppm",
+    ):
         assert float(rows[name][0]) > 0 and float(rows[name][1]) > 0
     assert rows["md2 / floor"][0].strip() == "0.7"
     assert float(rows["md2 / floor"][1]) > 0

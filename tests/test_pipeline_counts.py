@@ -21,6 +21,7 @@ from md2.batch import Batch
 from md2.host import HostThreads
 from md2.pipeline import Loader
 from shards.dataset import LocalDataset
+from shards.sample import ppm_header
 
 MODES = {
     "mono": (config(), 3),
@@ -76,6 +77,18 @@ def test_each_image_of_a_sample_is_decoded_once_and_nothing_else_is(
     graph = _graph(loader(dataset, settings), tmp_path)
     assert graph["Image"] == images
     assert graph["Resize"] == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_uncompressed_images_meet_no_decoder(mode: str, tmp_path: Path) -> None:
+    """They are handed out where the reader put them: no copy on the host either, by their address."""
+    settings, images = MODES[mode]
+    stored = pack(tmp_path / "data", make_samples(8, stereo=True, codec="ppm"), stereo=True, codec="ppm")
+    batches = loader(stored, settings)
+    graph = _graph(batches, tmp_path)
+    assert (graph["Image"], graph["Resize"], graph["Slice"]) == (0, 0, images)
+    next(iter(batches))
+    assert {value.storage_offset() for value in batches._chunk.values() if value.ndim == 4} == {len(ppm_header(96, 64))}
 
 
 def test_native_images_are_resized_once_each(tmp_path: Path) -> None:

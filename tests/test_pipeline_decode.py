@@ -12,22 +12,22 @@ from PIL import Image
 from pipeline_data import HEIGHT, WIDTH, as_floats, config, decode, encode, loader, make_samples, pack
 
 from shards.errors import DatasetError, UsageError
-from shards.sample import Codec, Sample
+from shards.sample import Codec, Sample, image_extension
 
 STEMS = {0: "0", -1: "m1", 1: "p1", "s": "s"}
 
 
 @pytest.mark.parametrize(
     ("codec", "options"),
-    [("jpeg", {"quality": 90}), ("jpeg", {"quality": 95, "subsampling": 0}), ("png", {})],
-    ids=["jpeg420", "jpeg444", "png"],
+    [("jpeg", {"quality": 90}), ("jpeg", {"quality": 95, "subsampling": 0}), ("png", {}), ("ppm", {})],
+    ids=["jpeg420", "jpeg444", "png", "ppm"],
 )
 def test_evaluation_gives_every_image_bit_for_bit_as_pillow_decodes_it(
     tmp_path: Path, codec: Codec, options: dict[str, Any]
 ) -> None:
     samples = make_samples(11, stereo=True, codec=codec, **options)
     dataset = pack(tmp_path, samples, stereo=True, codec=codec)
-    extension = "jpg" if codec == "jpeg" else "png"
+    extension = image_extension(codec)
     # Augmentation that is switched on in the configuration must not touch evaluation.
     batches = list(loader(dataset, config(stereo=True, flip=True, color_jitter=True), train=False))
 
@@ -80,15 +80,16 @@ def test_a_partner_that_only_some_samples_have_is_refused(tmp_path: Path) -> Non
         loader(dataset, config(stereo=True))
 
 
-def test_native_sizes_are_resized_with_lanczos_and_the_intrinsics_follow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["png", "ppm"])
+def test_native_sizes_are_resized_with_lanczos_and_the_intrinsics_follow(tmp_path: Path, codec: Codec) -> None:
     sizes = [(310, 94), (306, 92), (WIDTH, HEIGHT), (64, 40), (310, 94), (305, 92)]
-    samples = make_samples(6, size=lambda number: sizes[number], codec="png")
-    dataset = pack(tmp_path, samples, size=None, codec="png")
+    samples = make_samples(6, size=lambda number: sizes[number], codec=codec)
+    dataset = pack(tmp_path, samples, size=None, codec=codec)
     batches = list(loader(dataset, train=False))
     images = torch.cat([batch.images[-1] for batch in batches])
     cameras = torch.cat([batch.intrinsics for batch in batches])
     for number, (sample, (width, height)) in enumerate(zip(samples, sizes, strict=True)):
-        stored = Image.fromarray(decode(sample.components["m1.png"]))
+        stored = Image.fromarray(decode(sample.components[f"m1.{codec}"]))
         expected = as_floats(np.asarray(stored.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)))
         assert (images[number] - expected).abs().mean() < 0.5 / 255
         across, down = WIDTH / width, HEIGHT / height
@@ -100,14 +101,15 @@ def test_native_sizes_are_resized_with_lanczos_and_the_intrinsics_follow(tmp_pat
         torch.testing.assert_close(cameras[number], torch.tensor(expected_camera), rtol=1e-6, atol=1e-5)
 
 
-def test_resizing_moves_a_point_where_the_intrinsics_say(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["png", "ppm"])
+def test_resizing_moves_a_point_where_the_intrinsics_say(tmp_path: Path, codec: Codec) -> None:
     """Pixel centres at integers: on a ramp, grey = x + 2 y, the resized image must read the scaled coordinates."""
     width, height = 2 * WIDTH, HEIGHT // 2
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     ramp = np.repeat((x + 2 * y).astype(np.uint8)[..., None], 3, axis=2)
-    parts = {f"{stem}.png": encode(ramp, "png") for stem in ("0", "m1", "p1")}
+    parts = {f"{stem}.{codec}": encode(ramp, codec) for stem in ("0", "m1", "p1")}
     camera = {"k.f32": np.array([1, 1, 0, 0], "<f4").tobytes(), "meta.json": b"{}"}
-    dataset = pack(tmp_path, [Sample("ramp", {**parts, **camera})], size=(width, height), codec="png")
+    dataset = pack(tmp_path, [Sample("ramp", {**parts, **camera})], size=(width, height), codec=codec)
     (batch,) = loader(dataset, train=False, batch_size=1)
     fx, fy = batch.intrinsics[0, 0, 0], batch.intrinsics[0, 1, 1]
     cx, cy = batch.intrinsics[0, 0, 2], batch.intrinsics[0, 1, 2]
@@ -178,14 +180,17 @@ def test_a_gpu_is_asked_for_where_there_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_the_gpu_decodes_what_pillow_decodes_to_rounding(tmp_path: Path) -> None:
-    samples = make_samples(8, stereo=True)
-    dataset = pack(tmp_path, samples, stereo=True)
+@pytest.mark.parametrize("codec", ["jpeg", "png", "ppm"])
+def test_the_gpu_decodes_what_pillow_decodes_to_rounding(tmp_path: Path, codec: Codec) -> None:
+    samples = make_samples(8, stereo=True, codec=codec)
+    dataset = pack(tmp_path, samples, stereo=True, codec=codec)
     for batch in loader(dataset, config(stereo=True), train=False, device=torch.device("cuda")):
         assert batch.images[0].is_cuda
         assert batch.intrinsics.is_cuda
         for place, key in enumerate(batch.keys):
             sample = next(sample for sample in samples if sample.key == key)
-            difference = batch.images["s"][place].cpu() - as_floats(decode(sample.components["s.jpg"]))
-            assert difference.abs().mean() < 0.5 / 255
-            assert difference.abs().max() < 6 / 255
+            difference = batch.images["s"][place].cpu() - as_floats(
+                decode(sample.components[f"s.{image_extension(codec)}"])
+            )
+            assert difference.abs().mean() < (0.5 / 255 if codec == "jpeg" else 1e-6)
+            assert difference.abs().max() < (6 / 255 if codec == "jpeg" else 1e-6)

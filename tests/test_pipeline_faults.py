@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline_data import Array, config, encode, loader, make_samples, pack, smooth
+from pipeline_data import HEIGHT, WIDTH, Array, config, encode, loader, make_samples, pack, smooth
 
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError
 from shards.manifest import Manifest
-from shards.sample import Sample
+from shards.sample import Sample, ppm_header
 
 BROKEN = "drive_009"
 
@@ -60,6 +60,33 @@ def test_an_image_of_another_size_than_the_manifest_says_is_named(tmp_path: Path
     dataset = pack(tmp_path / "data", with_component("p1.jpg", lambda _: encode(small)))
     with pytest.raises(DatasetError, match=rf"{BROKEN}: image 1 has the shape \(64, 48, 3\).*\(64, 96, 3\)"):
         list(loader(dataset))
+
+
+def header_of(width: int, height: int) -> Callable[[bytes], bytes]:
+    return lambda data: ppm_header(width, height) + data[-3 * WIDTH * HEIGHT :]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (header_of(HEIGHT, WIDTH), rf"{BROKEN}: image -1 does not begin with b'P6\\n96 64"),
+        (header_of(WIDTH * 10, HEIGHT * 10), rf"{BROKEN}: image -1 has the shape \(18447,\).*\(18445,\)"),
+        (lambda data: data[:-1], rf"{BROKEN}: image -1 has the shape \(18444,\)"),
+        (lambda data: data + b"\0", rf"{BROKEN}: image -1 has the shape \(18446,\)"),
+        (lambda data: data[:7], rf"{BROKEN}\.m1\.ppm is not a readable image"),
+        (lambda data: b"\x17" * len(data), rf"{BROKEN}: image -1 does not begin"),
+    ],
+    ids=["turned", "claims more", "a byte short", "a byte long", "cut in its header", "garbage"],
+)
+def test_an_uncompressed_image_that_is_not_what_the_manifest_says_is_named(
+    tmp_path: Path, change: Callable[[bytes], bytes], told: str
+) -> None:
+    """No decoder looks at it: a file of the right length would else be taken for a picture whatever it holds."""
+    dataset = pack(tmp_path / "data", with_component("m1.ppm", change, codec="ppm"), codec="ppm")
+    batches = loader(dataset)
+    for _ in range(2):
+        with pytest.raises(DatasetError, match=told):
+            list(batches)
 
 
 def test_all_images_of_a_batch_having_another_size_is_no_way_round_that(tmp_path: Path) -> None:

@@ -84,6 +84,20 @@ def test_state_does_not_depend_on_what_is_prefetched_and_threads_may_change(data
     assert take(make(dataset, threads=2, prefetch=4, state=state), 7) == take(here, 7)
 
 
+def test_uncompressed_images_come_as_lossless_ones_do_and_go_on_alike(tmp_path: Path) -> None:
+    """Another way through DALI, the same order, flips and colours; bit for bit, and after a state as well."""
+    png, ppm = (
+        pack(tmp_path / codec, make_samples(23, stereo=True, codec=codec), stereo=True, codec=codec)
+        for codec in ("png", "ppm")
+    )
+    expected = take(make(png), 12)
+    here = make(ppm)
+    assert take(here, 3) == expected[:3]
+    state = here.state()
+    assert take(here, 9) == expected[3:]
+    assert take(make(ppm, state=state), 9) == expected[3:]
+
+
 def test_state_is_small_and_loads_without_running_code(dataset: LocalDataset) -> None:
     here = make(dataset)
     take(here, 3)

@@ -149,6 +149,9 @@ def test_image_files_are_turned_upright_and_broken_ones_named(tmp_path: Path, pi
     (tmp_path / "cut.png").write_bytes(_png(image)[:2000])
     with pytest.raises(InputError, match=r"cut\.png.*cut short"):
         read_image(tmp_path / "cut.png")
+    (tmp_path / "cut.ppm").write_bytes(b"P6\n150 ")
+    with pytest.raises(InputError, match=r"cut\.ppm.*cut short"):
+        read_image(tmp_path / "cut.ppm")
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(InputError, match=r"text\.png"):
         read_image(tmp_path / "text.png")

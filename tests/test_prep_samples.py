@@ -51,9 +51,10 @@ def test_keys_are_the_lists_lines_in_another_order(dataset: Path, drive: Path) -
         assert keys != expected
 
 
-def test_every_image_is_the_right_frame_of_the_right_camera(drive: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["png", "ppm"])
+def test_every_image_is_the_right_frame_of_the_right_camera(drive: Path, tmp_path: Path, codec: Codec) -> None:
     """Lossless, so that each must equal Pillow's own resize of one raw file exactly."""
-    run_pack(drive / "splits" / "sample", drive, tmp_path / "out", codec="png")
+    run_pack(drive / "splits" / "sample", drive, tmp_path / "out", codec=codec)
     samples = read_part(tmp_path / "out") + read_part(tmp_path / "out", "val")
     assert len(samples) == 18
     for sample in samples:
@@ -62,10 +63,10 @@ def test_every_image_is_the_right_frame_of_the_right_camera(drive: Path, tmp_pat
         name, frame = match[1], int(match[3])
         own, partner = ("02", "03") if match[2] == "l" else ("03", "02")
         for component, (camera, number) in {
-            "0.png": (own, frame),
-            "m1.png": (own, frame - 1),
-            "p1.png": (own, frame + 1),
-            "s.png": (partner, frame),
+            f"0.{codec}": (own, frame),
+            f"m1.{codec}": (own, frame - 1),
+            f"p1.{codec}": (own, frame + 1),
+            f"s.{codec}": (partner, frame),
         }.items():
             np.testing.assert_array_equal(image(sample[component]), resized(raw_image(drive, number, camera, name)))
 
@@ -223,7 +224,7 @@ def test_jpg_frames_are_accepted_and_native_ones_go_through(drive: Path, tmp_pat
         np.testing.assert_array_equal(image(sample["0.png"]), resized(picture.convert("RGB")))
 
 
-@pytest.mark.parametrize("codec", ["jpeg", "png"])
+@pytest.mark.parametrize("codec", ["jpeg", "png", "ppm"])
 def test_a_camera_held_sideways_is_turned_upright(codec: Codec) -> None:
     """By its EXIF orientation, which decoders on the way to the GPU treat differently: it must not go through."""
     upright = Image.linear_gradient("L").resize((40, 20)).convert("RGB")

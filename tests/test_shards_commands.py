@@ -345,7 +345,7 @@ def test_an_image_that_claims_to_be_huge_is_not_decoded(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("component", "data", "reason"),
     [
-        ("0.jpg", b"not an image", r"0\.jpg cannot be decoded \(neither JPEG nor PNG\)$"),
+        ("0.jpg", b"not an image", r"0\.jpg cannot be decoded \(no JPEG, PNG or PPM\)$"),
         ("meta.json", b"[" * 100_000, r"meta\.json is not JSON"),
     ],
     ids=["an image", "meta.json"],
