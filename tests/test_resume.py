@@ -23,7 +23,14 @@ from md2.train import PlainReporter
 from md2.trainer import Trainer
 from shards.dataset import open_dataset
 
-SETTINGS = [*SMALL, "train.batch_size=3", "train.epochs=2", "train.image_every=1000", "train.checkpoint_every=2"]
+SETTINGS = [
+    *SMALL,
+    "train.batch_size=3",
+    "train.epochs=2",
+    "train.image_every=1000",
+    "train.checkpoint_every=2",
+    "model.pose_network=posecnn",
+]
 LIMIT = 240
 
 
