@@ -106,35 +106,45 @@ class Jitter:
         return out.permute(0, 3, 1, 2)
 
 
-def float_images(pixels: Tensor, flipped: Tensor | None, jitter: Jitter | None) -> tuple[Tensor, Tensor]:
+def float_images(
+    pixels: Tensor, flipped: Tensor | None, jitter: Jitter | None, *, decoding: bool = True
+) -> tuple[Tensor, Tensor]:
     """Images as the loss takes them, and as the networks do.
 
     Args:
         pixels: (B, H, W, 3) uint8.
         flipped: (B,) bool, which to mirror; None: nothing.
         jitter: of colours; None: no jitter. All on the same device.
+        decoding: other threads of the host decode images meanwhile, so that its cores are busy.
 
     Returns:
         Two of (B, 3, H, W) float32 in [0, 1], channels_last in memory; the same tensor where there is no jitter.
     """
     if pixels.device.type == "cpu":
-        return _one_by_one(pixels, flipped, jitter)
+        return _one_by_one(pixels, flipped, jitter, decoding)
     if flipped is not None:
         pixels = torch.where(flipped.view(-1, 1, 1, 1), pixels.flip(2), pixels)
     images = pixels.permute(0, 3, 1, 2).float().div_(255)
     return images, images if jitter is None else jitter(images)
 
 
-def _one_by_one(pixels: Tensor, flipped: Tensor | None, jitter: Jitter | None) -> tuple[Tensor, Tensor]:
+def _one_by_one(pixels: Tensor, flipped: Tensor | None, jitter: Jitter | None, decoding: bool) -> tuple[Tensor, Tensor]:
     """`float_images` on the host, where memory is what takes time: an image stays in the cache until it is done."""
     plain = host_memory.take(tuple(pixels.shape))
     batch = plain.permute(0, 3, 1, 2)
     mirrored = [False] * len(pixels) if flipped is None else flipped.tolist()
     images = list(zip(pixels.unbind(), mirrored, plain.unbind(), strict=True))
     if jitter is None:
-        # Not on several threads: it is so little work that they would only take memory's bandwidth from DALI's.
-        for image in images:
-            _convert(*image)
+
+        def convert(mine: slice) -> None:
+            for image in images[mine]:
+                _convert(*image)
+
+        if decoding:
+            # Not on several threads: it is so little work that they would only take memory's bandwidth from DALI's.
+            convert(slice(len(images)))
+        else:
+            over_images(convert, plain)
         return batch, batch
     jittered = host_memory.take(tuple(pixels.shape))
     drawn = jitter.by_place()

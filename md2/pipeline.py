@@ -196,7 +196,8 @@ class Loader:
         flipped = host["flip"].bool().flatten() if self._plan.flip else None
         mirror = self._to_device(flipped) if flipped is not None else None
         jitter = self._jitter(host) if self._plan.jitter else None
-        made = {o: float_images(host[f"image {o}"], mirror, jitter) for o in self._plan.offsets}
+        decoding = self._plan.header is None
+        made = {o: float_images(host[f"image {o}"], mirror, jitter, decoding=decoding) for o in self._plan.offsets}
         if self.device.type == "cuda":
             self._read_on_gpu = torch.cuda.current_stream(self.device).record_event()
         size = self._plan.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 from pipeline_data import Array, Operations, as_floats, config, loader, make_samples, pack, smooth
 
+import md2.augment
 import md2.host
 from md2.augment import (
     FLIP_PROBABILITY,
@@ -75,9 +77,27 @@ def test_a_large_batch_is_shared_among_threads_and_no_image_is_left_out(monkeypa
     apart = [float_images(pixels[place : place + 1], None, alone(jitter, place)) for place in range(7)]
     for kind in (0, 1):
         assert torch.equal(together[kind], torch.cat([images[kind] for images in apart]))
+    shares: list[slice] = []
+    monkeypatch.setattr(md2.augment, "over_images", lambda work, out: over_images(noted(work, shares), out))
+    flipped = torch.tensor([True, False, True, False, False, True, True])
+    # Beside threads that decode on one alone; where they rest, on all: the same images, mirrored or not.
+    alone_again, _ = float_images(pixels, flipped, None)
+    assert not shares
+    plain, _ = float_images(pixels, flipped, None, decoding=False)
+    assert torch.equal(plain, alone_again)
+    assert torch.equal(plain, torch.where(flipped.view(-1, 1, 1, 1), together[0].flip(3), together[0]))
+    assert sorted((share.start, share.stop) for share in shares) == [(0, 2), (2, 4), (4, 7)]
     with pytest.raises(ZeroDivisionError):
         over_images(lambda mine: 1 // 0, together[0])
     md2.host.host_threads.cache_clear()
+
+
+def noted(work: Callable[[slice], None], shares: list[slice]) -> Callable[[slice], None]:
+    def noting(mine: slice) -> None:
+        shares.append(mine)
+        work(mine)
+
+    return noting
 
 
 def alone(jitter: Jitter, place: int) -> Jitter:

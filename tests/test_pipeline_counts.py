@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pipeline_data import Operations, config, loader, make_samples, pack
 
 import md2.pipeline
+from md2.augment import float_images
 from md2.batch import Batch
 from md2.host import HostThreads
 from md2.pipeline import Loader
@@ -80,14 +81,17 @@ def test_each_image_of_a_sample_is_decoded_once_and_nothing_else_is(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_uncompressed_images_meet_no_decoder(mode: str, tmp_path: Path) -> None:
+def test_uncompressed_images_meet_no_decoder(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are handed out where the reader put them: no copy on the host either, by their address."""
     settings, images = MODES[mode]
     stored = pack(tmp_path / "data", make_samples(8, stereo=True, codec="ppm"), stereo=True, codec="ppm")
     batches = loader(stored, settings)
     graph = _graph(batches, tmp_path)
     assert (graph["Image"], graph["Resize"], graph["Slice"]) == (0, 0, images)
+    told: list[bool] = []
+    monkeypatch.setattr(md2.pipeline, "float_images", lambda *a, decoding: told.append(decoding) or float_images(*a))
     next(iter(batches))
+    assert told == [False] * images, "nothing else keeps the cores busy"
     assert {value.storage_offset() for value in batches._chunk.values() if value.ndim == 4} == {len(ppm_header(96, 64))}
 
 
