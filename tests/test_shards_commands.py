@@ -24,7 +24,7 @@ from shards import sheet as sheet_module
 from shards.dataset import open_dataset, write_dataset
 from shards.errors import DatasetError
 from shards.manifest import DepthInfo, Split
-from shards.sample import Sample
+from shards.sample import Codec, Sample
 from shards.sheet import CELL, FAR, NEAR, contact_sheet, depth_colours, read_some
 from shards.stream import stream_samples
 from shards.transfer import copy_dataset
@@ -284,24 +284,25 @@ def test_the_sheets_name_comes_from_the_url_not_from_the_dataset(
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png")] == ["in/drive/drive.png"]
 
 
-def solid(colour: tuple[int, int, int]) -> bytes:
+def solid(colour: tuple[int, int, int], codec: Codec) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", SIZE, colour).save(buffer, "PNG")
+    Image.new("RGB", SIZE, colour).save(buffer, codec.upper())
     return buffer.getvalue()
 
 
-def test_the_contact_sheet_shows_each_image_in_its_column(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["png", "ppm"])
+def test_the_contact_sheet_shows_each_image_in_its_column(tmp_path: Path, codec: Codec) -> None:
     depth = np.zeros((64, 128), np.uint16)
     depth[:32] = int(NEAR * 256)
     depth[32:, ::7] = int(FAR * 256)
     buffer = io.BytesIO()
     Image.fromarray(depth).save(buffer, "PNG")
     colours = {"0": (200, 200, 200), "m1": (255, 0, 0), "p1": (0, 255, 0), "s": (0, 0, 255)}
-    images = {f"{k}.png": solid(c) for k, c in colours.items()}
+    images = {f"{k}.{codec}": solid(c, codec) for k, c in colours.items()}
     samples = [Sample("k", images | {"depth.png": buffer.getvalue()}), Sample("none", images)]
     write_dataset(
         tmp_path, {"train": samples}, split=Split(name="x", sha256="0" * 64), frames=[0, -1, 1], stereo=True,
-        depth=DepthInfo(source="dense", convention="camera_z"), size=SIZE, codec="png", quality=None, seed=0,
+        depth=DepthInfo(source="dense", convention="camera_z"), size=SIZE, codec=codec, quality=None, seed=0,
     )  # fmt: skip
     manifest, some = read_some(str(tmp_path))
     image = np.asarray(Image.open(io.BytesIO(contact_sheet(manifest, sorted(some, key=lambda sample: sample.key)))))
