@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import socket
 import uuid
+from functools import cache
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{12}\.tmp")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -25,8 +30,30 @@ def replace(tmp: Path, path: Path) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """A name beside `path` that no other process uses."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    """A name beside `path` that no other process uses; it tells whose it is (`is_abandoned`)."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp")
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether `temporary` made the name in a process of this machine that has ended: killed while it wrote."""
+    made = _TEMPORARY.fullmatch(path.name)
+    return made is not None and made[1] == _host() and not is_running(int(made[2]))
+
+
+def is_running(process: int) -> bool:
+    """Whether this machine has a process of that number; it may be another than the one that is meant."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # someone else's; no process has such a number, and none is known to have ended
+        return True
+    return True
+
+
+@cache
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def write_atomic(path: Path, data: bytes) -> None:

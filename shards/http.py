@@ -144,6 +144,9 @@ class HttpStorage:
     def create_file(self, name: str, path: Path, move: bool = False) -> bool:
         raise UsageError(f"{self.url}: a web address can only be read; publish to a folder, s3:// or gs://")
 
+    def sweep(self) -> None:
+        raise UsageError(f"{self.url}: a web address can only be read")
+
     def delete(self, names: Iterable[str]) -> None:
         raise UsageError(f"{self.url}: a web address can only be read")
 

@@ -246,6 +246,9 @@ class RemoteStorage:
         entries = [(entry["name"].rstrip("/").rpartition("/")[2], entry["type"]) for entry in listed]
         return sorted(n for n, kind in entries if kind == "file"), sorted(n for n, kind in entries if kind != "file")
 
+    def sweep(self) -> None:
+        """Nothing to see: objects are whole or not there; parts that were not put together are the bucket's affair."""
+
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
             try:

@@ -15,7 +15,7 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from shards.errors import StorageError, UsageError
-from shards.files import create_from, temporary, write_atomic
+from shards.files import create_from, is_abandoned, temporary, write_atomic
 from shards.objects import Stat, check_folder, check_name
 from shards.retry import MissingError
 
@@ -58,6 +58,9 @@ class Storage(Protocol):
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete those that are present."""
+
+    def sweep(self) -> None:
+        """Remove what processes that were killed have left half-written, where that can be seen."""
 
     def cancel(self) -> None:
         """End every call that other threads are waiting in, and every later one, with CancelledError."""
@@ -210,6 +213,13 @@ class LocalStorage:
                 self._remove_empty(path.parent)
             except OSError as error:
                 raise _local_error(path, error) from error
+
+    def sweep(self) -> None:
+        try:
+            abandoned = [path for path in self.folder.rglob(".*.tmp") if is_abandoned(path)]
+        except OSError as error:
+            raise _local_error(self.folder, error) from error
+        self.delete(path.relative_to(self.folder).as_posix() for path in abandoned)
 
     def _remove_empty(self, folder: Path) -> None:
         """Object storage has no empty folders; neither does this."""

@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shards.errors import DatasetError, StorageError
-from shards.files import sha256_file
+from shards.files import is_running, sha256_file
 from shards.manifest import MANIFEST, Manifest, Shard
 from shards.retry import MissingError
 from shards.storage import Storage, open_storage
@@ -227,7 +227,7 @@ class Store:
         if data is None:
             return False
         claim = self._parse(_CLAIM, data, Claim)
-        if claim.plan_sha256 == self._plan_sha256 or claim.host != socket.gethostname() or _is_running(claim.process):
+        if claim.plan_sha256 == self._plan_sha256 or claim.host != socket.gethostname() or is_running(claim.process):
             return False
         return not any(name.endswith((".tar", ".idx")) or _is_receipt(name) for name in self._storage.names(""))
 
@@ -248,7 +248,7 @@ class Store:
     def _check_plan(self, data: bytes) -> None:
         claim = self._parse(_CLAIM, data, Claim)
         if claim.plan_sha256 != self._plan_sha256:
-            if claim.host == socket.gethostname() and not _is_running(claim.process):
+            if claim.host == socket.gethostname() and not is_running(claim.process):
                 raise StorageError(
                     f"{self.url}: holds part of another dataset (other raw data, split, options), left unfinished by a "
                     "process of this machine; remove it if nobody is to finish it, or publish under another name"
@@ -392,9 +392,10 @@ class Store:
         return None
 
     def _tidy(self) -> None:
-        """Remove claim and receipts; the dataset is committed whether or not this is allowed."""
+        """Remove claim, receipts and what killed runs left; the dataset is committed whether or not this is allowed."""
         try:
             self._storage.delete(self._storage.names(FOLDER))
+            self._storage.sweep()
         except StorageError as error:
             _log.warning("%s: committed, but %s/ cannot be removed (%s)", self.url, FOLDER, error)
 
@@ -435,16 +436,6 @@ class Store:
 
 def _is_receipt(name: str) -> bool:
     return name.startswith(f"{FOLDER}/") and name.endswith(".json") and name != _CLAIM
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # someone else's
-        return True
-    return True
 
 
 def _receipt_name(shard_name: str) -> str:

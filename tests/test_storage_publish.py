@@ -20,6 +20,7 @@ from shards import remote
 from shards import store as store_module
 from shards.dataset import open_dataset
 from shards.errors import DatasetError, StorageError, UsageError
+from shards.files import temporary
 from shards.manifest import Manifest, Shard
 from shards.objects import check_name
 from shards.storage import LocalStorage, open_storage
@@ -40,6 +41,42 @@ def publish(url: str, packed: Packed, plan: dict[str, object] = PLAN) -> Store:
     store.put_text("README.md", "card")
     store.commit(packed.manifest)
     return store
+
+
+def test_what_killed_runs_left_half_written_goes_with_the_commit(tmp_path: Path, packed: Packed) -> None:
+    """A kill between writing and naming a file; what a live process, or another machine, may be writing stays."""
+    out = tmp_path / "out"
+    dead = subprocess.run([sys.executable, "-c", ABANDON, str(out)], capture_output=True, text=True, check=False)
+    assert dead.returncode == -9, dead.stderr
+    left = [path for path in out.rglob("*") if path.is_file()]
+    assert len(left) == 2 and all(path.name.endswith(".tmp") for path in left)
+    mine = temporary(out / "train" / "000000.tar")
+    host = mine.name.rsplit(".", 2)[1].split("-")[0]
+    foreign = left[0].with_name(left[0].name.replace(host, "0" * 8 if host != "0" * 8 else "1" * 8))
+    for path in (mine, foreign):
+        path.write_bytes(b"half")
+    publish(str(out), packed)
+    assert {path for path in out.rglob("*.tmp")} == {mine, foreign}
+    assert open_dataset(str(out)).manifest.samples("train")
+    mine.unlink()
+    foreign.unlink()
+    # A run that is killed right after its commit leaves its tidying to the next.
+    again = out / "train" / next(path.name for path in left if ".tar." in path.name)
+    again.write_bytes(b"half")
+    publish(str(out), packed)
+    assert not list(out.rglob("*.tmp"))
+
+
+ABANDON = """
+import os, sys
+from pathlib import Path
+from shards.files import temporary
+for name in (".publish/train/000000.json", "train/000000.tar"):
+    path = temporary(Path(sys.argv[1]) / name)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half")
+os.kill(os.getpid(), 9)
+"""
 
 
 def digests(bucket: Bucket) -> dict[str, str]:
