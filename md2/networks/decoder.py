@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from md2.networks.outputs import output_layer
+
 WIDTHS = (16, 32, 64, 128, 256)
 """Channels of the five stages, the one at full resolution first."""
 
@@ -72,5 +74,5 @@ class DepthDecoder(nn.Module):
                 x = torch.cat([x, features[stage - 1]], dim=1)
             x = self.decoder[first + 1](x)
             if stage in self.scales:
-                maps[stage] = torch.sigmoid(self.decoder[10 + self.scales.index(stage)](x))
+                maps[stage] = torch.sigmoid(output_layer(self.decoder[10 + self.scales.index(stage)], x))
         return {scale: maps[scale] for scale in self.scales}

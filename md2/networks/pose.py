@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from md2.networks.outputs import output_layer
+
 OUTPUT_SCALE = 0.01
 
 
@@ -45,7 +47,7 @@ class PoseDecoder(nn.Module):
         squeeze, first, second, last = self.net
         x = torch.cat([F.relu(squeeze(feature)) for feature in features], dim=1)
         x = F.relu(second(F.relu(first(x))))
-        return _motions(last(x))
+        return _motions(output_layer(last, x))
 
 
 class PoseCNN(nn.Module):
@@ -68,4 +70,4 @@ class PoseCNN(nn.Module):
         """(B, 3 * images, H, W) in [0, 1] -> (B, images - 1, 6)."""
         for conv in self.net:
             x = F.relu(conv(x))
-        return _motions(self.pose_conv(x))
+        return _motions(output_layer(self.pose_conv, x))
