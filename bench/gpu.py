@@ -1,6 +1,6 @@
 """All that is to be checked and measured on a GPU machine, by one command.
 
-    md2 bench gpu OUT                          needs one NVIDIA GPU, no network; some ten minutes on an H100
+    md2 bench gpu OUT                          needs one NVIDIA GPU, no network; about a quarter of an hour
     md2 bench gpu OUT --only kernels,decode    some of it
     md2 bench gpu OUT --device cpu --tiny      the same code on little things, to see that it runs; no GPU figures
 
@@ -10,11 +10,13 @@ traceback goes to OUT/SECTION.txt, the others go on, and the exit code is 1. Dat
 
     kernels    loss and gradients by Triton's kernels and by plain operators, against float64; their time and memory
     decode     images decoded on the GPU beside the CPU's; order, flips and cameras must be equal
-    resume     a loader's state, and a run's checkpoint, made on the CPU and gone on with on the GPU
-    loader     batches alone: triplets/s by batch size, decoded on the GPU and on the CPU
+    step       training steps on a batch that is there already: float32, bf16, contiguous, compiled; peak memory
     training   `md2 train` end to end, the share of it beyond the step alone, and what the paper's 20 epochs would take
-    step       training steps on a batch that is there already: float32, bf16, compiled; peak memory
+    loader     batches alone: triplets/s by batch size, decoded on the GPU, on the CPU, and uncompressed
+    resume     a loader's state, and a run's checkpoint, made on the CPU and gone on with on the GPU
     baseline   forward, loss, backward, optimiser against bench/reference.py
+
+In a place that ends commands after ten minutes, ask for it in two: --only kernels,decode,step,training, then the rest.
 """
 
 from __future__ import annotations

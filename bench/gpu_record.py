@@ -113,7 +113,8 @@ class Setup:
             variants = ["float32", "bf16"]
             return cls(device, folder, True, (96, 64), [2], 0.0, 24, 2, 6, options.threads, variants)
         batches = [int(batch) for batch in options.batches.split(",")]
-        variants = ["float32", "bf16", *(["bf16+compile", "bf16+graphs"] if device.type == "cuda" else [])]
+        variants = ["float32", "bf16", "bf16+contiguous"]
+        variants += ["bf16+compile", "bf16+graphs"] if device.type == "cuda" else []
         amounts = (options.seconds, options.samples, 20, 600)
         return cls(device, folder, False, SIZE, batches, *amounts, options.threads, variants)
 
@@ -157,6 +158,7 @@ class Setup:
     def reset_memory(self) -> None:
         gc.collect()  # pipelines of what was measured before
         if self.device.type == "cuda":
+            torch._dynamo.reset()  # which lets go of recorded graphs' memory
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 

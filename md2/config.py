@@ -46,7 +46,7 @@ class DataConfig(Section):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where images are decoded; `auto` is the GPU if the model trains on one."""
     threads: int | None = Field(None, gt=0)
-    """Decoding threads; None: one per available core."""
+    """Decoding threads; None: one per available core, at most 8 where the GPU decodes."""
     prefetch: int = Field(2, gt=0)
     shuffle_buffer: int = Field(1024, gt=0)
     """Samples in the reader's shuffle buffer (the shards are shuffled globally when packed)."""

@@ -37,6 +37,9 @@ BYTES_AHEAD = 128 << 20
 end of every operator and batch, which in small batches costs a third of the rate."""
 
 
+GPU_DECODER_THREADS = 8
+
+
 class LoaderState(TypedDict):
     """Where a loader stands; plain types, so that `torch.load(weights_only=True)` reads it.
 
@@ -157,7 +160,7 @@ class Loader:
             seed=self.seed,
             rank=self.rank,
             world=self.world,
-            threads=self.config.threads or cores(),
+            threads=self.config.threads or default_threads(self._decode),
             prefetch=self.config.prefetch,
             decode=self._decode,
             device=self.device,
@@ -271,6 +274,11 @@ class Loader:
             raise UsageError(
                 f"cannot go on in the middle of an epoch, the samples would come in another order: {'; '.join(changed)}"
             )
+
+
+def default_threads(decode: Device) -> int:
+    """A thread a core; but few where the GPU decodes: each of its decoders has as many of its own, with buffers."""
+    return min(cores(), GPU_DECODER_THREADS) if decode == "gpu" else cores()
 
 
 def decode_device(wanted: str, device: torch.device) -> Device:

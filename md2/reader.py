@@ -38,6 +38,9 @@ READER = "shards"
 HEADER_BYTES = 4096
 MAX_IMAGE_PIXELS = 1 << 26
 """A larger image is refused before it is decoded: 67 million pixels, 201 MB."""
+DECODER_BYTES = 1 << 20
+"""nvJPEG's buffers to begin with, on the GPU and on the host, for each thread of each decoder; they grow. DALI's own
+16 and 8 MB would be a gigabyte and more with a decoder for each image of a sample and a thread for each core."""
 Device = Literal["cpu", "gpu"]
 
 
@@ -386,6 +389,9 @@ def _images(plan: Plan, encoded: list[Any], decode: Device, target: Device) -> l
         device="mixed" if decode == "gpu" else "cpu",
         output_type=types.RGB,
         jpeg_fancy_upsampling=True,
+        device_memory_padding=DECODER_BYTES,
+        host_memory_padding=DECODER_BYTES,
+        affine=False,  # ranks that share a machine would be tied to the same cores
     )
     if plan.stored != plan.size:
         width, height = plan.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,23 @@ def test_all_of_the_gpu_benchmark_runs_on_a_cpu_and_says_that_it_did(tmp_path: P
     text = (tmp_path / "gpu.md").read_text()
     assert text.startswith("# GPU: none used: every figure below is the CPU's")
     assert "**Tiny**" in text and "no figure means anything" in text
+
+
+def test_what_needs_no_loader_needs_no_dali() -> None:
+    """On a machine without it, the kernels and the step against the baseline can still be measured."""
+    code = (
+        "import sys; sys.modules['nvidia.dali'] = None; from bench.gpu_sections import SECTIONS, kernels;"
+        "from bench.gpu_record import Record, Setup; import bench.gpu, torch; from pathlib import Path;"
+        "options = bench.gpu.parse(['x', '--device', 'cpu', '--tiny']);"
+        "record = bench.gpu.guarded('kernels', kernels, Setup.of(options, torch.device('cpu'), Path('.')), Path('.'));"
+        "print(record.failed, record.error); sys.exit(record.failed)"
+    )
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_section_that_fails_is_a_row_and_the_others_go_on(

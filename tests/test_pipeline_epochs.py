@@ -13,7 +13,7 @@ from pipeline_data import config, loader, make_samples, pack
 
 import md2.pipeline
 from md2.host import cores, host_threads
-from md2.pipeline import Loader
+from md2.pipeline import Loader, default_threads
 from shards.dataset import LocalDataset
 
 COUNT = 23
@@ -163,3 +163,11 @@ def test_the_order_does_not_depend_on_how_much_is_read_at_once(
     for ahead in (1, 4, 6, 22):
         monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", ahead)
         assert orders() == expected
+
+
+def test_threads_are_a_core_each_and_few_where_the_gpu_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvJPEG's decoders, one for each image of a sample, have as many threads again, each with memory of its own."""
+    monkeypatch.setattr(md2.pipeline, "cores", lambda: 64)
+    assert (default_threads("cpu"), default_threads("gpu")) == (64, 8)
+    monkeypatch.setattr(md2.pipeline, "cores", lambda: 2)
+    assert (default_threads("cpu"), default_threads("gpu")) == (2, 2)
