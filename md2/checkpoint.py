@@ -26,6 +26,7 @@ from shards.files import fsync_folder
 
 FORMAT = 1
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+_TO_GO_ON_FROM = (LAST, PREVIOUS, BEST)
 StateDict = dict[str, torch.Tensor]
 
 
@@ -81,7 +82,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: Path | None = N
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise InputError(f"cannot write checkpoint {path}: {error}; free or change the place") from error
+        # Where a write fails torch speaks of positions in its archive; the reason is behind that.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        told = getattr(cause, "strerror", None) or first_line(cause)
+        raise InputError(
+            f"cannot write checkpoint {path}: {told}; free some space there, or choose another --run"
+        ) from error
 
 
 def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -134,7 +140,7 @@ def _is_sound(data: dict[str, Any]) -> bool:
 
 def has_checkpoint(run: Path) -> bool:
     """Whether a run has come to its first checkpoint, damaged or not."""
-    return any((run / "checkpoints" / name).exists() for name in (LAST, PREVIOUS))
+    return any((run / "checkpoints" / name).exists() for name in _TO_GO_ON_FROM)
 
 
 def load_latest(run: Path) -> tuple[Checkpoint, str | None]:
@@ -145,7 +151,7 @@ def load_latest(run: Path) -> tuple[Checkpoint, str | None]:
     """
     folder = run / "checkpoints"
     damages: list[str] = []
-    for path in (folder / LAST, folder / PREVIOUS):
+    for path in (folder / name for name in _TO_GO_ON_FROM):
         if not path.exists():
             continue
         try:

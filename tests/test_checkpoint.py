@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import pytest
 import torch
@@ -149,16 +150,34 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert load_checkpoint(path).step == 1
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill(content: object, file: IO[bytes]) -> None:
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may become larger than 8 kB: writes fail as on a full disk, in the middle of the archive."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(torch, "save", fill)
-    with pytest.raises(InputError, match="No space left"):
+
+def test_a_write_that_fails_leaves_nothing_half_written_and_says_why(tmp_path: Path, small_files: None) -> None:
+    with pytest.raises(InputError, match=r"new/a\.pt: File too large; free some space"):
         save_checkpoint(checkpoint(1), tmp_path / "new" / "a.pt")
     assert list((tmp_path / "new").iterdir()) == []
     assert not has_checkpoint(tmp_path)
+
+
+def test_the_best_is_gone_on_from_where_it_is_all_there_is(tmp_path: Path) -> None:
+    """As after a disk that was full once the best was written and before the last was."""
+    folder = tmp_path / "checkpoints"
+    save_checkpoint(checkpoint(3), folder / "best.pt")
+    assert has_checkpoint(tmp_path)
+    found, warning = load_latest(tmp_path)
+    assert (found.step, warning) == (3, None)
+    (folder / LAST).write_bytes(b"half")
+    found, warning = load_latest(tmp_path)
+    assert found.step == 3 and warning is not None and "going on from best.pt" in warning
+    save_checkpoint(checkpoint(2), folder / PREVIOUS)
+    assert load_latest(tmp_path)[0].step == 2
 
 
 def test_a_run_resolves_to_its_best(tmp_path: Path) -> None:
