@@ -146,7 +146,7 @@ def _model_and_dataset(paths: list[str], predictions: Path | None) -> tuple[str 
     wanted = 1 if predictions is not None else 2
     if len(paths) != wanted:
         form = "md2 eval DATASET --predictions FILE" if predictions is not None else "md2 eval MODEL DATASET"
-        raise UsageError(f"{len(paths)} arguments; the form is: {form}")
+        raise UsageError(f"{len(paths)} of {wanted} arguments; the form is: {form}")
     return (None, paths[0]) if predictions is not None else (paths[0], paths[1])
 
 

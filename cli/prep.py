@@ -68,9 +68,11 @@ def prep(
     ] = None,
     codec: Annotated[
         Literal["jpeg", "png", "ppm"],
-        typer.Option(help="png: lossless, three times the size. ppm: uncompressed, five times; fastest to read."),
+        typer.Option(
+            help="png: lossless, three times the size. ppm: uncompressed, five times; read fastest at --size."
+        ),
     ] = "jpeg",
-    quality: Annotated[int, typer.Option(help="JPEG quality, 1 to 100.")] = 93,
+    quality: Annotated[int | None, typer.Option(help="JPEG quality, 1 to 100 (default: 93).")] = None,
     part: Annotated[list[str] | None, typer.Option(help="Only this part of the split; repeat for several.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many lines of each part.")] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,

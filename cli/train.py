@@ -56,8 +56,16 @@ def train(
     ] = None,
     run: Annotated[Path | None, typer.Option("--run", "--run-dir", help="Run folder. (default: runs/CONFIG)")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run, mid-epoch, with the same numbers.")] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the whole configuration, defaults and overrides included, and end.")
+    ] = False,
 ) -> None:
-    """Train a model, or go on with a run."""
+    """Train a model, or go on with a run. Every configuration key is in docs/training.md; --show prints them."""
+    if show:
+        from md2.train import load_source
+
+        print(load_source(config, overrides or []).to_yaml(), end="")
+        return
     from md2.train import run_command
 
     reporter = BarReporter()

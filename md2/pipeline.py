@@ -29,6 +29,7 @@ from md2.host import cores, host_threads
 from md2.reader import Device, Reader, plan, sample_keys
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError, UsageError
+from shards.manifest import Manifest
 from shards.sample import DEPTH_SCALE
 
 SAMPLES_AHEAD = 96
@@ -199,7 +200,7 @@ class Loader:
         flipped = host["flip"].bool().flatten() if self._plan.flip else None
         mirror = self._to_device(flipped) if flipped is not None else None
         jitter = self._jitter(host) if self._plan.jitter else None
-        decoding = self._plan.header is None
+        decoding = not self._plan.uncompressed
         made = {o: float_images(host[f"image {o}"], mirror, jitter, decoding=decoding) for o in self._plan.offsets}
         if self.device.type == "cuda":
             self._read_on_gpu = torch.cuda.current_stream(self.device).record_event()
@@ -274,6 +275,20 @@ class Loader:
             raise UsageError(
                 f"cannot go on in the middle of an epoch, the samples would come in another order: {'; '.join(changed)}"
             )
+
+
+def resize_warning(manifest: Manifest, config: DataConfig) -> str | None:
+    """What is lost where images are not stored at the size they are trained at; None where they are."""
+    wanted = (config.width, config.height)
+    if manifest.size == wanted:
+        return None
+    pack = f"pack them with --size {wanted[0]}x{wanted[1]}"
+    if manifest.size is None:
+        return f"images of native size are resized in every batch, which makes the loader several times slower: {pack}"
+    stored = f"images are stored at {manifest.size[0]}x{manifest.size[1]}"
+    if manifest.size[0] < wanted[0] or manifest.size[1] < wanted[1]:
+        return f"{stored} and enlarged to {wanted[0]}x{wanted[1]}, which adds no detail: {pack}"
+    return f"{stored} and resized in every batch, which makes the loader slower: {pack}"
 
 
 def default_threads(decode: Device) -> int:

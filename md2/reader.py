@@ -55,7 +55,7 @@ class Plan:
         depth: `always` and `sometimes` (not in every sample), or None.
         stored: width and height of the stored images, None where it differs from sample to sample.
         size: width and height of the batch's images.
-        header: what every image's file begins with, where its pixels follow as they are and need no decoder; or None.
+        header: what every image's file begins with where it is `uncompressed`, else nothing.
         flip, jitter: draw them.
         shuffle: reorder shards and samples; None: read in order.
     """
@@ -68,16 +68,21 @@ class Plan:
     depth: Literal["always", "sometimes"] | None
     stored: tuple[int, int] | None
     size: tuple[int, int]
-    header: bytes | None
+    header: bytes
     flip: bool
     jitter: bool
     shuffle: int | None
 
     @property
+    def uncompressed(self) -> bool:
+        """Whether the pixels follow a header as they are, at the batch's size: they need no decoder."""
+        return bool(self.header)
+
+    @property
     def outputs(self) -> list[str]:
         """Names of the pipeline's outputs, in order."""
         names = [f"image {offset}" for offset in self.offsets]
-        names += [f"head {offset}" for offset in self.offsets] if self.header else []
+        names += [f"head {offset}" for offset in self.offsets] if self.uncompressed else []
         names += ["source", "intrinsics"]
         names += ["translation"] if self.stereo else []
         names += ["stored"] if self.stored is None else []
@@ -90,7 +95,7 @@ class Plan:
         """The shape of one sample of those outputs that the manifest promises one for."""
         width, height = self.size
         pixels = (height, width, 3)
-        stored = (len(self.header) + height * width * 3,) if self.header else pixels
+        stored = (len(self.header) + height * width * 3,) if self.uncompressed else pixels
         images = {f"image {offset}": stored for offset in self.offsets}
         return {**images, "intrinsics": (4,), "translation": (1,)}
 
@@ -140,7 +145,7 @@ def plan(dataset: LocalDataset, part: str, config: DataConfig, *, train: bool, d
         depth=None if not depth else "always" if DEPTH in manifest.components else "sometimes",
         stored=manifest.size,
         size=size,
-        header=ppm_header(*size) if manifest.codec == "ppm" and manifest.size == size else None,
+        header=ppm_header(*size) if manifest.codec == "ppm" and manifest.size == size else b"",
         flip=train and config.flip,
         jitter=train and config.color_jitter,
         shuffle=config.shuffle_buffer if train else None,
@@ -246,7 +251,7 @@ class Reader:
             outputs = dict(zip(self.plan.outputs, self.pipeline.run(stream), strict=True))
             self._check_shapes(outputs)
             tensors = {name: _tensor(output) for name, output in outputs.items()}
-            return tensors if self.plan.header is None else self._pixels(tensors, self.plan.header)
+            return self._pixels(tensors) if self.plan.uncompressed else tensors
         except (RuntimeError, StopIteration) as error:
             self._failed = DatasetError(f"{self.where}: {explain(error, self.plan)}; verify it with md2 shards verify")
             raise self._failed from error
@@ -269,9 +274,9 @@ class Reader:
                 "pull or pack the dataset again"
             )
 
-    def _pixels(self, tensors: dict[str, Tensor], header: bytes) -> dict[str, Tensor]:
+    def _pixels(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images out of files that are a header and pixels, without a copy; the headers are looked at on the host."""
-        width, height = self.plan.size
+        (width, height), header = self.plan.size, self.plan.header
         expected = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         for offset in self.plan.offsets:
             wrong = (tensors.pop(f"head {offset}") != expected).any(1).nonzero()
@@ -328,10 +333,10 @@ def _reader_arguments(plan: Plan, seeds: Seeds, rank: int, world: int) -> dict[s
 def _graph(plan: Plan, reader: dict[str, Any], seeds: Seeds, decode: Device, target: Device) -> tuple[Any, ...]:
     """Outputs as `Plan.outputs` names them: images uint8 (H, W, 3) on `target`, the rest on the host."""
     read = _read(plan, reader)
-    encoded = [read[name] if plan.header else _bounded(read[name]) for name in plan.images]
+    encoded = [read[name] if plan.uncompressed else _bounded(read[name]) for name in plan.images]
     flip = fn.random.coin_flip(probability=FLIP_PROBABILITY, seed=seeds.flip, name="flip") if plan.flip else None
     outputs: list[Any] = (
-        _raw_images(plan.header, encoded, target) if plan.header else _images(plan, encoded, decode, target)
+        _raw_images(plan.header, encoded, target) if plan.uncompressed else _images(plan, encoded, decode, target)
     )
     outputs += [fn.pad(fn.get_property(encoded[0], key="source_info")), read[INTRINSICS]]
     if plan.stereo:

@@ -252,10 +252,19 @@ def run_command(
         if run is not None:
             raise UsageError("--resume names the run folder itself: leave --run out")
         return resume_run(resume, words, reporter)
+    config = load_source(source, overrides)
+    return start_run(config, run or Path("runs") / Path(str(source)).stem, reporter)
+
+
+def load_source(source: str | None, overrides: Sequence[str]) -> Config:
+    """The configuration that a command names.
+
+    Raises:
+        UsageError: none is named, or as `load_config`.
+    """
     if source is None:
         raise UsageError("give a configuration: a YAML file or a recipe name (md2 zoo lists them), or --resume RUN")
-    config = load_config(source, overrides)
-    return start_run(config, run or Path("runs") / Path(source).stem, reporter)
+    return load_config(source, overrides)
 
 
 if __name__ == "__main__":

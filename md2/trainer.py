@@ -30,7 +30,7 @@ from md2.distributed import Ranks
 from md2.loss import LossOutput, ReprojectionLoss
 from md2.model import Networks
 from md2.panels import panel
-from md2.pipeline import Loader
+from md2.pipeline import Loader, resize_warning
 from md2.precision import FiniteBuffers, FiniteGuard, Switches
 from md2.prediction import Prediction
 from md2.runlog import RunLog
@@ -108,6 +108,8 @@ class Trainer:
                 reporter.message(f"{config.model.weights} has no {', '.join(left)}: starting at random")
         else:
             networks.load_networks(resume.networks, f"{run}/checkpoints")
+        if (resized := resize_warning(dataset.manifest, config.data)) and ranks.main:
+            reporter.message(f"warning: {resized}")
         self.networks = self.switches.prepare(networks.to(ranks.device))
         self.loss = ReprojectionLoss(config.loss, config.model)
         self.optimizer = torch.optim.Adam(

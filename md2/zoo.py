@@ -5,9 +5,9 @@ and 2 (KITTI 2015 Eigen test images, raw velodyne, Garg crop, capped at 80 m), t
 for ResNet-50 and odometry. They are the paper's, not measured by md2; where the paper gives none, none is
 listed.
 
-Settings: section 4 and 4.1 (20 epochs, lr 1e-4 to 1e-5 after 15, batch 12; 30 epochs without pretraining;
-one nominal camera for all images), and the released code's README (splits; 30 epochs on the odometry
-split). The schedule of the 1024x320 models could not be looked up again: their files say so.
+Settings: section 4 and 4.1 (20 epochs, lr 1e-4 to 1e-5 after 15, batch 12; one nominal camera for all
+images), and the released code's README and experiments/*.sh (splits; 30 epochs without pretraining and on
+the odometry split; 5 epochs at 1e-5 for 1024x320).
 """
 
 from __future__ import annotations
@@ -66,10 +66,11 @@ class Recipe:
     @property
     def prep_command(self) -> str:
         """The command that packs its data to where it looks for it."""
+        if self.name == "demo":
+            return "make demo  # renders its drive, packs it, and trains this"
         folder = self.config.data.url.rsplit("/", 1)[-1]
-        split = folder.removesuffix("_1024x320")
-        size = "" if split == folder else f" --size 1024x320 --out {self.config.data.url}"
-        return f"md2 prep --split {split}{size}"
+        split, _, size = folder.rpartition("_") if folder.endswith(tuple("0123456789")) else (folder, "", "")
+        return f"md2 prep --split {split}" + (f" --size {size} --out {self.config.data.url}" if size else "")
 
     @property
     def train_command(self) -> str:

@@ -37,11 +37,11 @@ READ_AHEAD = 4
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How images are stored: (width, height) or None for native; codec; JPEG quality."""
+    """How images are stored: (width, height) or None for native; codec; JPEG quality, None for other codecs."""
 
     size: tuple[int, int] | None
     codec: Codec
-    quality: int
+    quality: int | None
 
 
 @dataclass(frozen=True)
@@ -255,6 +255,7 @@ def encode_image(
         picture = picture.resize(form.size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if form.codec == "jpeg":
+        assert form.quality is not None
         picture.save(buffer, "JPEG", quality=form.quality, subsampling="4:4:4")
     else:
         picture.save(buffer, form.codec.upper())

@@ -21,6 +21,7 @@ from prep.splits import SplitLine, SplitLists
 from prep.versions import versions
 from prep.workers import start_workers
 from shards.errors import InputError, UsageError
+from shards.files import cache_folder
 from shards.storage import open_storage
 from shards.store import read_manifest
 
@@ -94,9 +95,7 @@ def pack_for_evaluation(
             f"{', '.join(raw)}: no ground truth for any image of {lists.name} there; expected: "
             f"{expected.get(content.depth or '', 'depth')}; name another place that has it with --raw"
         )
-    import pooch
-
-    folder = (cache or Path(pooch.os_cache("md2")) / "evaluation") / _identity(raw, lists, plan)
+    folder = (cache or cache_folder() / "evaluation") / _identity(raw, lists, plan)
     with start_workers(workers or len(os.sched_getaffinity(0))) as pool:
         return pack(plan, lists, str(folder), scratch_folder(str(folder)), pool, progress=progress)
 

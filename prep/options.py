@@ -59,7 +59,7 @@ def make_content(
     depth_source: DepthSource | None = None,
     depth_convention: Convention | None = None,
     codec: Codec = "jpeg",
-    quality: int = DEFAULT_QUALITY,
+    quality: int | None = None,
     seed: int = 0,
     limit: int | None = None,
     shard_mb: int = DEFAULT_SHARD_MB,
@@ -70,8 +70,10 @@ def make_content(
         UsageError: a value that is not possible, or options that contradict each other.
     """
     default = lists.named or NamedSplit({})
-    if not 1 <= quality <= 100:
+    if quality is not None and not 1 <= quality <= 100:
         raise UsageError(f"--quality {quality}: 1 to 100 ({DEFAULT_QUALITY} is the default)")
+    if quality is not None and codec != "jpeg":
+        raise UsageError(f"--quality {quality} goes with --codec jpeg; {codec} keeps every pixel as it is")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: at least 1")
     if not 1 <= shard_mb <= 10_000:
@@ -87,7 +89,7 @@ def make_content(
         stereo=default.stereo if stereo is None else stereo,
         depth=source if depth else None,
         convention=convention,
-        format=ImageFormat(parse_size(size), codec, quality),
+        format=ImageFormat(parse_size(size), codec, (quality or DEFAULT_QUALITY) if codec == "jpeg" else None),
         seed=seed,
         limit=limit,
         shard_bytes=shard_mb << 20,

@@ -36,6 +36,7 @@ from prep.workers import Workers, run
 from shards.card import card
 from shards.dataset import describe_components
 from shards.errors import InputError, StorageError
+from shards.files import cache_folder
 from shards.manifest import CARD, REPORT, DepthInfo, Manifest, Shard, Split
 from shards.storage import is_local, local_path
 from shards.store import MAX_MANIFEST_BYTES, Receipt, Store, open_store
@@ -87,9 +88,7 @@ def scratch_folder(out: str, within: Path | None = None) -> Path:
     if is_local(out):
         folder = Path(where)
         return folder.with_name(f".{folder.name}.prep")
-    import pooch
-
-    return Path(pooch.os_cache("md2")) / "prep" / name
+    return cache_folder() / "prep" / name
 
 
 def pack(
@@ -230,7 +229,7 @@ def _assemble(
         depth=None if content.depth is None else DepthInfo(source=content.depth, convention=content.convention),
         size=content.format.size,
         codec=content.format.codec,
-        quality=content.format.quality if content.format.codec == "jpeg" else None,
+        quality=content.format.quality,
         seed=content.seed,
         components=components,
         optional_components=optional,

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from shards.errors import InputError, UsageError
+from shards.files import cache_folder
 
 Side = Literal["l", "r"]
 
@@ -177,7 +178,8 @@ def _inner(folder: Path) -> str:
 
 
 def _unknown(split: str, splits_dir: Path | None) -> str:
-    names = sorted({*NAMED, *(path.stem for path in splits_dir.iterdir())} if splits_dir else NAMED)
+    theirs = {path.name for path in splits_dir.iterdir() if path.is_dir()} if splits_dir else set()
+    names = sorted({*NAMED, *theirs})
     near = difflib.get_close_matches(split, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"--split {split}: neither a file, nor a folder, nor a known name ({', '.join(names)}){hint}"
@@ -191,7 +193,7 @@ def _download(split: str, url: str) -> list[Path]:
     """Fetch a named split's files into the user's cache, each checked against its pinned sha256."""
     import pooch
 
-    folder = pooch.os_cache("md2") / "splits" / split
+    folder = cache_folder() / "splits" / split
     paths = []
     for name, sha256 in NAMED[split].files.items():
         source = f"{url.rstrip('/')}/{split}/{name}"

@@ -25,10 +25,10 @@ from pathlib import Path
 
 from shards.errors import StorageError, UsageError
 from shards.fetch import disk_error
+from shards.files import CACHE_FOLDER, cache_folder
 from shards.locks import FileLock
 from shards.manifest import Shard
 
-FOLDER_VARIABLE = "MD2_CACHE"
 LIMIT_VARIABLE = "MD2_CACHE_LIMIT"
 VERIFY_EVERY = 24 * 3600.0
 """Seconds after which a file's sha256 is computed again even if the file looks untouched (a disk may rot)."""
@@ -78,11 +78,9 @@ class Cache:
         Raises:
             UsageError: the limit is not a size.
         """
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = Path(os.environ.get(FOLDER_VARIABLE) or Path(base) / "md2").expanduser()
         text = os.environ.get(LIMIT_VARIABLE)
         try:
-            return cls(folder, parse_bytes(text) if text else None)
+            return cls(cache_folder(), parse_bytes(text) if text else None)
         except ValueError as error:
             raise UsageError(f"{LIMIT_VARIABLE}: {error}") from error
 
@@ -109,7 +107,7 @@ class CachedFolder:
             (self.folder / ".verified").mkdir(parents=True, exist_ok=True)
             (self.folder / ".used").touch()
         except OSError as error:
-            where = f"set {FOLDER_VARIABLE} to a folder that can be written"
+            where = f"set {CACHE_FOLDER} to a folder that can be written"
             raise StorageError(f"{cache.folder}: no cache can be kept there ({error.strerror}); {where}") from error
 
     def _use(self) -> None:
@@ -261,7 +259,7 @@ def make_room(cache: Cache, identity: str, missing: int) -> None:
         raise StorageError(
             f"{cache.folder}: no room for {format_bytes(missing)} more: {limit}, {format_bytes(own)} of this dataset "
             f"are there, {format_bytes(busy)} are in use by running jobs, the disk has "
-            f"{format_bytes(shutil.disk_usage(cache.folder).free)} free; set {FOLDER_VARIABLE} to a larger disk or "
+            f"{format_bytes(shutil.disk_usage(cache.folder).free)} free; set {CACHE_FOLDER} to a larger disk or "
             f"raise {LIMIT_VARIABLE}"
         )
 

@@ -13,6 +13,16 @@ from pathlib import Path
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{12}\.tmp")
 
 
+CACHE_FOLDER = "MD2_CACHE"
+"""Environment variable: where downloads, cached datasets and unfinished work that has no other place go."""
+
+
+def cache_folder() -> Path:
+    """As `MD2_CACHE` says; else `md2` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get(CACHE_FOLDER) or Path(base) / "md2").expanduser()
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the folder's entries (renames, new files) survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

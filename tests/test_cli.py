@@ -15,6 +15,9 @@ from rich.text import Text
 from typer.main import get_command
 
 from cli.main import app
+from md2.config import load_config
+from md2.zoo import zoo as list_zoo
+from prep.splits import NAMED
 
 COMMANDS = ("sample", "prep", "shards", "train", "eval", "predict", "odometry", "export", "report", "bench", "zoo")
 
@@ -107,6 +110,29 @@ def test_doctor_checks_the_decoder() -> None:
     assert found.returncode == 0, found.stdout + found.stderr
     place = "GPU" if torch.cuda.is_available() else "CPU"
     assert f"decodes on the {place} (64x32)" in found.stdout
+
+
+def test_show_prints_all_keys_with_the_overrides_and_trains_nothing(tmp_path: Path) -> None:
+    shown = md2("train", "mono", "--show", "train.epochs=3", folder=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == load_config("mono", ["train.epochs=3"]).to_yaml()
+    assert all(key in shown.stdout for key in ("epochs: 3", "shuffle_buffer: 1024", "disparity_smoothness: 0.001"))
+    assert not list(tmp_path.iterdir())
+    assert "data.url" in md2("train", "-h").stdout
+
+
+def test_the_zoos_commands_pack_what_its_recipes_read() -> None:
+    """A named split, the recipe's size (640x192 is prep's default), and the place where the recipe looks."""
+    for recipe in list_zoo():
+        if recipe.name == "demo":
+            assert recipe.prep_command.startswith("make demo")
+            continue
+        words = recipe.prep_command.split()
+        options = dict(zip(words[2::2], words[3::2], strict=True))
+        data = recipe.config.data
+        assert options["--split"] in NAMED, recipe.name
+        assert options.get("--size", "640x192") == f"{data.width}x{data.height}", recipe.name
+        assert options.get("--out", f"kitti_shards/{options['--split']}") == data.url, recipe.name
 
 
 def test_zoo_gives_figures_and_commands() -> None:

@@ -154,7 +154,7 @@ BASELINE = {"v1_multiscale", "avg_reprojection", "disable_automasking"}
         ("mono_1024x320", "eigen_zhou_1024x320", set(), 5),
         ("stereo_1024x320", "eigen_full_1024x320", set(), 5),
         ("mono_stereo_1024x320", "eigen_zhou_1024x320", set(), 5),
-        ("mono_416x128", "eigen_zhou", set(), 20),
+        ("mono_416x128", "eigen_zhou_416x128", set(), 20),
         ("mono_baseline_640x192", "eigen_zhou", BASELINE, 20),
         ("mono_baseline_minimum_reprojection_640x192", "eigen_zhou", BASELINE - {"avg_reprojection"}, 20),
         ("mono_baseline_automasking_640x192", "eigen_zhou", BASELINE - {"disable_automasking"}, 20),

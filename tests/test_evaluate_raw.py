@@ -32,7 +32,7 @@ def mono(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packing for evaluation goes into the user's cache; not into the real one here."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MD2_CACHE", str(tmp_path / "cache"))
 
 
 def md2(*arguments: str | Path) -> tuple[int, str, BaseException | None]:
@@ -87,6 +87,7 @@ def test_eval_straight_from_raw_prints_a_table(drive: Path, mono: Path, tmp_path
     found = json.loads((tmp_path / "e.json").read_text())
     assert f"{found['metrics']['abs_rel']:.3f}" in output
     assert found["images"] == len(line_keys(read_split(str(drive / "splits" / "sample")), "val"))
+    assert list((tmp_path / "cache" / "evaluation").glob("*/dataset.json")), "packed where MD2_CACHE says"
 
 
 def test_predictions_in_the_splits_order_belong_to_its_lines(drive: Path, tmp_path: Path) -> None:

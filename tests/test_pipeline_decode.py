@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from pipeline_data import HEIGHT, WIDTH, as_floats, config, decode, encode, loader, make_samples, pack
 
+from md2.pipeline import resize_warning
 from shards.errors import DatasetError, UsageError
 from shards.sample import Codec, Sample, image_extension
 
@@ -195,3 +197,22 @@ def test_the_gpu_decodes_what_pillow_decodes_to_rounding(tmp_path: Path, codec: 
             )
             assert difference.abs().mean() < (0.5 / 255 if codec == "jpeg" else 1e-6)
             assert difference.abs().max() < (6 / 255 if codec == "jpeg" else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stored", "told"),
+    [
+        ((WIDTH, HEIGHT), None),
+        (None, r"native size are resized in every batch.*--size 96x64"),
+        ((2 * WIDTH, 2 * HEIGHT), r"stored at 192x128 and resized in every batch.*--size 96x64"),
+        ((2 * WIDTH, HEIGHT // 2), r"stored at 192x32 and enlarged to 96x64.*--size 96x64"),
+        ((WIDTH // 2, 2 * HEIGHT), r"stored at 48x128 and enlarged to 96x64"),
+    ],
+)
+def test_images_of_another_size_than_trained_at_are_told(
+    tmp_path: Path, stored: tuple[int, int] | None, told: str | None
+) -> None:
+    width, height = stored or (WIDTH, HEIGHT)
+    dataset = pack(tmp_path, make_samples(2, size=lambda number: (width, height)), size=stored)
+    warning = resize_warning(dataset.manifest, config())
+    assert (warning is None) if told is None else re.search(told, str(warning))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from prep.pack import scratch_folder
 from prep.splits import NAMED, SplitLine, part_of, read_split
 from shards.errors import InputError, UsageError
 
@@ -37,11 +38,16 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         thread.join()
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user cache of this test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture(params=["XDG_CACHE_HOME", "MD2_CACHE"])
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """A user cache of this test's own, by either variable."""
+    monkeypatch.delenv("MD2_CACHE", raising=False)
+    monkeypatch.setenv(request.param, str(tmp_path / ("cache" if request.param.startswith("XDG") else "cache/md2")))
     return tmp_path / "cache"
+
+
+def test_unfinished_work_for_a_bucket_is_kept_in_the_same_cache(cache: Path) -> None:
+    assert scratch_folder("s3://bucket/kitti").parent == cache / "md2" / "prep"
 
 
 def write(path: Path, text: str = LINES) -> Path:

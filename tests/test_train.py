@@ -142,6 +142,7 @@ def test_killed_before_its_first_checkpoint_a_run_begins_again(finished: Path, d
     reporter = Silent()
     assert resume_run(run, [], reporter).stopped.step == 4
     assert reporter.messages[0] == "warning: no checkpoint yet: from the start"
+    assert any("stored at 96x32 and enlarged to 96x64" in message for message in reporter.messages)
     assert losses(run) == losses(finished)
     first, second = (load_checkpoint(folder / "checkpoints/last.pt").networks for folder in (run, finished))
     assert all(torch.equal(value, second[name][key]) for name in first for key, value in first[name].items())
