@@ -63,6 +63,10 @@ def train(
     """Train a model, or go on with a run. Every configuration key is in docs/training.md; --show prints them."""
     if show:
         from md2.train import load_source
+        from shards.errors import UsageError
+
+        if resume is not None:
+            raise UsageError(f"--show goes with a configuration; that of a run is {resume / 'config.yaml'}")
 
         print(load_source(config, overrides or []).to_yaml(), end="")
         return
