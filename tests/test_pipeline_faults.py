@@ -117,6 +117,14 @@ def test_an_image_that_claims_more_memory_than_any_camera_needs_is_refused_undec
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000, "kB: nothing of that size was made"
 
 
+def test_so_is_an_uncompressed_one_that_is_to_be_resized(tmp_path: Path) -> None:
+    dataset = pack(tmp_path / "data", with_component("m1.ppm", header_of(65500, 65500), codec="ppm"), codec="ppm")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DatasetError, match=rf"000001\.tar: {BROKEN}\.m1\.ppm claims more than 67 million pixels"):
+        list(loader(dataset, config(width=192)))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000, "kB: nothing of that size was made"
+
+
 def test_a_depth_map_that_claims_more_memory_is_refused_undecoded(tmp_path: Path) -> None:
     def claim(data: bytes) -> bytes:
         header = data[12:16] + struct.pack(">II", 60000, 60000) + data[24:29]  # a PNG's first chunk, before its CRC
