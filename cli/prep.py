@@ -69,7 +69,7 @@ def prep(
     codec: Annotated[
         Literal["jpeg", "png", "ppm"],
         typer.Option(
-            help="png: lossless, three times the size. ppm: uncompressed, five times; read fastest at --size."
+            help="png: lossless, three times the bytes. ppm: uncompressed, five times, the fastest to train from."
         ),
     ] = "jpeg",
     quality: Annotated[int | None, typer.Option(help="JPEG quality, 1 to 100 (default: 93).")] = None,
@@ -85,7 +85,10 @@ def prep(
     workers: Annotated[int, typer.Option(help="Processes on this machine; 0: one per core.")] = 0,
     scheduler: Annotated[str | None, typer.Option(metavar="tcp://HOST:PORT", help="Work on a dask cluster.")] = None,
     scratch: Annotated[
-        Path | None, typer.Option(help="Where to make the folder for unfinished work (default: beside the dataset).")
+        Path | None,
+        typer.Option(
+            help="Where to make the folder for unfinished work (default: beside the dataset; in MD2_CACHE for a URL)."
+        ),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Report what is there and what is missing; pack nothing.")
