@@ -137,6 +137,13 @@ def test_every_recipe_loads_and_says_nothing_twice() -> None:
         assert set(tree) <= set(Config.model_fields), name
 
 
+def test_every_key_is_in_the_documentation() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
+    keys = {f"{name}.{key}" for name, section in Config() for key in type(section).model_fields}
+    assert len(keys) > 40
+    assert not {key for key in keys if f"`{key}`" not in text}
+
+
 BASELINE = {"v1_multiscale", "avg_reprojection", "disable_automasking"}
 
 
