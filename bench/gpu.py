@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     device = torch.device(options.device)
     if device.type == "cpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before md2.kernels is imported
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before md2.photometric.kernels is imported
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -17,20 +17,20 @@ from torch import Tensor
 
 from bench import step
 from bench.gpu_record import Cell, Record, Setup
-from md2 import reprojection
-from md2.batch import Batch, Offset
 from md2.checkpoint import load_latest
 from md2.config import Config, DataConfig, LossConfig
+from md2.data.batch import Batch, Offset
 from md2.distributed import Ranks
 from md2.loss import LossOutput, image_pyramid, reprojection_loss
+from md2.photometric import reprojection
 from md2.prediction import Pose, Prediction
-from md2.runlog import read_metrics
+from md2.training.runlog import read_metrics
 from shards.dataset import LocalDataset
 
 if TYPE_CHECKING:
     from md2.pipeline import Loader
 
-# md2.pipeline and md2.trainer are imported where they are used: kernels and baseline run without DALI.
+# md2.pipeline and md2.training.trainer are imported where they are used: kernels and baseline run without DALI.
 
 ZHOU_SAMPLES, PAPER_EPOCHS = 39_810, 20
 AIM_TRIPLETS, AIM_WAIT = 1500, 0.05
@@ -292,7 +292,7 @@ def compiles(variant: str) -> bool:
 
 def step_alone(setup: Setup, batch: int, variant: str) -> tuple[float, float, float | None]:
     """Triplets/s of training steps on one batch that stays where it is, its loss after the warm ones, and MiB."""
-    from md2.trainer import Trainer
+    from md2.training.trainer import Trainer
 
     run = setup.folder / "step"
     shutil.rmtree(run, ignore_errors=True)
@@ -356,7 +356,7 @@ def training(setup: Setup, record: Record) -> None:
 
 def train_once(setup: Setup, batch: int, dataset: LocalDataset) -> tuple[float, dict[str, Cell]]:
     """Triplets/s of a run after its warm steps; what it waited for and took."""
-    from md2.trainer import Trainer
+    from md2.training.trainer import Trainer
 
     most = min(setup.most_steps, dataset.manifest.samples("train") // batch - 1)
     run = setup.folder / "train"
@@ -376,7 +376,7 @@ def train_once(setup: Setup, batch: int, dataset: LocalDataset) -> tuple[float, 
 
 def resume(setup: Setup, record: Record) -> None:
     """What was saved on the CPU goes on on the device, and the other way."""
-    from md2.trainer import Trainer
+    from md2.training.trainer import Trainer
 
     batch = setup.batches[0]
     rows = record.table("A loader's state of the CPU, gone on with")

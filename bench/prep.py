@@ -28,12 +28,12 @@ from PIL import Image
 
 from bench.data import raw_tree
 from bench.machine import busy, processor, versions
-from prep.drives import Kitti
 from prep.options import make_content
-from prep.pack import pack
-from prep.plan import make_plan
-from prep.sources import RawData
-from prep.splits import read_split
+from prep.packing.pack import pack
+from prep.packing.plan import make_plan
+from prep.raw.drives import Kitti
+from prep.raw.sources import RawData
+from prep.raw.splits import read_split
 from prep.workers import start_workers
 
 SIZE = (640, 192)

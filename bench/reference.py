@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from md2.batch import Offset
 from md2.config import LossConfig
+from md2.data.batch import Offset
 from md2.model import Networks
 from md2.prediction import Pose, Prediction
 

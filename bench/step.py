@@ -35,12 +35,12 @@ from torch import Tensor  # noqa: E402
 
 from bench import reference  # noqa: E402
 from bench.machine import busy, processor, versions  # noqa: E402
-from md2.batch import Offset  # noqa: E402
 from md2.config import DataConfig, LossConfig, ModelConfig  # noqa: E402
+from md2.data.batch import Offset  # noqa: E402
 from md2.loss import image_pyramid, reprojection_loss  # noqa: E402
 from md2.model import Networks  # noqa: E402
-from md2.precision import Switches  # noqa: E402
 from md2.prediction import Pose, Prediction  # noqa: E402
+from md2.training.precision import Switches  # noqa: E402
 
 MODES: dict[str, tuple[list[int], bool]] = {
     "mono": ([0, -1, 1], False),

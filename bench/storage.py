@@ -37,14 +37,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shards.cache import Cache, _in_use
+from shards.cache.folder import Cache, _in_use
+from shards.copy import copy_dataset
 from shards.dataset import open_dataset, write_dataset
 from shards.manifest import Manifest, Split
 from shards.sample import Sample
 from shards.stream import stream_samples
-from shards.transfer import copy_dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from storage_servers import ACCESS_KEY, SECRET_KEY, Fault, faulty_proxy, rclone_server
 
 IMAGES = ["0.jpg", "m1.jpg", "p1.jpg"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,11 +35,13 @@ def bench(
         raise typer.Exit
     if what not in WHAT:
         raise UsageError(f"md2 bench {what}: one of {', '.join(WHAT)}")
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "bench" / "__init__.py").is_file():
+        raise UsageError(f"md2 bench {what}: the measurements are not installed; run it from a checkout of md2")
+    sys.path.insert(0, str(checkout))
     sys.argv = [f"md2 bench {what}", *context.args]
     try:
         module = import_module(f"bench.{what}")
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"md2 bench {what} needs {error.name}, which is not here: pip install 'md2[dev]', or run it from a checkout"
-        ) from error
+        raise UsageError(f"md2 bench {what} needs {error.name}: pip install -e '.[dev]'") from error
     raise typer.Exit(module.main() or 0)

@@ -47,7 +47,7 @@ def _gpu() -> str:
 
     if not torch.cuda.is_available():
         return "none: everything runs on the CPU"
-    from md2.reprojection import has_kernels
+    from md2.photometric.reprojection import has_kernels
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -15,7 +15,7 @@ from cli.console import console, errors, progress_bar
 from shards.errors import INCOMPLETE, UsageError
 
 if TYPE_CHECKING:
-    from md2.eval_command import EvalReport
+    from md2.evaluation.run import EvalReport
 
 
 def evaluate(
@@ -66,11 +66,11 @@ def evaluate(
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option()] = "auto",
 ) -> None:
     """Evaluate depth as published: a table of the seven metrics."""
-    from md2.eval_command import EvalOptions, run_eval
-    from md2.predict import load
-    from md2.scores import to_latex
+    from md2.evaluation.run import EvalOptions, run_eval
+    from md2.evaluation.scores import to_latex
+    from md2.inference.predictor import load
     from prep.evaluation import evaluation_part, is_packed, line_keys, pack_for_evaluation
-    from prep.splits import read_split
+    from prep.raw.splits import read_split
 
     model, dataset = _model_and_dataset(paths, predictions)
     lists = read_split(split, splits) if split is not None else None

@@ -23,8 +23,8 @@ def export(
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Any batch size instead of 1.")] = False,
 ) -> None:
     """Write the depth network, and check the file against PyTorch (to 1e-4)."""
-    from md2.export import export_monodepth2, export_onnx, export_torch, metadata
-    from md2.predict import load
+    from md2.inference.export import export_monodepth2, export_onnx, export_torch, metadata
+    from md2.inference.predictor import load
 
     if to == "monodepth2":
         if dynamic_batch:

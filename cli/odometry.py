@@ -27,7 +27,7 @@ def odometry(
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option()] = "auto",
 ) -> None:
     """Predict the trajectory of a sequence; with ground truth, the error on 5-frame snippets."""
-    from md2.odometry_command import (
+    from md2.evaluation.run_odometry import (
         dataset_motions,
         decode_frames,
         open_frames,
@@ -35,9 +35,9 @@ def odometry(
         report_motions,
         true_poses,
     )
-    from md2.predict import load
+    from md2.inference.predictor import load
     from prep.evaluation import is_packed
-    from prep.sequence import open_sequence
+    from prep.raw.sequence import open_sequence
     from shards.dataset import open_dataset
 
     predictor = load(model, device)

@@ -36,9 +36,9 @@ def predict(
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option()] = "auto",
 ) -> None:
     """Predict depth, and write pictures, films and depth files. Ctrl-C ends a camera."""
-    from md2.predict import load
-    from md2.predict_command import PredictOptions, run_predict
-    from md2.predict_output import Progress
+    from md2.inference.output import Progress
+    from md2.inference.predictor import load
+    from md2.inference.run import PredictOptions, run_predict
 
     options = PredictOptions(
         out=out,

@@ -20,7 +20,7 @@ from shards.manifest import REPORT
 from shards.sample import DEPTH
 
 if TYPE_CHECKING:
-    from prep.pack import Packed
+    from prep.packing.pack import Packed
 
 
 class PrepCommand(TyperCommand):
@@ -104,7 +104,7 @@ def prep(
     from prep.check import check as check_plan
     from prep.check import format_check
     from prep.job import make_job
-    from prep.pack import pack, scratch_folder
+    from prep.packing.pack import pack, scratch_folder
     from prep.workers import start_workers
 
     job = make_job(
@@ -189,7 +189,7 @@ def _bar() -> Iterator[_Bar]:
 
 
 def _tell(packed: Packed, asked: str) -> None:
-    from prep.pack import summary
+    from prep.packing.pack import summary
     from shards.storage import open_storage
 
     manifest = packed.manifest

@@ -22,7 +22,7 @@ def report(
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option()] = "auto",
 ) -> None:
     """Write a self-contained HTML page: numbers, curves, panels, worst images, configuration, dataset."""
-    from md2.report import write_report
+    from md2.report.build import write_report
 
     target = out or run / "report.html"
     with progress_bar("image") as bar:

@@ -25,8 +25,8 @@ from shards.errors import DatasetError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from shards.copy import Copied
     from shards.manifest import Manifest
-    from shards.transfer import Copied
 
 app = typer.Typer(help="Look at, check and copy packed datasets, in folders and object storage.", no_args_is_help=True)
 
@@ -59,10 +59,10 @@ def show(
     no_sheet: Annotated[bool, typer.Option("--no-sheet", help="Print only.")] = False,
 ) -> None:
     """What a dataset holds, and a contact sheet of some samples: target, neighbours, stereo partner, depth."""
+    from shards.contact_sheet import contact_sheet, read_some
     from shards.files import write_atomic
-    from shards.sheet import contact_sheet, read_some
+    from shards.publish import require_manifest
     from shards.storage import open_storage
-    from shards.store import require_manifest
 
     if no_sheet:
         _print(*_describe(require_manifest(open_storage(url)).manifest))
@@ -128,7 +128,7 @@ def copy_(
 
 
 def _copy(source: str, url: str) -> None:
-    from shards.transfer import copy_dataset
+    from shards.copy import copy_dataset
 
     with _bytes_bar("copying") as progress:
         copied = copy_dataset(source, url, progress)
@@ -159,7 +159,7 @@ def _bytes_bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _summary(manifest: Manifest) -> str:
-    from shards.cache import format_bytes
+    from shards.cache.folder import format_bytes
 
     parts = ", ".join(f"{manifest.samples(part):,} {part}" for part in manifest.parts)
     size = "native size" if manifest.size is None else f"{manifest.size[0]}x{manifest.size[1]}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from md2.predict import Predictor
+    from md2.inference.predictor import Predictor
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,6 @@ def load(path: str | Path, device: Literal["auto", "cpu", "gpu"] = "auto") -> Pr
         UsageError: `gpu` asked for, none usable.
     """
     # `import md2` stays light: torch comes with the first model.
-    from md2.predict import load as load_predictor
+    from md2.inference.predictor import load as load_predictor
 
     return load_predictor(path, device)

@@ -184,7 +184,7 @@ def load_config(source: str | Path | None, overrides: Iterable[str] = ()) -> Con
     """Read a YAML file (or a published recipe by name), merge `key.sub=value` overrides, validate.
 
     Args:
-        source: path of a YAML file, name of a recipe in `configs/`, or None for the defaults.
+        source: path of a YAML file, name of a recipe in `md2/configs/`, or None for the defaults.
         overrides: values are parsed as YAML: `data.frames=[0,-1,1]`, `train.learning_rate=1e-4`.
 
     Raises:
@@ -221,7 +221,7 @@ def config_from_dict(tree: dict[str, Any], where: str) -> Config:
 
 def recipes() -> dict[str, str]:
     """Published recipes: name -> YAML text."""
-    folder = files("configs")
+    folder = files("md2.configs")
     found = (entry for entry in folder.iterdir() if entry.name.endswith(".yaml"))
     return {entry.name.removesuffix(".yaml"): entry.read_text("utf-8") for entry in sorted(found, key=lambda e: e.name)}
 

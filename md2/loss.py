@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from md2.batch import Batch, Offset
 from md2.config import LossConfig, ModelConfig
+from md2.data.batch import Batch, Offset
 from md2.geometry import disparity_to_depth, scale_intrinsics
+from md2.photometric.reprojection import PixelMap, Rule, Views, pixel_map, planar, reproject, unwarped_error
+from md2.photometric.ssim import Target
 from md2.prediction import Prediction
-from md2.reprojection import PixelMap, Rule, Views, pixel_map, planar, reproject, unwarped_error
-from md2.ssim import Target
 
 Pyramids = Mapping[Offset, Mapping[int, Tensor]]
 """Offset -> level s -> image (B, 3, H / 2^s, W / 2^s) in [0, 1]."""

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from md2.batch import Offset
 from md2.config import DataConfig, LossConfig, ModelConfig
+from md2.data.batch import Offset
 from md2.networks.decoder import DepthDecoder
 from md2.networks.pose import PoseCNN, PoseDecoder
 from md2.networks.resnet import ResNetEncoder

@@ -22,11 +22,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from md2.augment import Jitter, camera_matrices, float_images, jitter_factors, stereo_transforms
-from md2.batch import Batch
 from md2.config import PAPER_METRES_PER_UNIT, DataConfig
-from md2.host import cores, host_threads
-from md2.reader import Device, Reader, plan, sample_keys
+from md2.data.augment import Jitter, camera_matrices, float_images, jitter_factors, stereo_transforms
+from md2.data.batch import Batch
+from md2.data.cpu import cores, host_threads
+from md2.data.dali import Device, Reader, plan, sample_keys
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError, UsageError
 from shards.manifest import Manifest

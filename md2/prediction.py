@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from md2.batch import Offset
+from md2.data.batch import Offset
 from md2.geometry import transform_from_axis_angle
 
 

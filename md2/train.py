@@ -25,8 +25,8 @@ from types import FrameType
 from md2.checkpoint import has_checkpoint, load_latest
 from md2.config import Config, config_from_dict, load_config, merge_overrides, read_config_tree
 from md2.distributed import Ranks, ranks
-from md2.runlog import ENVIRONMENT, environment
-from md2.trainer import Reporter, Stopped, Trainer
+from md2.training.runlog import ENVIRONMENT, environment
+from md2.training.trainer import Reporter, Stopped, Trainer
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import InputError, Md2Error, TrainingError, UsageError
 from shards.files import write_atomic
@@ -147,7 +147,7 @@ def _finish(trainer: Trainer, run: Path, place: Ranks, stop: StopRequest) -> Out
     with stop_on_signals(stop):
         stopped = trainer.fit()
     if place.main:
-        from md2.figures import run_figure
+        from md2.training.summary import run_figure
 
         run_figure(run)
     return Outcome(stopped, run, stop.exit_code if stopped.early else 0)

@@ -15,11 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from md2.config import Config, load_config, recipes
-from md2.metrics import METRICS
 
 _P = "monodepth2_resnet18_kitti_"
+_FIGURES = ("abs_rel", "sq_rel", "rmse", "rmse_log", "a1", "a2", "a3")
 _PUBLISHED: dict[str, tuple[float, ...]] = {
-    # abs_rel, sq_rel, rmse, rmse_log, a1, a2, a3
+    # In the order of _FIGURES.
     f"{_P}mono_640x192": (0.115, 0.903, 4.863, 0.193, 0.877, 0.959, 0.981),
     f"{_P}stereo_640x192": (0.109, 0.873, 4.960, 0.209, 0.864, 0.948, 0.975),
     f"{_P}mono_stereo_640x192": (0.106, 0.818, 4.750, 0.196, 0.874, 0.957, 0.979),
@@ -47,7 +47,7 @@ _ODOMETRY = {f"{_P}odometry_mono_640x192": "ATE 09: 0.017 ± 0.008 m, 10: 0.015 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe of `configs/`.
+    """One recipe of `md2/configs/`.
 
     Attributes:
         name: what `md2 train` takes.
@@ -82,7 +82,7 @@ def zoo() -> list[Recipe]:
     found = []
     for name, text in recipes().items():
         figures = _PUBLISHED.get(name, ())
-        published = dict(zip(METRICS, figures, strict=True)) if figures else {}
+        published = dict(zip(_FIGURES, figures, strict=True)) if figures else {}
         summary = text.splitlines()[0].removeprefix("#").strip()
         found.append(Recipe(name, summary, load_config(name), published, _ODOMETRY.get(name, "")))
     return found

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from prep.calibration import other
-from prep.encode import encode_image
-from prep.plan import BROKEN_DRIVE, Content, Plan
-from prep.sources import read
-from prep.splits import Side, SplitLists
-from prep.velodyne import points_in_view, project, read_scan
+from prep.packing.encode import encode_image
+from prep.packing.plan import BROKEN_DRIVE, Content, Plan
+from prep.raw.calibration import other
+from prep.raw.sources import read
+from prep.raw.splits import Side, SplitLists
+from prep.raw.velodyne import points_in_view, project, read_scan
 from shards.errors import SampleError
 
 _BYTES_PER_PIXEL = {"jpeg": 0.61, "png": 1.8, "ppm": 3.0}

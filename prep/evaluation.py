@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from prep.drives import Kitti
 from prep.options import make_content, refuse_empty
-from prep.pack import Packed, Progress, pack, scratch_folder
-from prep.plan import Plan, make_plan
-from prep.sources import RawData
-from prep.splits import SplitLine, SplitLists
-from prep.versions import versions
+from prep.packing.pack import Packed, Progress, pack, scratch_folder
+from prep.packing.plan import Plan, make_plan
+from prep.packing.versions import versions
+from prep.raw.drives import Kitti
+from prep.raw.sources import RawData
+from prep.raw.splits import SplitLine, SplitLists
 from prep.workers import start_workers
 from shards.errors import InputError, UsageError
 from shards.files import cache_folder
+from shards.publish import read_manifest
 from shards.storage import open_storage
-from shards.store import read_manifest
 
 
 def is_packed(url: str) -> bool:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prep.drives import Kitti, Layout
-from prep.folder import FolderLayout, split_drives
 from prep.options import make_content, refuse_empty
-from prep.plan import Content, OnError, Plan, make_plan
-from prep.sources import PUBLIC_ARCHIVE, RawData
-from prep.splits import SplitLists, read_split
+from prep.packing.plan import Content, OnError, Plan, make_plan
+from prep.raw.drives import Kitti, Layout
+from prep.raw.folder import FolderLayout, split_drives
+from prep.raw.sources import PUBLIC_ARCHIVE, RawData
+from prep.raw.splits import SplitLists, read_split
 from shards.errors import InputError, UsageError
 
 _SHOWN = 5

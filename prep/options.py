@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from prep.encode import ImageFormat
-from prep.plan import Content, DepthSource, Plan
-from prep.sources import PUBLIC_ARCHIVE
-from prep.splits import NamedSplit, SplitLists
-from prep.velodyne import Convention
+from prep.packing.encode import ImageFormat
+from prep.packing.plan import Content, DepthSource, Plan
+from prep.raw.sources import PUBLIC_ARCHIVE
+from prep.raw.splits import NamedSplit, SplitLists
+from prep.raw.velodyne import Convention
 from shards.errors import InputError, UsageError
 from shards.sample import Codec
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from md2.metrics import evaluate_batch
+from md2.evaluation.metrics import evaluate_batch
+from md2.inference.predictor import Predictor, load
 from md2.model import Networks
-from md2.predict import Predictor, load
 
 Predict = Callable[[Image.Image], np.ndarray]
 

@@ -12,16 +12,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from shards.cache import Cache
+from shards.cache.download import disk_error
+from shards.cache.fill import Filler, Progress
+from shards.cache.folder import Cache
 from shards.card import card
 from shards.errors import DatasetError, StorageError
-from shards.fetch import disk_error
 from shards.files import write_atomic
-from shards.fill import Filler, Progress
 from shards.manifest import CARD, MANIFEST, DepthInfo, Manifest, Shard, Split
+from shards.publish import require_manifest
 from shards.sample import Codec, Sample
 from shards.storage import is_local, local_path, open_storage
-from shards.store import require_manifest
 from shards.tar import MAX_INDEX_BYTES, ShardWriter, parse_index
 from shards.version import md2_version
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from shards.errors import DatasetError, StorageError
 from shards.manifest import MANIFEST, Manifest
+from shards.publish import FOLDER, read_manifest
 from shards.storage import Storage, is_local, open_storage
-from shards.store import FOLDER, read_manifest
 
 MAX_DEPTH = 6
 

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from shards.fetch import fetch
+from shards.cache.download import fetch
 from shards.manifest import Shard
+from shards.publish import require_manifest
 from shards.sample import Sample
 from shards.storage import Storage, open_storage
-from shards.store import require_manifest
 from shards.tar import read_samples
 
 WINDOW = 1 << 30

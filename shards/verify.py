@@ -9,15 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shards.cache.download import fetch
+from shards.copy import PARALLEL, ByteCount, Progress, run_parallel, shard_bytes
 from shards.dataset import describe_components
 from shards.errors import DatasetError, StorageError
-from shards.fetch import fetch
 from shards.files import sha256_file
 from shards.manifest import Manifest, Shard
+from shards.publish import require_manifest
 from shards.storage import is_local, local_path, open_storage
-from shards.store import require_manifest
 from shards.tar import build_index, parse_index
-from shards.transfer import PARALLEL, ByteCount, Progress, run_parallel, shard_bytes
 
 
 @dataclass(frozen=True)

@@ -111,12 +111,12 @@ def dataset(drive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Read-only: made once for the whole session.
     """
-    from prep.drives import Kitti
     from prep.options import make_content
-    from prep.pack import pack
-    from prep.plan import make_plan
-    from prep.sources import RawData
-    from prep.splits import read_split
+    from prep.packing.pack import pack
+    from prep.packing.plan import make_plan
+    from prep.raw.drives import Kitti
+    from prep.raw.sources import RawData
+    from prep.raw.splits import read_split
     from prep.workers import start_workers
 
     folder = tmp_path_factory.mktemp("dataset")

@@ -1,0 +1,239 @@
+"""Augmentation in torch, on the batch's device: left-right flips and colour jitter, drawn by the pipeline.
+
+Colour jitter has the meaning of torchvision's `ColorJitter` (Monodepth2, section 4 "data augmentation"):
+brightness multiplies, contrast blends with the image's mean grey, saturation with each pixel's grey, hue
+turns the colour circle. Hue is a rotation in YIQ, as in DALI's `color_twist`, where torchvision turns
+HSV's hexagon. With it all four are one affine map of RGB, and they commute: the grey weights are YIQ's
+Y, which neither saturation nor hue changes, so the order that torchvision draws at random makes no
+difference. One clamp to [0, 1] comes at the end, where torchvision clamps after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from md2.data.cpu import host_memory, over_images
+
+BRIGHTNESS = CONTRAST = SATURATION = 0.2
+"""Factors are drawn from 1 ± this."""
+HUE = 0.1
+"""Hue turns by ± this, as a fraction of the colour circle."""
+JITTER_PROBABILITY = FLIP_PROBABILITY = 0.5
+
+GREY = (0.299, 0.587, 0.114)
+"""ITU-R BT.601 luma, Pillow's grey."""
+_PIXELS = 4
+_STRIP_BYTES = 384 << 10
+_YIQ = np.array([GREY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
+_TO_YIQ, _FROM_YIQ = torch.from_numpy(_YIQ), torch.from_numpy(np.linalg.inv(_YIQ))
+
+
+def jitter_factors(draws: Tensor) -> Tensor:
+    """(n, 4) draws from [-1, 1) -> brightness, contrast, saturation (1 = unchanged), hue (fraction of the circle)."""
+    return torch.tensor([1.0, 1, 1, 0]) + draws * torch.tensor([BRIGHTNESS, CONTRAST, SATURATION, HUE])
+
+
+def jitter_matrices(factors: Tensor) -> Tensor:
+    """The linear part of colour jitter.
+
+    Args:
+        factors: (n, 4), as `jitter_factors` makes them.
+
+    Returns:
+        (n, 3, 3) float32 A, so that jittered = A @ rgb + brightness * (1 - contrast) * (mean grey of the image).
+    """
+    brightness, contrast, saturation, hue = factors.double().unbind(1)
+    cos, sin = saturation * torch.cos(2 * torch.pi * hue), saturation * torch.sin(2 * torch.pi * hue)
+    turn = torch.zeros(len(factors), 3, 3, dtype=torch.float64)
+    turn[:, 0, 0] = 1
+    turn[:, 1, 1], turn[:, 1, 2] = cos, sin
+    turn[:, 2, 1], turn[:, 2, 2] = -sin, cos
+    matrices: Tensor = (brightness * contrast).view(-1, 1, 1) * (_FROM_YIQ @ turn @ _TO_YIQ)
+    return matrices.float()
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """One draw of colour jitter for a batch, to be applied to each of its frames.
+
+    Attributes:
+        chosen: (n,) int64, which samples of the batch are jittered.
+        blocks: (n, 12, 12), transposed `jitter_matrices` in blocks for 4 pixels: the product of all pixels with a 3x3
+            matrix is too thin for any BLAS.
+        pivots: (n, 12), what the means over every fourth pixel are multiplied with and added, for contrast: the grey
+            weights times how much of the mean grey it leaves, brightened.
+    """
+
+    chosen: Tensor
+    blocks: Tensor
+    pivots: Tensor
+
+    @classmethod
+    def of(cls, chosen: Tensor, factors: Tensor) -> Jitter:
+        """`factors` (n, 4), as `jitter_factors` makes them, are those of the chosen samples; both on the host."""
+        blocks = torch.kron(torch.eye(_PIXELS), jitter_matrices(factors).mT.contiguous())
+        grey = torch.tensor(GREY).repeat(_PIXELS) / _PIXELS
+        return cls(chosen, blocks, (factors[:, 0] * (1 - factors[:, 1])).unsqueeze(1) * grey)
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> Jitter:
+        """The same where `move` puts tensors: it must be on the device of the images."""
+        return Jitter(move(self.chosen), move(self.blocks), move(self.pivots))
+
+    def by_place(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Block and pivot of each chosen sample, by its place in the batch. Waits for a GPU if they are on one."""
+        return dict(zip(self.chosen.tolist(), zip(self.blocks, self.pivots, strict=True), strict=True))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """A jittered copy of (B, 3, H, W) float32 images in [0, 1]; H * W is a multiple of 4. None may be chosen.
+
+        All chosen images at once, and nothing that the host would have to wait for.
+
+        Returns:
+            The same shape, in [0, 1], channels_last in memory; what is not chosen is equal bit for bit.
+        """
+        rgb = images.permute(0, 2, 3, 1).contiguous()
+        groups = rgb.shape[1] * rgb.shape[2] // _PIXELS
+        flat = rgb.index_select(0, self.chosen).view(len(self.chosen), groups, 3 * _PIXELS)
+        offsets = (flat.mean(1) * self.pivots).sum(1).view(-1, 1, 1)
+        turned = torch.baddbmm(offsets, flat, self.blocks).clamp_(0, 1)
+        out = rgb.clone().index_copy_(0, self.chosen, turned.view(len(self.chosen), *rgb.shape[1:]))
+        return out.permute(0, 3, 1, 2)
+
+
+def float_images(
+    pixels: Tensor, flipped: Tensor | None, jitter: Jitter | None, *, decoding: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Images as the loss takes them, and as the networks do.
+
+    Args:
+        pixels: (B, H, W, 3) uint8.
+        flipped: (B,) bool, which to mirror; None: nothing.
+        jitter: of colours; None: no jitter. All on the same device.
+        decoding: other threads of the host decode images meanwhile, so that its cores are busy.
+
+    Returns:
+        Two of (B, 3, H, W) float32 in [0, 1], channels_last in memory; the same tensor where there is no jitter.
+    """
+    if pixels.device.type == "cpu":
+        return _one_by_one(pixels, flipped, jitter, decoding)
+    if flipped is not None:
+        pixels = torch.where(flipped.view(-1, 1, 1, 1), pixels.flip(2), pixels)
+    images = pixels.permute(0, 3, 1, 2).float().div_(255)
+    return images, images if jitter is None else jitter(images)
+
+
+def _one_by_one(pixels: Tensor, flipped: Tensor | None, jitter: Jitter | None, decoding: bool) -> tuple[Tensor, Tensor]:
+    """`float_images` on the host, where memory is what takes time: an image stays in the cache until it is done."""
+    plain = host_memory.take(tuple(pixels.shape))
+    batch = plain.permute(0, 3, 1, 2)
+    mirrored = [False] * len(pixels) if flipped is None else flipped.tolist()
+    images = list(zip(pixels.unbind(), mirrored, plain.unbind(), strict=True))
+    if jitter is None:
+
+        def convert(mine: slice) -> None:
+            for image in images[mine]:
+                _convert(*image)
+
+        if decoding:
+            # Not on several threads: it is so little work that they would only take memory's bandwidth from DALI's.
+            convert(slice(len(images)))
+        else:
+            over_images(convert, plain)
+        return batch, batch
+    jittered = host_memory.take(tuple(pixels.shape))
+    drawn = jitter.by_place()
+    count = ceil(plain.nbytes / len(plain) / _STRIP_BYTES)
+    rows = list(zip(*(_strips(part, count) for part in (pixels, plain, jittered)), strict=True))
+    flat = plain.view(len(plain), -1, 3 * _PIXELS)
+    to_turn = list(zip(flat.unbind(), _strips(flat, count), _strips(jittered.view(flat.shape), count), strict=True))
+
+    def fill(mine: slice) -> None:
+        for place in range(len(images))[mine]:
+            if place in drawn:
+                _convert(*images[place])
+                _turn_colours(*to_turn[place], *drawn[place])
+                continue
+            for source, target, copy in zip(*rows[place], strict=True):
+                copy.copy_(_convert(source, mirrored[place], target))
+
+    over_images(fill, plain)
+    return batch, jittered.permute(0, 3, 1, 2)
+
+
+def _convert(source: Tensor, mirror: bool, target: Tensor) -> Tensor:
+    return target.copy_(source.flip(1) if mirror else source).div_(255)
+
+
+def _turn_colours(
+    image: Tensor, strips: tuple[Tensor, ...], out: tuple[Tensor, ...], block: Tensor, pivot: Tensor
+) -> None:
+    """`Jitter` of one image, (pixels / 4, 12) and the same in strips, into the strips of another."""
+    offset = torch.dot(image.mean(0), pivot)
+    for strip, turned in zip(strips, out, strict=True):
+        # Not addmm, which fills the target with the offset first.
+        torch.mm(strip, block, out=turned).add_(offset).clamp_(0, 1)
+
+
+def _strips(images: Tensor, count: int) -> Iterable[tuple[Tensor, ...]]:
+    """Each image of (B, rows, ...) cut into strips of its rows: one of floats and its copy fit a core's own cache."""
+    return zip(*(strip.unbind() for strip in images.chunk(count, 1)), strict=True)
+
+
+def camera_matrices(
+    calibrated: Tensor, stored: Tensor, size: tuple[int, int], flipped: Tensor | None, *, nominal: bool
+) -> Tensor:
+    """Camera matrices of the batch's images: scaled to their size, mirrored where they are.
+
+    Pixel centres are at integers, so cx' = (cx + 0.5) w'/w - 0.5 for a resize and cx' = w' - 1 - cx for a
+    flip. The nominal camera is what the published numbers were trained with: the same for every image and
+    not mirrored (its cx lies half a pixel beside the image's centre).
+
+    Args:
+        calibrated: (B, 4) float32: fx, fy, cx, cy in pixels of the stored images.
+        stored: (B, 2) width and height of the stored images.
+        size: width and height of the batch's images.
+        flipped: (B,) bool, or None where nothing is.
+        nominal: fx = 0.58 w, fy = 1.92 h, cx = 0.5 w, cy = 0.5 h instead.
+
+    Returns:
+        (B, 3, 3) float32.
+    """
+    width, height = size
+    if nominal:
+        rows = torch.tensor([0.58 * width, 1.92 * height, 0.5 * width, 0.5 * height]).expand(len(calibrated), 4)
+    else:
+        scale = torch.tensor([width, height], dtype=torch.float64) / stored
+        focal = calibrated[:, :2] * scale
+        centre = (calibrated[:, 2:].double() + 0.5) * scale - 0.5
+        if flipped is not None:
+            centre[:, 0] = torch.where(flipped, width - 1 - centre[:, 0], centre[:, 0])
+        rows = torch.cat([focal, centre], dim=1).float()
+    matrices = torch.zeros(len(calibrated), 3, 3)
+    matrices[:, 0, 0], matrices[:, 1, 1], matrices[:, 2, 2] = rows[:, 0], rows[:, 1], 1
+    matrices[:, :2, 2] = rows[:, 2:]
+    return matrices
+
+
+def stereo_transforms(translation: Tensor, flipped: Tensor | None, metres_per_unit: float) -> Tensor:
+    """Target camera to stereo partner: a shift along x, whose sign turns with the flip.
+
+    Args:
+        translation: (B,) float32 metres.
+        flipped: (B,) bool, or None where nothing is.
+        metres_per_unit: metres in one unit of the result.
+
+    Returns:
+        (B, 4, 4) float32.
+    """
+    shift = translation / metres_per_unit
+    if flipped is not None:
+        shift = torch.where(flipped, -shift, shift)
+    transforms = torch.eye(4).repeat(len(translation), 1, 1)
+    transforms[:, 0, 3] = shift
+    return transforms

@@ -1,0 +1,1 @@
+"""Depth metrics and odometry: compare predictions with ground truth."""

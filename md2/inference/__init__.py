@@ -1,0 +1,1 @@
+"""Use a trained model: predict images and videos, export it."""

@@ -1,0 +1,243 @@
+"""The depth network as a file for other runtimes: ONNX, or torch.export's PT2. Checked after it is written.
+
+Input `image`: (B, 3, height, width) float32 RGB in [0, 1]. Outputs `depth` and `disparity` (1 / depth):
+(B, 1, height, width) float32, metres where the unit is known. The ONNX file's metadata say so: `unit`,
+`width`, `height`, `metres_per_unit`.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from md2 import __version__
+from md2.checkpoint import load_checkpoint, resolve
+from md2.config import Config, ModelConfig
+from md2.geometry import disparity_to_depth
+from md2.inference.predictor import Predictor
+from md2.weights import is_monodepth2, read_monodepth2, save_monodepth2
+from shards.errors import InputError, UsageError
+from shards.files import fsync_folder, replace, temporary
+
+TOLERANCE = 1e-4
+"""Largest relative difference to PyTorch that a written file may have."""
+OPSET = 18
+
+
+class DepthNetwork(nn.Module):
+    """Image -> depth and disparity, with the unit inside."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        self.encoder, self.decoder = predictor.networks.encoder, predictor.networks.depth
+        self.min_depth, self.max_depth = predictor.config.model.min_depth, predictor.config.model.max_depth
+        self.factor = predictor.metres_per_unit or 1.0
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) in [0, 1] -> depth and 1 / depth, (B, 1, H, W)."""
+        sigmoid = self.decoder(self.encoder(image))[0]
+        depth = disparity_to_depth(sigmoid, self.min_depth, self.max_depth) * self.factor
+        return depth, depth.reciprocal()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written file, and its largest relative difference to PyTorch (None: not a program, nothing to run)."""
+
+    path: Path
+    difference: float | None
+
+
+def export_onnx(predictor: Predictor, path: Path, *, dynamic_batch: bool = False) -> Exported:
+    """Write ONNX and run it on onnxruntime against PyTorch; the file appears only if they agree to 1e-4.
+
+    Args:
+        dynamic_batch: any batch size; otherwise 1.
+
+    Raises:
+        UsageError: onnx or onnxruntime is not installed.
+        InputError: the file cannot be written, or does not agree.
+    """
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401  (asked for now, so that nothing is written in vain)
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"ONNX export needs {error.name}: pip install 'md2[export]'") from error
+    network, example = _prepare(predictor)
+    batches = (1, 3) if dynamic_batch else (1,)
+    dynamic = {"image": {0: torch.export.Dim("batch", min=1, max=1024)}} if dynamic_batch else None
+    with _quiet():
+        program = torch.onnx.export(
+            network,
+            (example[: 2 if dynamic_batch else 1],),
+            dynamo=True,
+            input_names=["image"],
+            output_names=["depth", "disparity"],
+            dynamic_shapes=dynamic,
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, {key: str(value) for key, value in metadata(predictor).items()})
+    onnx.checker.check_model(model, full_check=True)
+
+    def write(beside: Path) -> None:
+        beside.write_bytes(model.SerializeToString())
+
+    def run(beside: Path, image: Tensor) -> list[NDArray[np.float32]]:
+        return run_onnx(beside, image.numpy())
+
+    return write_checked(path, network, [example[:size] for size in batches], write, run)
+
+
+def run_onnx(path: Path, image: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """Depth and disparity of an exported file on onnxruntime's CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    outputs: list[NDArray[np.float32]] = session.run(["depth", "disparity"], {"image": image})
+    return outputs
+
+
+def export_torch(predictor: Predictor, path: Path, *, dynamic_batch: bool = False) -> Exported:
+    """Write torch.export's PT2 (`torch.export.load(path).module()`), checked in the same way.
+
+    Raises:
+        InputError: the file cannot be written, or does not agree.
+    """
+    network, example = _prepare(predictor)
+    batches = (1, 3) if dynamic_batch else (1,)
+    dynamic = {"image": {0: torch.export.Dim("batch", min=1, max=1024)}} if dynamic_batch else None
+    with _quiet():
+        program = torch.export.export(network, (example[: 2 if dynamic_batch else 1],), dynamic_shapes=dynamic)
+
+    def write(beside: Path) -> None:
+        with beside.open("wb") as file:
+            torch.export.save(program, file)
+
+    def run(beside: Path, image: Tensor) -> list[NDArray[np.float32]]:
+        with beside.open("rb") as file:
+            depth, disparity = torch.export.load(file).module()(image)
+        return [depth.numpy(), disparity.numpy()]
+
+    return write_checked(path, network, [example[:size] for size in batches], write, run)
+
+
+def export_monodepth2(model: str | Path, folder: Path) -> Exported:
+    """Write a run or checkpoint as an official Monodepth2 folder (`encoder.pth`, `depth.pth`, ...).
+
+    Raises:
+        InputError: no checkpoint there, or the folder exists already or cannot be written.
+        UsageError: its unit or range of depth is one that the form has no place for.
+    """
+    if is_monodepth2(model):
+        found = read_monodepth2(model)
+        states, size, stereo = found.networks, (found.height, found.width), found.stereo
+    else:
+        path = resolve(model)
+        checkpoint = load_checkpoint(path)
+        config = checkpoint.parsed_config(str(path))
+        _check_official(config, path)
+        data = config.data
+        states, size, stereo = checkpoint.networks, (data.height, data.width), data.stereo
+    save_monodepth2(states, folder, height=size[0], width=size[1], stereo=stereo)
+    return Exported(folder, None)
+
+
+def _check_official(config: Config, path: Path) -> None:
+    """Whoever loads an official folder takes depth to be 0.1 to 100, and stereo depth in units of 5.4 m."""
+    if config.data.baseline != "paper":
+        raise UsageError(
+            f"{path} has depth in metres, but whoever loads Monodepth2 weights multiplies stereo depth by 5.4: "
+            "export it with --to onnx or torch, or train with data.baseline=paper"
+        )
+    standard = ModelConfig()
+    if (config.model.min_depth, config.model.max_depth) != (standard.min_depth, standard.max_depth):
+        raise UsageError(
+            f"{path} has depth from {config.model.min_depth:g} to {config.model.max_depth:g}, but whoever loads "
+            "Monodepth2 weights takes it to be 0.1 to 100: export it with --to onnx or torch"
+        )
+
+
+def metadata(predictor: Predictor) -> dict[str, Any]:
+    """What a user of the file has to know, besides the shapes."""
+    return {
+        "md2_version": __version__,
+        "unit": predictor.unit,
+        "metres_per_unit": predictor.metres_per_unit if predictor.metres_per_unit is not None else "unknown",
+        "width": predictor.width,
+        "height": predictor.height,
+        "input": "RGB float32 in [0, 1], resized with antialiasing",
+    }
+
+
+def _prepare(predictor: Predictor) -> tuple[DepthNetwork, Tensor]:
+    """The network on the CPU, and three images that it is checked on."""
+    network = deepcopy(DepthNetwork(predictor)).cpu().eval()
+    generator = torch.Generator().manual_seed(0)
+    return network, torch.rand(3, 3, predictor.height, predictor.width, generator=generator)
+
+
+def write_checked(
+    path: Path,
+    network: DepthNetwork,
+    images: Sequence[Tensor],
+    write: Callable[[Path], None],
+    run: Callable[[Path, Tensor], Sequence[NDArray[np.float32]]],
+) -> Exported:
+    """Write beside, run what was written on each batch of images, and only if it agrees give it its name.
+
+    Raises:
+        InputError: it does not agree with the network, or cannot be written.
+    """
+    beside = temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        # Not Python's max, which may pass over a NaN.
+        difference = float(np.max([_difference(network, image, run(beside, image)) for image in images]))
+        if not difference <= TOLERANCE:
+            raise InputError(f"{path}: differs from PyTorch by {difference:.1e}, more than {TOLERANCE:g}; not written")
+        replace(beside, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return Exported(path, difference)
+
+
+@torch.no_grad()
+def _difference(network: DepthNetwork, image: Tensor, found: Sequence[NDArray[np.float32]]) -> float:
+    """Largest relative difference of depth and disparity."""
+    expected = [output.numpy() for output in network(image)]
+    return float(np.max([np.abs(a / b - 1).max() for a, b in zip(found, expected, strict=True)]))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters' progress texts and deprecation warnings are about their own inside."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

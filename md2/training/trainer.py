@@ -1,0 +1,397 @@
+"""The training loop: forward, reprojection loss, backward, step; validation; checkpoints; resume.
+
+An epoch is one pass of the loader. After it the validation part is measured, the learning rate
+stepped and a checkpoint written; between that, one every `checkpoint_every` steps. Everything that
+decides what comes next (weights, optimiser, schedule, scaler, the reader's position on every rank)
+is in the checkpoint, and the only other randomness, the noise that breaks auto-masking ties, is
+seeded by the step: a resumed run repeats the numbers of an uninterrupted one.
+
+Batch normalisation uses each rank's own batch statistics; the running averages kept are rank 0's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from md2.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, save_checkpoint
+from md2.config import Config
+from md2.data.batch import Batch
+from md2.distributed import Ranks
+from md2.loss import LossOutput, ReprojectionLoss
+from md2.model import Networks
+from md2.pipeline import Loader, resize_warning
+from md2.prediction import Prediction
+from md2.training.loggers import check_sinks, open_sinks
+from md2.training.panels import panel
+from md2.training.precision import FiniteBuffers, FiniteGuard, Switches
+from md2.training.runlog import RunLog
+from md2.training.validate import validate
+from md2.weights import initialise
+from shards.dataset import LocalDataset
+from shards.errors import TrainingError
+
+STOP_CHECK = 10
+"""Steps between asking all ranks whether one was told to stop (each asking is a collective)."""
+SHOWN = ("loss", "abs_rel", "rmse", "a1")
+"""What the console's line for an epoch holds; metrics.jsonl and TensorBoard have all of it."""
+
+
+class Reporter(Protocol):
+    """Who is told about progress; the console's progress bar, or nothing."""
+
+    def start(self, total: int, done: int) -> None: ...
+
+    def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How training ended: `step` and `epoch` reached, and whether it was told to stop before its end."""
+
+    step: int
+    epoch: int
+    early: bool
+    metrics: dict[str, float]
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        config: resolved configuration.
+        dataset: with the parts `train` and, for validation, `val`.
+        run: run folder; exists.
+        ranks: this process's place.
+        reporter: told about progress on the main rank.
+        resume: checkpoint to go on from.
+        should_stop: polled between steps and in validation; True ends the run with a checkpoint (SIGTERM, Ctrl-C).
+
+    Raises:
+        TrainingError: the dataset has fewer samples than one step needs, or the checkpoint is of another set-up.
+        UsageError, InputError, DatasetError: as the dataset, the loader and `initialise` raise them.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: LocalDataset,
+        run: Path,
+        ranks: Ranks,
+        reporter: Reporter,
+        *,
+        resume: Checkpoint | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        check_sinks(config.train.sinks)
+        self.config, self.dataset, self.run, self.ranks = config, dataset, run, ranks
+        self.reporter, self.should_stop = reporter, should_stop
+        self.step = self.epoch = self.step_in_epoch = 0
+        self.measured = False
+        self.best = float("inf")
+        self.switches = Switches.of(config.train, ranks.device)
+        torch.manual_seed(config.train.seed)
+        networks = Networks(config.model, config.data, config.loss)
+        if resume is None:
+            if (left := initialise(networks, config.model.weights)) and ranks.main:
+                reporter.message(f"{config.model.weights} has no {', '.join(left)}: starting at random")
+        else:
+            networks.load_networks(resume.networks, f"{run}/checkpoints")
+        if (resized := resize_warning(dataset.manifest, config.data)) and ranks.main:
+            reporter.message(f"warning: {resized}")
+        self.networks = self.switches.prepare(networks.to(ranks.device))
+        self.loss = ReprojectionLoss(config.loss, config.model)
+        self.optimizer = torch.optim.Adam(
+            [p for p in self.networks.parameters() if p.requires_grad],
+            lr=config.train.learning_rate,
+            fused=ranks.device.type == "cuda",
+        )
+        self.schedule = torch.optim.lr_scheduler.StepLR(
+            self.optimizer, config.train.lr_step_epochs, config.train.lr_gamma
+        )
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.switches.scaled)
+        self.guard = FiniteGuard(ranks.device)
+        skips = self.switches.scaled or config.train.on_nan == "skip"
+        self.averages = FiniteBuffers(self.networks.buffers() if skips else ())
+        self.noise = torch.Generator(ranks.device)
+        state = self._restore(resume) if resume is not None else None
+        self.loader = self._loader("train", state)
+        if self.steps_per_epoch == 0:
+            raise TrainingError(
+                f"{dataset.folder}: fewer training samples than one step needs ({config.train.batch_size} x "
+                f"{config.train.accumulate} x {ranks.world} ranks); lower train.batch_size or pack more"
+            )
+        if "val" in dataset.manifest.parts:
+            dataset.tars("val")  # fetched now, so that what is wrong with it shows before an epoch is trained
+        self.log: RunLog | None = None
+        self.window = _Window()
+        self.model: nn.Module = self.switches.compiled(self.networks)
+        # A replayed graph hands gradients out in its own memory, which the next replay fills again: what is to be
+        # accumulated must lie elsewhere, for autograd to add to.
+        self.keep_gradients = self.switches.compile == "graphs" and config.train.accumulate > 1
+        if self.keep_gradients:
+            for parameter in self.optimizer.param_groups[0]["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        if ranks.world > 1:
+            self.model = DistributedDataParallel(self.model)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch; the same on every rank."""
+        return len(self.loader) // self.config.train.accumulate
+
+    @property
+    def total_steps(self) -> int:
+        planned = self.steps_per_epoch * self.config.train.epochs
+        return min(planned, self.config.train.max_steps or planned)
+
+    def fit(self) -> Stopped:
+        """Train to the end, or until told to stop.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite and `on_nan` is `stop`.
+            DatasetError: the dataset turned out to be broken.
+        """
+        if self.ranks.main:
+            sinks = open_sinks(self.config.train.sinks, self.run, self.config.model_dump(mode="json"))
+            self.log = RunLog(self.run, self.step, sinks, self.reporter.message)
+        self.reporter.start(self.total_steps, self.step)
+        if self.ranks.main and "val" not in self.dataset.manifest.parts:
+            self.reporter.message("the dataset has no part val: nothing will be validated, and there is no best.pt")
+        metrics: dict[str, float] | None = {}
+        try:
+            while metrics is not None and not (self.measured and self.step >= self.total_steps):
+                metrics = self._train_and_measure()
+        finally:
+            if self.log is not None:
+                self.log.close()
+        return Stopped(self.step, self.epoch, metrics is None, metrics or {})
+
+    def _train_and_measure(self) -> dict[str, float] | None:
+        """Finish the epoch (or the run): its steps, validation, a checkpoint. None if told to stop meanwhile.
+
+        A run that is stopped in validation measures after its resume.
+        """
+        if self._train_epoch():
+            self._save({})
+            return None
+        metrics = self._validate()
+        if metrics is None:
+            self._save({})
+            return None
+        if self.step_in_epoch == self.steps_per_epoch:
+            self.schedule.step()
+            self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self.measured = True
+        self._save(metrics)
+        return metrics
+
+    def _train_epoch(self) -> bool:
+        """Steps until the epoch (or the run) ends; True if told to stop before."""
+        self.model.train()
+        self.window = _Window()  # rates are those of training: validation is not in them
+        batches = iter(self.loader)
+        while self.step_in_epoch < self.steps_per_epoch and self.step < self.total_steps:
+            waited = time.perf_counter()
+            group = list(islice(batches, self.config.train.accumulate))
+            self.window.wait(time.perf_counter() - waited)
+            if len(group) < self.config.train.accumulate:
+                raise TrainingError(
+                    f"the loader ended after {self.step_in_epoch} of {self.steps_per_epoch} steps: "
+                    "verify the dataset with md2 shards verify"
+                )
+            output = self._step(group)
+            self.step, self.step_in_epoch, self.measured = self.step + 1, self.step_in_epoch + 1, False
+            self.window.add(sum(batch.size for batch in group) * self.ranks.world)
+            self._report(group[-1], output)
+            if self._told_to_stop():
+                return True
+            if self.step % self.config.train.checkpoint_every == 0 and self.step_in_epoch < self.steps_per_epoch:
+                self._save({})
+        return False
+
+    def _step(self, group: list[Batch]) -> tuple[Prediction, LossOutput]:
+        """One optimiser step over a group of batches, whose gradients are averaged."""
+        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
+        self.averages.keep()
+        self.losses = torch.zeros(1 + len(self.config.model.scales), device=self.ranks.device)
+        for index, batch in enumerate(group):
+            with self._without_sync(index < len(group) - 1):
+                prediction, losses = self._forward(batch, index)
+                self.scaler.scale(losses.total / len(group)).backward()  # type: ignore[no-untyped-call]
+            self.losses += torch.stack([losses.total, *losses.per_scale.values()]).detach() / len(group)
+        self.averages.mend()
+        keys = [key for batch in group for key in batch.keys]
+        self.guard.step(self.optimizer, self.scaler, self.losses[0], step=self.step + 1, keys=keys)
+        self._look_for_bad_steps()
+        return prediction, losses
+
+    def _forward(self, batch: Batch, index: int) -> tuple[Prediction, LossOutput]:
+        with self.switches.autocast():
+            prediction: Prediction = self.model(self.switches.inputs(batch.augmented))
+        seed = ((self.config.train.seed * 1_000_003 + self.step) * 64 + index) * 4096 + self.ranks.rank
+        self.noise.manual_seed(seed % 2**63)
+        return prediction, self.loss(batch, prediction, noise=self.noise, panels=self._wants_panel())
+
+    def _without_sync(self, skip: bool) -> AbstractContextManager[Any]:
+        if skip and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return nullcontext()
+
+    def _look_for_bad_steps(self, wait: bool = False) -> None:
+        for bad in self.guard.found(wait):
+            rank = f" (rank {self.ranks.rank})" if self.ranks.world > 1 else ""
+            where = f"step {bad.step}: the gradient is not finite; samples{rank} {', '.join(bad.keys)}"
+            if self.config.train.on_nan == "stop":
+                raise TrainingError(f"{where}; look at them, lower train.learning_rate, or set train.on_nan=skip")
+            self.reporter.message(f"{where}; the step was skipped")
+
+    def _wants_panel(self) -> bool:
+        return self.ranks.main and (self.step + 1) % self.config.train.image_every == 0
+
+    def _report(self, batch: Batch, output: tuple[Prediction, LossOutput]) -> None:
+        due = self.step % self.config.train.log_every == 0 or self.step == self.total_steps
+        if due:
+            # Of all ranks and accumulated batches: what the step went down.
+            loss, *per_scale = (self.ranks.sum(self.losses) / self.ranks.world).tolist()
+        if self.log is not None and due:
+            scales = {f"loss/{scale}": value for scale, value in zip(output[1].per_scale, per_scale, strict=True)}
+            rates = {"lr": float(self.schedule.get_last_lr()[0]), **self.window.rates()}
+            self.log.scalars("train", self.step, self.epoch, {"loss": loss, **scales, **rates})
+            self.reporter.step(self.step, self.epoch, loss, rates["images_per_second"])
+        elif self.ranks.main:
+            self.reporter.step(self.step, self.epoch, None, self.window.images_per_second)
+        if self.log is not None and output[1].panels:
+            self.log.panel("train", self.step, panel(batch, *output))
+
+    def _told_to_stop(self) -> bool:
+        if self.ranks.world == 1:
+            return self.should_stop()
+        return self.step % STOP_CHECK == 0 and self.ranks.any(self.should_stop())
+
+    def _validate(self) -> dict[str, float] | None:
+        """Metrics; empty where there is nothing to validate on, None if told to stop meanwhile."""
+        if "val" not in self.dataset.manifest.parts:
+            return {}
+        # Each rank has its own running statistics; all measure rank 0's network.
+        self.ranks.broadcast(self.networks.buffers())
+        loader = self._loader("val", None)
+        batches: Iterator[Batch] = islice(iter(loader), self.config.train.val_batches)
+        batches = takewhile(lambda _: not self.should_stop(), batches)
+        metrics, picture = validate(self.networks, self.loss, batches, self.config, self.ranks, self.switches)
+        if self.ranks.any(self.should_stop()):
+            return None
+        if self.log is not None and metrics:
+            epochs = self.epoch + (self.step_in_epoch == self.steps_per_epoch)
+            self.log.scalars("val", self.step, epochs, metrics)
+            if picture is not None:
+                self.log.panel("val", self.step, picture)
+            shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
+            self.reporter.message(f"validation after step {self.step}: {shown}")
+        return metrics
+
+    def _loader(self, part: str, state: Any) -> Loader:
+        train = part == "train"
+        return Loader(
+            self.dataset,
+            part,
+            self.config.data,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.train.seed,
+            train=train,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            device=self.ranks.device,
+            depth=not train and self.dataset.manifest.depth is not None,
+            accumulate=self.config.train.accumulate if train else 1,
+            state=state,
+        )
+
+    def _save(self, metrics: dict[str, float]) -> None:
+        """Write last.pt (and best.pt); collective, since every rank's reader position is in it."""
+        self._look_for_bad_steps(wait=True)
+        loaders = self.ranks.gather(self.loader.state())
+        if not self.ranks.main:
+            return
+        score = metrics.get("abs_rel", metrics.get("loss", float("inf")))
+        improved = score < self.best
+        self.best = min(self.best, score)
+        checkpoint = Checkpoint(
+            config=self.config.model_dump(mode="json"),
+            networks=self.networks.state_dicts(),
+            metres_per_unit=self.config.metres_per_unit,
+            step=self.step,
+            epoch=self.epoch,
+            training={
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "loaders": loaders,
+                "step_in_epoch": self.step_in_epoch,
+                "measured": self.measured,
+                "best": self.best,
+            },
+            metrics=metrics,
+        )
+        folder = self.run / "checkpoints"
+        # First the best: were it second, a kill between the two would leave a run that believes to have it.
+        if improved:
+            save_checkpoint(checkpoint, folder / BEST)
+        save_checkpoint(checkpoint, folder / LAST, keep=folder / PREVIOUS)
+
+    def _restore(self, checkpoint: Checkpoint) -> Any:
+        """Take over a checkpoint's state; returns this rank's reader position."""
+        state = checkpoint.training
+        if len(state["loaders"]) != self.ranks.world:
+            raise TrainingError(
+                f"the run had {len(state['loaders'])} ranks, this job has {self.ranks.world}: "
+                "start as many, since each rank's place in the data is saved"
+            )
+        # Whether it is fused goes with the device, not with the run.
+        ours = {"fused": self.optimizer.param_groups[0]["fused"]}
+        groups = [{**group, **ours} for group in state["optimizer"]["param_groups"]]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.epoch, self.step_in_epoch = checkpoint.step, checkpoint.epoch, state["step_in_epoch"]
+        self.best, self.measured = state["best"], state["measured"]
+        return state["loaders"][self.ranks.rank]
+
+
+class _Window:
+    """Images and waiting time since the last report."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.begin, self.images, self.waited = time.perf_counter(), 0, 0.0
+
+    def wait(self, seconds: float) -> None:
+        self.waited += seconds
+
+    def add(self, images: int) -> None:
+        self.images += images
+
+    @property
+    def images_per_second(self) -> float:
+        """So far, over all ranks."""
+        return self.images / max(time.perf_counter() - self.begin, 1e-9)
+
+    def rates(self) -> dict[str, float]:
+        """Target images per second over all ranks, and the share of time spent waiting for data."""
+        elapsed = max(time.perf_counter() - self.begin, 1e-9)
+        found = {"images_per_second": self.images_per_second, "data_wait": self.waited / elapsed}
+        self._reset()
+        return found

@@ -1,0 +1,1 @@
+"""From a split's lines to shards: plan, encode, assemble, publish."""

@@ -1,0 +1,283 @@
+"""Packing: plan, encode every raw frame once into scratch, assemble shards from scratch, publish.
+
+    plan = make_plan(read_split("eigen_zhou"), Kitti(RawData(["kitti_data"]), "velodyne"), content)
+    with start_workers(2) as workers:
+        result = pack(plan, lists, "kitti_shards/eigen_zhou", scratch, workers)
+
+Every step leaves whole files or none, under names that say what decided their content. So the same call after a
+SIGKILL goes on: chunks and shards that are there are not made again, and the dataset's bytes are those of an
+uninterrupted run, whatever the number of workers or the engine that runs them.
+
+Bounds: memory about 75 MB a worker besides the interpreter (a few raw instants, one decoded frame) and about 1 kB
+a sample in the main process; scratch holds each needed frame once, encoded, and one shard for each worker. It is
+emptied when the dataset is committed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from prep.packing.assemble import SHARD_SPEC, Encoded, ShardJob, count_components, cut_shards, sample_jobs, write_shard
+from prep.packing.encode import ChunkJob, encode_chunk
+from prep.packing.plan import Plan, PlannedSample, Skipped
+from prep.packing.scratch import read_chunk_index
+from prep.packing.versions import versions
+from prep.raw.splits import SplitLists
+from prep.workers import Workers, run
+from shards.card import card
+from shards.dataset import describe_components
+from shards.errors import InputError, StorageError
+from shards.files import cache_folder
+from shards.manifest import CARD, REPORT, DepthInfo, Manifest, Shard, Split
+from shards.publish import MAX_MANIFEST_BYTES, Receipt, Store, open_store
+from shards.storage import is_local, local_path
+from shards.version import md2_version
+
+_LOCK = "lock"
+
+
+class Progress(Protocol):
+    """What a long job tells: phases, each with a total in some unit."""
+
+    def phase(self, label: str, total: int, unit: str) -> None:
+        """A phase begins."""
+
+    def advance(self, count: int) -> None:
+        """So many more are done."""
+
+
+class Quiet:
+    """Tells nothing."""
+
+    def phase(self, label: str, total: int, unit: str) -> None:
+        """Nothing."""
+
+    def advance(self, count: int) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A committed dataset: where, what, which lines gave no sample, whether it was there before."""
+
+    url: str
+    manifest: Manifest
+    skipped: list[Skipped]
+    already: bool
+
+
+def scratch_folder(out: str, within: Path | None = None) -> Path:
+    """Folder for a dataset's unfinished work; it is removed in the end, so it is never a folder of the user's.
+
+    Args:
+        within: where to make it; default beside a local dataset, for others in the user's cache.
+    """
+    where = str(local_path(out).absolute()) if is_local(out) else out
+    name = hashlib.sha256(where.encode()).hexdigest()[:16]
+    if within is not None:
+        return within.absolute() / f"{name}.prep"
+    if is_local(out):
+        folder = Path(where)
+        return folder.with_name(f".{folder.name}.prep")
+    return cache_folder() / "prep" / name
+
+
+def pack(
+    plan: Plan,
+    lists: SplitLists,
+    out: str,
+    scratch: Path,
+    workers: Workers,
+    *,
+    skip_broken: bool = False,
+    progress: Progress | None = None,
+) -> Packed:
+    """Pack the plan's samples and publish them at `out`.
+
+    Args:
+        lists: the split that the plan was made from.
+        out: folder or URL.
+        scratch: folder for unfinished work, of this dataset alone; with workers on other machines they must see it.
+        skip_broken: leave samples with broken raw files out and list them, instead of stopping.
+
+    Raises:
+        InputError: no sample can be made; or a raw file is broken, unless `skip_broken`.
+        StorageError: scratch or `out` cannot be written, or another run is at work there.
+    """
+    if plan.total == 0:
+        raise InputError("none of the split's lines can be packed: " + summary(plan.skipped))
+    store = open_store(out)
+    progress = progress or Quiet()
+    with _locked(scratch):
+        identity = _identity(plan, lists)
+        receipts = store.begin(identity)
+        if store.published is not None and _packed_from(store) not in (None, plan.inputs_sha256):
+            # The same samples from files that have changed: never overwritten, so a version beside it.
+            store = open_store(out)
+            receipts = store.begin({**identity, "inputs_sha256": plan.inputs_sha256})
+        if store.published is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+            return Packed(store.url, store.published, _published_skips(store, plan), already=True)
+        jobs = list(plan.jobs(scratch, skip_broken, versions()))
+        _encode(jobs, scratch, workers, progress)
+        encoded = Encoded()
+        for job in jobs:
+            encoded.add(job.drive, scratch, job.name)
+        manifest, skipped = _assemble(plan, lists, encoded, store, receipts, scratch, workers, progress)
+        store.put_text(CARD, card(manifest, kitti=any(drive.kitti for drive in plan.drives.values())))
+        store.put_text(REPORT, report(plan, manifest, skipped))
+        manifest = store.commit(manifest)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Packed(store.url, manifest, skipped, already=False)
+
+
+def _identity(plan: Plan, lists: SplitLists) -> dict[str, Any]:
+    """Everything that decides the dataset's bytes."""
+    return {
+        "split": {"name": lists.name, "sha256": lists.sha256},
+        "parts": sorted(plan.samples),
+        "content": asdict(plan.content),
+        "samples_sha256": plan.samples_sha256,
+        "versions": versions(),
+    }
+
+
+@contextmanager
+def _locked(scratch: Path) -> Iterator[None]:
+    """Hold the scratch folder for this process alone; a killed process lets go of it by itself."""
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        lock = (scratch / _LOCK).open("w")
+    except OSError as error:
+        raise StorageError(f"{scratch}: cannot be written ({error.strerror or error}); give --scratch DIR") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(f"{scratch}: another md2 prep is at work there; wait for it, or stop it") from None
+        yield
+
+
+def _encode(jobs: list[ChunkJob], scratch: Path, workers: Workers, progress: Progress) -> None:
+    """Make the chunks that are not there yet; remove what earlier runs with other options or input left."""
+    names = {job.name: job for job in jobs}
+    for path in scratch.iterdir():
+        if path.is_file() and path.name not in names and path.name != _LOCK:
+            path.unlink()
+    progress.phase("encoding frames", sum(job.images for job in jobs), "images")
+    missing = []
+    for name, job in names.items():
+        index = read_chunk_index(scratch / name)
+        if index is None or index["broken"]:  # what was broken may have been mended
+            missing.append(job)
+        else:
+            progress.advance(job.images)
+    for name in run(workers, encode_chunk, missing):
+        progress.advance(names[name].images)
+
+
+def _assemble(
+    plan: Plan,
+    lists: SplitLists,
+    encoded: Encoded,
+    store: Store,
+    receipts: Mapping[str, Receipt],
+    scratch: Path,
+    workers: Workers,
+    progress: Progress,
+) -> tuple[Manifest, list[Skipped]]:
+    skipped, packed = list(plan.skipped), dict[str, list[PlannedSample]]()
+    for part in sorted(plan.samples):
+        packed[part], bad = sample_jobs(plan, encoded, part)
+        skipped += bad
+    if not any(packed.values()):
+        raise InputError("none of the split's lines can be packed: " + summary(skipped))
+    progress.phase("writing shards", sum(map(len, packed.values())), "samples")
+
+    shards: list[Shard] = []
+
+    def shard_jobs() -> Iterator[ShardJob]:
+        for part, samples in packed.items():
+            for job in cut_shards(plan, encoded, part, samples, scratch, store):
+                receipt = receipts.get(job.name)
+                if receipt is not None and receipt.note.get(SHARD_SPEC) == job.spec:
+                    shards.append(receipt.shard)
+                    progress.advance(receipt.shard.samples)
+                else:
+                    yield job
+
+    for shard in run(workers, write_shard, shard_jobs()):
+        shards.append(shard)
+        progress.advance(shard.samples)
+    content = plan.content
+    total = sum(len(samples) for samples in packed.values())
+    components, optional = describe_components(count_components(plan, packed), total)
+    manifest = Manifest(
+        md2_version=md2_version(),
+        split=Split(name=lists.name, sha256=lists.sha256),
+        frames=list(content.frames),
+        stereo=content.stereo,
+        depth=None if content.depth is None else DepthInfo(source=content.depth, convention=content.convention),
+        size=content.format.size,
+        codec=content.format.codec,
+        quality=content.format.quality,
+        seed=content.seed,
+        components=components,
+        optional_components=optional,
+        skipped=len(skipped),
+        shards=sorted(shards, key=lambda shard: shard.name),
+    )
+    return manifest, skipped
+
+
+def report(plan: Plan, manifest: Manifest, skipped: list[Skipped]) -> str:
+    """`report.json`: what was packed, from what, and every split line that gave no sample, with the reason."""
+    content = {
+        "inputs_sha256": plan.inputs_sha256,
+        "samples": {part: manifest.samples(part) for part in manifest.parts},
+        "optional_components": manifest.optional_components,
+        "skipped": len(skipped),
+        "skipped_by_reason": dict(sorted(Counter(s.reason for s in skipped).items())),
+        "skipped_lines": [asdict(s) for s in skipped],
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def summary(skipped: list[Skipped]) -> str:
+    """`3 missing neighbour +1 (first: 2011_09_26/… 107 l), …`; of what is broken also how."""
+    firsts: dict[str, Skipped] = {}
+    for skip in skipped:
+        firsts.setdefault(skip.reason, skip)
+    texts = []
+    for reason, count in Counter(skip.reason for skip in skipped).most_common():
+        first = firsts[reason]
+        broken = f": {first.detail}" if reason.startswith("broken") else ""
+        texts.append(f"{count} {reason} (first: {first.line}{broken})")
+    return ", ".join(texts)
+
+
+def _published_report(store: Store) -> dict[str, Any]:
+    """The report of the dataset that is there already; empty where there is none."""
+    text = store.storage.read(REPORT, MAX_MANIFEST_BYTES)
+    content: dict[str, Any] = {} if text is None else json.loads(text)
+    return content
+
+
+def _packed_from(store: Store) -> str | None:
+    """`Plan.inputs_sha256` of the dataset that is there already, where its report says so."""
+    return _published_report(store).get("inputs_sha256")
+
+
+def _published_skips(store: Store, plan: Plan) -> list[Skipped]:
+    """What the report of the dataset that is there already lists."""
+    lines = _published_report(store).get("skipped_lines")
+    return plan.skipped if lines is None else [Skipped(**entry) for entry in lines]

@@ -1,0 +1,1 @@
+"""Read raw data: KITTI's layout, own drives, calibration, velodyne, splits."""

@@ -1,0 +1,1 @@
+"""A verified local copy of remote shards."""

@@ -1,0 +1,448 @@
+"""Publishing a dataset: shards go up one by one, `dataset.json` last, and nothing is ever overwritten.
+
+    store = open_store("s3://team/kitti/eigen_zhou")     # or a folder
+    finished = store.begin(plan)                         # claims the prefix; what an interrupted run left
+    if store.published: ...                              # all of it is there already: nothing to do
+    for name in shards_of(plan):
+        if name not in finished:
+            ... pack to local scratch ...
+            store.put_shard(shard, tar, index, note={...})
+    store.put_text("README.md", card(manifest, store.url))
+    store.commit(manifest)                               # readers see the dataset from here on
+
+While a publication is under way, `.publish/claim.json` says what is being published and by whom, and
+`.publish/train/000000.json` is the receipt of a shard that arrived whole. Both go away with the commit. So a
+run that was interrupted, or a second writer with the same plan, sends only what is missing; a writer with
+another plan is refused. Over a dataset that is committed with another plan, `begin` chooses the first free of
+`…-v2`, `…-v3` … beside it and says so in `store.url`.
+
+A `Store` that has begun can be pickled: workers of a process pool or a cluster may call `has_shard` and
+`put_shard` (any number at a time, different shards), the main process everything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shards.errors import DatasetError, StorageError
+from shards.files import is_running, sha256_file
+from shards.manifest import MANIFEST, Manifest, Shard
+from shards.storage import Storage, open_storage
+from shards.storage.retry import MissingError
+
+Plan = Mapping[str, Any]
+"""Everything that decides the bytes, as JSON values: use the manifest's field names where there is one."""
+
+MAX_MANIFEST_BYTES = 64 << 20
+_MAX_RECEIPT_BYTES = 1 << 20
+_PARALLEL = 8
+_LOOKS, _PAUSE = 3, 0.5
+Record = TypeVar("Record", bound=BaseModel)
+_log = logging.getLogger(__name__)
+FOLDER = ".publish"
+"""Where claim and receipts lie until the commit."""
+SCRATCH = f"{FOLDER}/scratch"
+"""Where a copy into a folder keeps shards on their way."""
+_CLAIM = f"{FOLDER}/claim.json"
+_MAX_VERSIONS = 1000
+
+
+class Receipt(BaseModel):
+    """A shard that arrived whole, with whatever its packer noted down about it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shard: Shard
+    note: dict[str, Any] = {}
+    tags: tuple[str, str] = ("", "")
+    """The storage's own tags of tar and index when they arrived: they tell whether someone wrote over them since."""
+
+
+class Claim(BaseModel):
+    """Who publishes what under a prefix."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    plan: dict[str, Any]
+    plan_sha256: str
+    host: str
+    process: int
+    since: str
+
+
+def plan_sha256(plan: Plan) -> str:
+    """Hash of a plan, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A dataset's manifest as it lies in its storage."""
+
+    manifest: Manifest
+    data: bytes
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes of `dataset.json`; names exactly this dataset."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def read_manifest(storage: Storage) -> Committed | None:
+    """The committed manifest; None where nothing is committed.
+
+    Raises:
+        DatasetError: it is there and broken, or the storage fails.
+    """
+    data = storage.read(MANIFEST, MAX_MANIFEST_BYTES)
+    return None if data is None else Committed(Manifest.from_json(data, f"{storage.url}/{MANIFEST}"), data)
+
+
+def require_manifest(storage: Storage) -> Committed:
+    """As `read_manifest`, for a dataset that has to be there.
+
+    Raises:
+        DatasetError: nothing is committed there.
+    """
+    found = read_manifest(storage)
+    if found is None:
+        raise DatasetError(f"{storage.url}: no dataset there (no {MANIFEST}); md2 prep packs one, or check the path")
+    return found
+
+
+def open_store(url: str) -> Store:
+    """The store behind a folder or URL; nothing is contacted yet.
+
+    Raises:
+        UsageError: a kind of URL that cannot be written.
+    """
+    return Store(url)
+
+
+class Store:
+    """One publication. See the module's docstring for the order of calls.
+
+    Attributes:
+        url: where the dataset goes; after `begin` perhaps a `…-v2` of what was asked for.
+        asked_url: what was asked for.
+        published: the committed manifest if this very dataset is there already, else None.
+        resumed: whether `begin` found an unfinished publication of the same plan.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.asked_url = url.rstrip("/") or url
+        self.published: Manifest | None = None
+        self.resumed = False
+        self._plan_sha256: str | None = None
+        self._copied: Committed | None = None
+        self._storage: Storage = open_storage(self.asked_url)
+
+    @property
+    def url(self) -> str:
+        return self._storage.url
+
+    @property
+    def storage(self) -> Storage:
+        """What the dataset is written to."""
+        return self._storage
+
+    def begin(self, plan: Plan) -> dict[str, Receipt]:
+        """Claim the prefix for `plan`; the receipts of shards that arrived before, by shard name.
+
+        Raises:
+            StorageError: someone publishes another plan here, or left one unfinished; or the storage fails.
+        """
+        return self._begin(plan, plan_sha256(plan))
+
+    def begin_copy(self, source: Committed) -> dict[str, Receipt]:
+        """As `begin`, for a finished dataset that is copied from elsewhere, its manifest byte for byte."""
+        self._copied = source
+        plan = {"manifest_sha256": source.sha256}
+        return self._begin(plan, plan_sha256(plan))
+
+    def _begin(self, plan: Plan, digest: str) -> dict[str, Receipt]:
+        self._plan_sha256 = digest
+        for version in range(1, _MAX_VERSIONS):
+            url = self.asked_url if version == 1 else f"{self.asked_url}-v{version}"
+            self._storage = open_storage(url)
+            found = read_manifest(self._storage)
+            if found is None:
+                return self._claim(plan, digest)
+            if self._is_planned(found):
+                self.published = found.manifest
+                self._tidy()  # a run that was killed right after its commit left claim and receipts
+                return {shard.name: Receipt(shard=shard) for shard in self.published.shards}
+        raise StorageError(f"{self.asked_url}: {_MAX_VERSIONS} versions are published already; use another name")
+
+    def _is_planned(self, committed: Committed) -> bool:
+        """Whether what is committed is what this publication would commit."""
+        if self._copied is not None:
+            return committed.data == self._copied.data
+        return committed.manifest.plan_sha256 == self._plan_sha256
+
+    def _claim(self, plan: Plan, digest: str) -> dict[str, Receipt]:
+        claim = Claim(
+            plan=dict(plan),
+            plan_sha256=digest,
+            host=socket.gethostname(),
+            process=os.getpid(),
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        text = claim.model_dump_json(indent=1).encode()
+        self.resumed = not self._storage.create(_CLAIM, text)
+        if self.resumed and self._is_abandoned():
+            self._storage.write(_CLAIM, text)
+            self.resumed = False
+        # Also after creating it: two writers may both have created it where the storage cannot exclude that.
+        self._check_claim()
+        if not self.resumed:
+            return {}
+        if self.published is not None:
+            return {shard.name: Receipt(shard=shard) for shard in self.published.shards}
+        names = [name for name in self._storage.names(FOLDER) if _is_receipt(name)]
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            receipts = pool.map(lambda name: self._arrived(self._receipt(name)), names)
+            return {receipt.shard.name: receipt for receipt in receipts if receipt is not None}
+
+    def _is_abandoned(self) -> bool:
+        """Whether the claim is that of a process of this machine which has ended before it published anything.
+
+        So a run that stopped at a broken file, or was interrupted because an option was wrong, is not in the way. Were
+        it alive after all, it would be refused at its first shard.
+        """
+        data = self._storage.read(_CLAIM, _MAX_RECEIPT_BYTES)
+        if data is None:
+            return False
+        claim = self._parse(_CLAIM, data, Claim)
+        if claim.plan_sha256 == self._plan_sha256 or claim.host != socket.gethostname() or is_running(claim.process):
+            return False
+        return not any(name.endswith((".tar", ".idx")) or _is_receipt(name) for name in self._storage.names(""))
+
+    def _check_claim(self) -> None:
+        """Refuse where the claim is another plan's; note where another writer has committed this plan meanwhile."""
+        for _ in range(_LOOKS):
+            data = self._storage.read(_CLAIM, _MAX_RECEIPT_BYTES)
+            if data is not None:
+                self._check_plan(data)
+                return
+            found = read_manifest(self._storage)
+            if found is not None and self._is_planned(found):
+                self.published = found.manifest
+                return
+            time.sleep(_PAUSE)  # a server that replaces objects in two steps may show none for a moment
+        raise StorageError(f"{self.url}: the claim on this publication is gone: someone removed it")
+
+    def _check_plan(self, data: bytes) -> None:
+        claim = self._parse(_CLAIM, data, Claim)
+        if claim.plan_sha256 != self._plan_sha256:
+            if claim.host == socket.gethostname() and not is_running(claim.process):
+                raise StorageError(
+                    f"{self.url}: holds part of another dataset (other raw data, split, options), left unfinished by a "
+                    "process of this machine; remove it if nobody is to finish it, or publish under another name"
+                )
+            raise StorageError(
+                f"{self.url}: another dataset is being published there since {claim.since} by {claim.host} "
+                f"(process {claim.process}), or was left unfinished; publish under another name, or remove it first"
+            )
+
+    def has_shard(self, shard: Shard) -> bool:
+        """Whether exactly this shard arrived whole.
+
+        Raises:
+            StorageError: the storage fails.
+        """
+        if self.published is not None:
+            return shard in self.published.shards
+        receipt = self._receipt(_receipt_name(shard.name))
+        return receipt is not None and receipt.shard == shard and self._arrived(receipt) is not None
+
+    def put_shard(
+        self, shard: Shard, tar: Path, index: Path, note: Mapping[str, Any] | None = None, *, move: bool = False
+    ) -> bool:
+        """Publish one shard's two files; False if exactly this shard was there already.
+
+        Args:
+            shard: what the manifest will say of it.
+            tar, index: local files.
+            note: JSON values to find again in the receipt when the publication is resumed.
+            move: the caller has just written and hashed the local files, and gives them up: they are not hashed again,
+                and removed once they are published (a folder on the same disk links them, no copy).
+
+        Raises:
+            DatasetError: the local files are not what `shard` says.
+            StorageError: another shard has that name; or the storage fails.
+        """
+        self._check_begun()
+        _check_local(shard, tar, index, sizes_only=move)
+        if self.published is None:
+            self._check_claim()
+        receipt = None if self.published is not None else self._receipt(_receipt_name(shard.name))
+        self._refuse_other(shard, receipt)
+        new = self.published is None and self._arrived(receipt) is None
+        if new:
+            new, tar_tag = self._put_file(shard.name, tar, shard.bytes, shard.sha256, move)
+            sent, index_tag = self._put_file(shard.index_name, index, shard.index_bytes, shard.index_sha256, move)
+            new = new or sent  # else another writer of the same was faster
+            receipt = Receipt(shard=shard, note=dict(note or {}), tags=(tar_tag, index_tag))
+            self._storage.write(_receipt_name(shard.name), receipt.model_dump_json(indent=1).encode())
+        if move:
+            tar.unlink(missing_ok=True)
+            index.unlink(missing_ok=True)
+        return new
+
+    def _refuse_other(self, shard: Shard, receipt: Receipt | None) -> None:
+        """Raise if another shard was published under that name."""
+        there = [receipt.shard] if receipt is not None else []
+        if self.published is not None:
+            there = [other for other in self.published.shards if other.name == shard.name]
+        if (there or self.published is not None) and shard not in there:
+            raise StorageError(
+                f"{self.url}/{shard.name}: published already with other bytes though the plan is the same (has the raw "
+                "data or a codec changed?); never overwritten: publish under another name"
+            )
+
+    def _put_file(self, name: str, path: Path, size: int, sha256: str, move: bool) -> tuple[bool, str]:
+        """Whether it had to be sent, and the storage's tag of the file as it is there now."""
+        sent = self._storage.create_file(name, path, move)
+        if not sent:
+            # There without a receipt: an earlier run was stopped in between, or someone else put it there.
+            self._compare(name, size, sha256)
+        found = self._storage.stat(name)
+        if found is None or found.size != size:
+            raise StorageError(f"{self.url}/{name}: did not arrive whole; publish again")
+        return sent, found.tag
+
+    def _compare(self, name: str, size: int, sha256: str) -> None:
+        """Raise unless the object is what it should be; it may take a moment, where another writer is at it."""
+        for _ in range(_LOOKS):
+            found = self._storage.stat(name)
+            if found is not None and found.size == size and self._sha256(name) == sha256:
+                return
+            time.sleep(_PAUSE)
+        raise StorageError(f"{self.url}/{name}: there with other bytes; never overwritten: use another URL")
+
+    def _sha256(self, name: str) -> str | None:
+        digest = hashlib.sha256()
+        try:
+            for piece in self._storage.stream(name):
+                digest.update(piece)
+        except MissingError:  # removed since it was looked for
+            return None
+        return digest.hexdigest()
+
+    def put_text(self, name: str, text: str) -> None:
+        """Write a small file such as README.md beside the manifest; a resumed run may replace it until the commit.
+
+        Raises:
+            StorageError: the dataset is committed and says something else; or the storage fails.
+        """
+        self._check_begun()
+        if self.published is None:
+            self._storage.write(name, text.encode())
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Write `dataset.json`, which makes the dataset visible; the manifest as written.
+
+        The manifest's `plan_sha256` is filled in here. Committing the same dataset twice is no error.
+
+        Raises:
+            DatasetError: a shard of the manifest did not arrive, or changed since.
+            StorageError: another dataset was committed meanwhile; or the storage fails.
+        """
+        self._check_begun()
+        if self._copied is None:
+            manifest = manifest.model_copy(update={"plan_sha256": self._plan_sha256})
+            data = manifest.to_json().encode()
+        else:
+            manifest, data = self._copied.manifest, self._copied.data
+        if self.published is None:
+            self._check_claim()
+        if self.published is None:
+            problem = self._find_missing(manifest)
+            if problem is None:
+                self._storage.create(MANIFEST, data)
+            elif read_manifest(self._storage) is None:  # else another writer committed and removed the receipts
+                raise DatasetError(problem)
+        found = read_manifest(self._storage)
+        if found is None or found.data != data:
+            raise StorageError(f"{self.url}: another dataset is committed there; never overwritten: use another name")
+        self.published = manifest
+        self._tidy()
+        return manifest
+
+    def _find_missing(self, manifest: Manifest) -> str | None:
+        """What keeps the manifest from being committed: a shard that is not there, whole, and as it arrived."""
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            for shard, there in zip(manifest.shards, pool.map(self.has_shard, manifest.shards), strict=True):
+                if not there:
+                    return f"{self.url}/{shard.name}: not published, or changed since; run it again"
+        return None
+
+    def _tidy(self) -> None:
+        """Remove claim, receipts and what killed runs left; the dataset is committed whether or not this is allowed."""
+        try:
+            self._storage.delete(self._storage.names(FOLDER))
+            self._storage.sweep()
+        except StorageError as error:
+            _log.warning("%s: committed, but %s/ cannot be removed (%s)", self.url, FOLDER, error)
+
+    def _check_begun(self) -> None:
+        if self._plan_sha256 is None:
+            raise RuntimeError("Store.begin comes first")
+
+    def _receipt(self, name: str) -> Receipt | None:
+        data = self._storage.read(name, _MAX_RECEIPT_BYTES)
+        return None if data is None else self._parse(name, data, Receipt)
+
+    def _parse(self, name: str, data: bytes, model: type[Record]) -> Record:
+        """A claim or receipt. Read again if broken: a server may show what another writer is just writing."""
+        for _ in range(_LOOKS):
+            try:
+                return model.model_validate_json(data)
+            except ValidationError:
+                time.sleep(_PAUSE)
+                data = self._storage.read(name, _MAX_RECEIPT_BYTES) or b""
+        kind = model.__name__.lower()
+        raise StorageError(
+            f"{self.url}/{name}: not a {kind}; remove it if nobody is publishing there, and publish again"
+        )
+
+    def _arrived(self, receipt: Receipt | None) -> Receipt | None:
+        """The receipt if its files are there as they were when they arrived."""
+        if receipt is None:
+            return None
+        shard = receipt.shard
+        for name, size, tag in zip(
+            (shard.name, shard.index_name), (shard.bytes, shard.index_bytes), receipt.tags, strict=True
+        ):
+            found = self._storage.stat(name)
+            if found is None or found.size != size or (tag and found.tag != tag):
+                return None
+        return receipt
+
+
+def _is_receipt(name: str) -> bool:
+    return name.startswith(f"{FOLDER}/") and name.endswith(".json") and name != _CLAIM
+
+
+def _receipt_name(shard_name: str) -> str:
+    return f"{FOLDER}/{shard_name.removesuffix('.tar')}.json"
+
+
+def _check_local(shard: Shard, tar: Path, index: Path, sizes_only: bool) -> None:
+    for path, size, sha256 in ((tar, shard.bytes, shard.sha256), (index, shard.index_bytes, shard.index_sha256)):
+        if path.stat().st_size != size or not (sizes_only or sha256_file(path) == sha256):
+            raise DatasetError(f"{path}: not the bytes it was packed with ({shard.name}): a disk or memory fault")

@@ -1,0 +1,127 @@
+"""The benchmarks run, as the commands that the README names, and say what failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench.gpu
+from bench.gpu_record import Record, Setup
+from bench.gpu_sections import SECTIONS
+from shards.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_all_of_the_gpu_benchmark_runs_on_a_cpu_and_says_that_it_did(tmp_path: Path) -> None:
+    """In a process of its own: it forks none of the tests' threads, and imports Triton as it needs it."""
+    command = [sys.executable, "-m", "cli.main", "bench", "gpu", str(tmp_path), "--device", "cpu", "--tiny"]
+    sections = [name for name in SECTIONS if name != "baseline"]  # tests/test_loss_work.py runs that one
+    done = subprocess.run(
+        [*command, "--only", ",".join(sections)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [section["name"] for section in found["sections"]] == sections
+    assert all(holds for section in found["sections"] for _, holds, _ in section["checks"])
+    rows = {section["name"]: [row for _, table in section["tables"] for row in table] for section in found["sections"]}
+    assert [row["decoded on"] for row in rows["decode"]] == ["cpu, batches on cpu", "nowhere (ppm), batches on cpu"]
+    assert {row[""] for row in rows["step"]} == {"float32", "bf16"}
+    assert [row["shards"] for row in rows["training"]] == ["jpeg", "ppm"]
+    assert all(row["triplets/s"] > 0 for row in rows["training"])
+    assert rows["training"][0]["peak, MiB"] is None
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.startswith("# GPU: none used: every figure below is the CPU's")
+    assert "**Tiny**" in text and "no figure means anything" in text
+
+
+def test_what_needs_no_loader_needs_no_dali() -> None:
+    """On a machine without it, the kernels and the step against the baseline can still be measured."""
+    code = (
+        "import sys; sys.modules['nvidia.dali'] = None; from bench.gpu_sections import SECTIONS, kernels;"
+        "from bench.gpu_record import Record, Setup; import bench.gpu, torch; from pathlib import Path;"
+        "options = bench.gpu.parse(['x', '--device', 'cpu', '--tiny']);"
+        "record = bench.gpu.guarded('kernels', kernels, Setup.of(options, torch.device('cpu'), Path('.')), Path('.'));"
+        "print(record.failed, record.error); sys.exit(record.failed)"
+    )
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_section_that_fails_is_a_row_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(setup: Setup, record: Record) -> None:
+        record.table("half a table").append({"a": 1.0})
+        raise RuntimeError("no memory\nmore of it")
+
+    def does_not_hold(setup: Setup, record: Record) -> None:
+        record.check("two is one", False, "2 != 1")
+
+    def works(setup: Setup, record: Record) -> None:
+        record.check("one is one", True, "1")
+
+    for name, section in {"kernels": breaks, "decode": does_not_hold, "loader": works}.items():
+        monkeypatch.setitem(SECTIONS, name, section)
+    options = ["--device", "cpu", "--tiny", "--only", "kernels,decode,loader"]
+    assert bench.gpu.main([str(tmp_path), *options]) == 1
+    text = (tmp_path / "gpu.md").read_text()
+    for line in (
+        "| kernels | **FAILED** |",
+        "| decode | **FAILED** |",
+        "| loader | done |",
+        "**FAILED**: RuntimeError: no memory (traceback: kernels.txt)",
+        "| 1 |",
+        "| two is one | **FAILED** | 2 != 1 |",
+    ):
+        assert line in text
+    assert "more of it" in (tmp_path / "kernels.txt").read_text()
+    assert "FAILED: kernels, decode" in capsys.readouterr().out
+    assert bench.gpu.main([str(tmp_path), *options[:-1], "loader"]) == 0
+
+
+def test_a_gpu_that_is_not_there_or_an_unknown_section_ends_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for words, message in (
+        (["x"], "no CUDA device; --device cpu --tiny shows that the code runs"),
+        (["x", "--only", "speed"], "--only speed: of kernels, decode"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            bench.gpu.main([str(tmp_path / words[0]), *words[1:]])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        bench.gpu.main([str(tmp_path / "file"), "--device", "cpu"])
+
+
+def test_the_loaders_benchmark_packs_with_prep_and_fills_its_tables(drive: Path) -> None:
+    small = ["--modes", "mono", "--seconds", "0.01", "--repeats", "1", "--samples", "24", "--batch", "2"]
+    command = [sys.executable, "-m", "cli.main", "bench", "loader", str(drive), *small]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "640x192 JPEG of quality 93" in done.stdout
+    rows = {line.split("|")[1].strip(): line.split("|")[2:] for line in done.stdout.splitlines() if line[:1] == "|"}
+    for name in (
+        "plain, png, jitter",
+        "plain, png, jitter, 4 scales",
+        "webdataset",
+        "floor",
+        "md2",
+        "md2, jitter",
+        "md2, ppm",
+    ):
+        assert float(rows[name][0]) > 0 and float(rows[name][1]) > 0
+    assert rows["md2 / floor"][0].strip() == "0.7"
+    assert float(rows["md2 / floor"][1]) > 0

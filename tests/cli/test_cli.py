@@ -1,0 +1,147 @@
+"""The commands from outside: real processes, exit codes, one line per mistake."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from rich.text import Text
+from typer.main import get_command
+
+from cli.main import app
+from md2.config import load_config
+from md2.zoo import zoo as list_zoo
+from prep.raw.splits import NAMED
+
+COMMANDS = ("sample", "prep", "shards", "train", "eval", "predict", "odometry", "export", "report", "bench", "zoo")
+
+
+def md2(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cli.main", *arguments]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "100"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, cwd=folder or root, env=environment
+    )
+
+
+def test_help_names_every_command_and_needs_no_torch() -> None:
+    script = (
+        "import sys; sys.argv = ['md2', '--help']; from cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
+    )
+    check = "print('HEAVY', [m for m in ('torch', 'nvidia.dali', 'matplotlib') if m in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", script + check], capture_output=True, text=True, timeout=60, check=True
+    )
+    for command in COMMANDS:
+        assert command in found.stdout
+    assert "HEAVY []" in found.stdout
+
+
+def test_ctrl_c_while_python_imports_is_quiet(tmp_path: Path) -> None:
+    """An import that is interrupted, whenever it is pressed."""
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    root = Path(__file__).resolve().parents[2]
+    module, name = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]["md2"].split(":")
+    line = f"from {module} import {name}; {name}()"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", line], capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "md2: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "no_such_recipe"], 2, "no_such_recipe"),
+        (["train", "mono", "train.batchsize=3"], 2, "did you mean 'train.batch_size'"),
+        (["train"], 2, "give a configuration"),
+        (["train", "--resume", "nowhere"], 2, "no run to resume"),
+        (["train", "mono", "data.url=nowhere", "model.weights=scratch"], 5, "nowhere"),
+        (["prep", "--split", "no_such_split"], 2, "no_such_split"),
+        (["eval", "nowhere", "nowhere"], 3, "nowhere"),
+        (["zoo", "nothing"], 2, "md2 zoo"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_and_its_exit_code(
+    arguments: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    found = md2(*arguments, folder=tmp_path)
+    assert found.returncode == code, found.stderr
+    lines = found.stderr.strip().splitlines()
+    assert len(lines) == 1, found.stderr
+    assert lines[0].startswith("md2: ")
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir()), "a refused command must leave nothing behind"
+
+
+def test_help_loses_nothing_to_markup() -> None:
+    """Help goes through rich, which would swallow a `[default: ...]`."""
+    waiting = [("md2", get_command(app))]
+    seen = 0
+    while waiting:
+        name, command = waiting.pop()
+        waiting += [(f"{name} {inner}", it) for inner, it in getattr(command, "commands", {}).items()]
+        for parameter in command.params:
+            text = getattr(parameter, "help", None) or ""
+            assert Text.from_markup(text).plain == text, f"{name} {parameter.name}"
+            seen += 1
+    assert seen > 80
+
+
+def test_unknown_commands_and_options_are_usage_errors() -> None:
+    assert md2("nonsense").returncode == 2
+    assert md2("prep", "--nonsense").returncode == 2
+
+
+def test_version_is_the_installed_one() -> None:
+    assert md2("--version").stdout == f"md2 {version('md2')}\n"
+
+
+def test_doctor_checks_the_decoder() -> None:
+    found = md2("doctor")
+    assert found.returncode == 0, found.stdout + found.stderr
+    place = "GPU" if torch.cuda.is_available() else "CPU"
+    assert f"decodes on the {place} (64x32)" in found.stdout
+
+
+def test_show_prints_all_keys_with_the_overrides_and_trains_nothing(tmp_path: Path) -> None:
+    shown = md2("train", "mono", "--show", "train.epochs=3", folder=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == load_config("mono", ["train.epochs=3"]).to_yaml()
+    assert all(key in shown.stdout for key in ("epochs: 3", "shuffle_buffer: 1024", "disparity_smoothness: 0.001"))
+    assert not list(tmp_path.iterdir())
+    assert "data.url" in md2("train", "-h").stdout
+
+
+def test_the_zoos_commands_pack_what_its_recipes_read() -> None:
+    """A named split, the recipe's size (640x192 is prep's default), and the place where the recipe looks."""
+    for recipe in list_zoo():
+        if recipe.name == "demo":
+            assert recipe.prep_command.startswith("make demo")
+            continue
+        words = recipe.prep_command.split()
+        options = dict(zip(words[2::2], words[3::2], strict=True))
+        data = recipe.config.data
+        assert options["--split"] in NAMED, recipe.name
+        assert options.get("--size", "640x192") == f"{data.width}x{data.height}", recipe.name
+        assert options.get("--out", f"kitti_shards/{options['--split']}") == data.url, recipe.name
+
+
+def test_zoo_gives_figures_and_commands() -> None:
+    name = "monodepth2_resnet18_kitti_stereo_1024x320"
+    listed = md2("zoo").stdout
+    assert name in listed
+    assert "0.017 ± 0.008 m" in next(line for line in listed.splitlines() if "odometry_mono_640x192" in line)
+    shown = md2("zoo", name).stdout
+    # The paper's Table 1, row S 1024x320.
+    assert "abs_rel 0.107  sq_rel 0.849  rmse 4.764  rmse_log 0.201  a1 0.874  a2 0.953  a3 0.977" in shown
+    assert "md2 prep --split eigen_full --size 1024x320" in shown
+    assert f"md2 train {name}" in shown

@@ -1,0 +1,218 @@
+"""Work per batch, counted and not timed, so that it cannot creep up: decodes, Python calls, tensor operations."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pipeline_data import Operations, config, loader, make_samples, pack
+
+import md2.pipeline
+from md2.data.augment import float_images
+from md2.data.batch import Batch
+from md2.data.cpu import HostThreads
+from md2.pipeline import Loader
+from shards.dataset import LocalDataset
+from shards.sample import ppm_header
+
+MODES = {
+    "mono": (config(), 3),
+    "stereo": (config(frames=[0], stereo=True), 2),
+    "mono+stereo": (config(stereo=True), 4),
+    "augmented": (config(stereo=True, flip=True, color_jitter=True), 4),
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> LocalDataset:
+    return pack(tmp_path_factory.mktemp("counts") / "data", make_samples(96, stereo=True), stereo=True)
+
+
+class _Here(Executor):
+    """Runs on the calling thread, where calls and tensor operations can be counted."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@pytest.fixture(autouse=True)
+def on_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(md2.pipeline, "host_threads", lambda: HostThreads(_Here(), _Here()))
+
+
+def third_batch(batches: Loader) -> tuple[Batch, int]:
+    """A batch after the first ones, and the Python calls that it took on this thread."""
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    iterator = iter(batches)
+    next(iterator)
+    next(iterator)
+    sys.setprofile(count)
+    try:
+        batch = next(iterator)
+    finally:
+        sys.setprofile(None)
+    return batch, calls
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_image_of_a_sample_is_decoded_once_and_nothing_else_is(
+    dataset: LocalDataset, mode: str, tmp_path: Path
+) -> None:
+    settings, images = MODES[mode]
+    graph = _graph(loader(dataset, settings), tmp_path)
+    assert graph["Image"] == images
+    assert graph["Resize"] == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_uncompressed_images_meet_no_decoder(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are handed out where the reader put them: no copy on the host either, by their address."""
+    settings, images = MODES[mode]
+    stored = pack(tmp_path / "data", make_samples(8, stereo=True, codec="ppm"), stereo=True, codec="ppm")
+    batches = loader(stored, settings)
+    graph = _graph(batches, tmp_path)
+    assert (graph["Image"], graph["Resize"], graph["Slice"]) == (0, 0, images)
+    told: list[bool] = []
+    monkeypatch.setattr(md2.pipeline, "float_images", lambda *a, decoding: told.append(decoding) or float_images(*a))
+    next(iter(batches))
+    assert told == [False] * images, "nothing else keeps the cores busy"
+    assert {value.storage_offset() for value in batches._chunk.values() if value.ndim == 4} == {len(ppm_header(96, 64))}
+
+
+def test_native_images_are_resized_once_each(tmp_path: Path) -> None:
+    native = pack(tmp_path / "native", make_samples(4, stereo=True), stereo=True, size=None)
+    graph = _graph(loader(native, config(stereo=True)), tmp_path)
+    assert (graph["Image"], graph["Resize"]) == (4, 4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_image_costs_a_few_tensor_operations_on_the_cpu_and_a_batch_a_few_hundred_calls(
+    dataset: LocalDataset, mode: str
+) -> None:
+    """Images are converted one by one on a CPU, where they stay in its cache: (flip), copy, divide; jitter on top."""
+    settings, images = MODES[mode]
+    calls, operations = {}, {}
+    for size in (8, 24):
+        batches = loader(dataset, settings, batch_size=size)
+        batch, calls[size] = third_batch(batches)
+        assert batch.size == size
+        with Operations() as counted:
+            next(iter(batches))
+        operations[size] = counted.names.total()
+    more = 16 * images
+    assert operations[24] - operations[8] <= (10 if settings.color_jitter else 2) * more
+    assert calls[24] - calls[8] <= (10 if settings.color_jitter else 5) * more + 16 * 4
+    assert calls[8] < (800 if settings.color_jitter else 400)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 64), st.integers(1, 5000), st.integers(1, 8 << 20))
+def test_reading_ahead_decodes_little_for_nothing_and_keeps_to_its_limits(
+    batch_size: int, samples: int, sample_bytes: int
+) -> None:
+    batches = md2.pipeline.batches_ahead(batch_size, samples, sample_bytes)
+    assert batches >= 1
+    read = batches * batch_size
+    if batches > 1:
+        assert read <= 96
+        assert read * sample_bytes <= 128 << 20
+        wasted, unavoidable = -samples % read, -samples % batch_size
+        assert wasted <= max(unavoidable, samples / 16)
+
+
+def test_kitti_is_read_in_chunks_of_several_batches() -> None:
+    """39,810 samples of three and of four 640x192 images, and of four 1024x320 ones."""
+    sizes = [(3, 640, 192), (4, 640, 192), (4, 1024, 320)]
+    assert [md2.pipeline.batches_ahead(12, 39810, n * w * h * 3) for n, w, h in sizes] == [8, 7, 2]
+
+
+def test_small_tensors_alone_are_copied_to_the_device(dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the batch's size: flips, cameras, baseline, and three of jitter, as few copies as there are tensors."""
+    copied: list[torch.Tensor] = []
+    monkeypatch.setattr(Loader, "_to_device", lambda self, tensor: copied.append(tensor) or tensor)
+    expected = {"mono": 1, "stereo": 2, "mono+stereo": 2, "augmented": 6}
+    for mode, (chosen, _) in MODES.items():
+        for size in (8, 24):
+            copied.clear()
+            next(iter(loader(dataset, chosen, batch_size=size)))
+            assert len(copied) == expected[mode]
+            # The largest are the 24x24 matrices of jitter; an image of 96x64 is 18 kB and more.
+            assert sum(tensor.nbytes for tensor in copied) <= 2600 * size
+
+
+@pytest.mark.gpu
+def test_images_are_decoded_on_the_gpu_and_small_tensors_alone_copied_there(
+    dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, images = MODES["augmented"]
+    batches = loader(dataset, settings, device=torch.device("cuda"))
+    copied: list[torch.Tensor] = []
+    move = Loader._to_device
+    monkeypatch.setattr(Loader, "_to_device", lambda self, tensor: copied.append(tensor) or move(self, tensor))
+    batch = next(iter(batches))
+    assert len(copied) == 6
+    assert all(value.is_cuda for value in batches._chunk.values() if value.ndim == 4)
+    assert len(batch.images) == images and all(image.is_cuda for image in batch.images.values())
+
+
+class _Watched:
+    """In place of a CUDA event: what the loader held each time it was waited for."""
+
+    def __init__(self, batches: Loader) -> None:
+        self.batches = batches
+        self.held: list[dict[str, torch.Tensor]] = []
+
+    def synchronize(self) -> None:
+        self.held.append(self.batches._chunk)
+
+
+def test_memory_goes_back_to_dali_only_when_the_gpu_has_read_it(
+    dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", 16)
+    batches = loader(dataset, batch_size=8)
+    iterator = iter(batches)
+    next(iterator)
+    watched = _Watched(batches)
+    monkeypatch.setattr(batches, "_read_on_gpu", watched)
+    first = batches._chunk
+    next(iterator)
+    assert not watched.held
+    next(iterator)
+    assert len(watched.held) == 1 and watched.held[0] is first is not batches._chunk
+
+
+@pytest.mark.gpu
+def test_images_are_right_however_far_the_gpu_is_behind(dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host asks for all batches while the device is still asleep, and DALI gets its memory back meanwhile."""
+    monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", 8)
+    expected = [batch.images[0] for batch in loader(dataset, batch_size=4, train=False)]
+    batches = loader(dataset, batch_size=4, train=False, device=torch.device("cuda"))
+    torch.cuda._sleep(10**9)
+    found = [batch.images[0] for batch in batches]
+    for image, other in zip(found, expected, strict=True):
+        assert (image.cpu() - other).abs().mean() < 0.5 / 255
+
+
+def _graph(batches: Loader, folder: Path) -> Counter[str]:
+    """Operators of the pipeline's graph, by kind; each runs once per sample."""
+    file = folder / "graph.dot"
+    batches._reader.pipeline.save_graph_to_dot_file(str(file))
+    nodes = set(re.findall(r"(?<!\w)__([A-Za-z]+)_(\d+)", file.read_text()))
+    return Counter(kind for kind, _ in nodes)

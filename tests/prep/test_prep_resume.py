@@ -1,0 +1,358 @@
+"""Killed at any moment it goes on, and the bytes are those of an uninterrupted run, whoever did the work."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from prep_data import files_of, long_raw, run_pack
+
+from prep.packing.assemble import Place, SampleJob, ShardJob
+from prep.packing.encode import ChunkJob, ImageFormat, Instant
+from prep.packing.pack import scratch_folder
+from prep.packing.scratch import Blob, ChunkReader, ChunkWriter, read_chunk_index
+from prep.raw.calibration import Rig
+from prep.raw.sources import Member, Ref
+from prep.raw.splits import Side
+from prep.workers import run, start_workers
+from shards.errors import DatasetError, Md2Error, UsageError
+from shards.publish import Store
+
+FRAMES = 240
+CHUNKS = 10
+OPTIONS = {"size": "native", "shard_mb": 5}
+
+
+@pytest.fixture(scope="module")
+def long(drive: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """480 images, 476 samples: 10 chunks, 5 shards."""
+    return long_raw(drive, tmp_path_factory.mktemp("long"), FRAMES)
+
+
+@pytest.fixture(scope="module")
+def expected(long: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Files of an uninterrupted run in one process."""
+    raw, split = long
+    out = tmp_path_factory.mktemp("expected") / "out"
+    run_pack(split, raw, out, **OPTIONS)
+    return files_of(out)
+
+
+def children(pid: int) -> list[int]:
+    """Processes started by a process, and by those in turn."""
+    found = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, listed.read_text().split()):
+            found += [child, *children(child)]
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return not re.search(r"^State:\s+Z", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes] | None = None) -> bool:
+    """True once the condition holds; False if the process ended first."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        if process is not None and process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "nothing happened within a minute"
+        time.sleep(0.002)
+    return True
+
+
+def test_sigkill_at_any_moment(long: tuple[Path, Path], expected: dict[str, bytes], tmp_path: Path) -> None:
+    raw, split = long
+    out, within = tmp_path / "out", tmp_path / "scratch"
+    within.mkdir()
+    (within / "notes.txt").write_text("not prep's")
+    scratch = scratch_folder(str(out), within)
+    command = [sys.executable, "-m", "cli.main", "prep", "--split", str(split), "--raw", str(raw), "--out", str(out)]
+    command += ["--scratch", str(within), "--size", "native", "--shard-mb", "5", "--workers", "2"]
+
+    def chunks() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in scratch.glob("*.chunk")}
+
+    def receipts() -> dict[str, int]:
+        return {path.stem: path.stat().st_mtime_ns for path in out.glob(".publish/*/*.json")}
+
+    # When to kill: in the first chunks, some chunks later, while the first shard is written, after it is published.
+    moments: list[tuple[str, Callable[[], bool]]] = [
+        ("a chunk under way", lambda: bool(list(scratch.glob(".*.tmp")))),
+        ("2 chunks", lambda: len(chunks()) >= 2),
+        ("6 chunks", lambda: len(chunks()) >= 6),
+        ("a shard under way", lambda: bool(list(scratch.glob("shards/*/*.tmp")))),
+        ("a shard published", lambda: len(receipts()) >= 1),
+    ]
+    print()
+    for label, reached in moments:
+        kept_chunks, kept_receipts = chunks(), receipts()
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try:
+            assert wait_until(reached, process), f"finished before: {label}"
+            workers = children(process.pid)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert wait_until(lambda pids=workers: not any(map(alive, pids)))  # type: ignore[misc]
+        print(f"killed at {label}: {len(chunks())} of {CHUNKS} chunks, {len(receipts())} shards are whole")
+        assert not (out / "dataset.json").exists()
+        # What was whole at the kill before was not made again.
+        assert {name: chunks().get(name) for name in kept_chunks} == kept_chunks
+        assert {name: receipts().get(name) for name in kept_receipts} == kept_receipts
+    kept_shards = {name: (out / f"train/{name}.tar").stat().st_mtime_ns for name in receipts()}
+    assert kept_shards
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    print(done.stdout.strip())
+    assert {name: (out / f"train/{name}.tar").stat().st_mtime_ns for name in kept_shards} == kept_shards
+    assert files_of(out) == expected
+    assert [path.name for path in within.iterdir()] == ["notes.txt"]  # a folder that was there is never emptied
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    (out / ".publish").mkdir()
+    (out / ".publish" / "claim.json").write_text("what a kill right after the commit leaves")
+    again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    print(again.stdout.strip())
+    assert "was there already" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize("presses", [1, 2, 5])
+def test_ctrl_c_ends_all_processes(long: tuple[Path, Path], tmp_path: Path, presses: int) -> None:
+    raw, split = long
+    scratch = scratch_folder(str(tmp_path / "out"), tmp_path)
+    command = [sys.executable, "-m", "cli.main", "prep", "--split", str(split), "--raw", str(raw), "--workers", "2"]
+    command += ["--out", str(tmp_path / "out"), "--scratch", str(tmp_path), "--size", "native"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    assert wait_until(lambda: bool(list(scratch.glob("*.chunk"))), process)
+    workers = children(process.pid)
+    assert workers
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does for Ctrl-C
+    for _ in range(presses - 1):  # while the workers finish what they are at
+        time.sleep(0.02)
+        with suppress(ProcessLookupError):  # ended already
+            os.killpg(process.pid, signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors.decode()
+    assert b"Traceback" not in errors
+    assert wait_until(lambda: not any(map(alive, workers)))
+    assert presses > 1 or not list(scratch.glob("**/.*.tmp"))
+
+
+def test_ctrl_c_again_ends_a_job_that_does_not(tmp_path: Path) -> None:
+    script = "import sys, time, prep.workers as w; w.PATIENCE = 0.5\n"
+    script += "with w.start_workers(2) as workers: list(w.run(workers, time.sleep, [3600, 3600]))"
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        assert wait_until(lambda: len(children(process.pid)) >= 3, process)  # two workers and Python's tracker
+        workers = children(process.pid)
+        for wait in (0.2, 0.2, 0.6):
+            assert process.poll() is None
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(wait)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert b"Traceback" not in errors  # the tracker may say that it cleans up
+    assert wait_until(lambda: not any(map(alive, workers)))
+
+
+def test_four_workers_give_the_same_bytes(long: tuple[Path, Path], expected: dict[str, bytes], tmp_path: Path) -> None:
+    raw, split = long
+    with start_workers(4) as pool:
+        run_pack(split, raw, tmp_path / "out", workers=pool, **OPTIONS)
+    assert files_of(tmp_path / "out") == expected
+
+
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A dask scheduler and two worker processes on loopback."""
+    folder = tmp_path_factory.mktemp("dask")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    address_file = folder / "scheduler.json"
+    base = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
+    quiet = {"cwd": folder, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    processes = [
+        subprocess.Popen(
+            [*base, "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(address_file)],
+            **quiet,  # type: ignore[call-overload]
+        )
+    ]
+    try:
+        wait_until(address_file.exists)
+        for _ in range(2):
+            worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(address_file)]
+            worker += ["--nthreads", "1", "--no-dashboard", "--no-nanny", "--local-directory", str(folder)]
+            processes.append(subprocess.Popen(worker, **quiet))  # type: ignore[call-overload]
+        from distributed import Client
+
+        with Client(scheduler_file=str(address_file)) as client:
+            client.wait_for_workers(2, timeout=60)
+            address = client.scheduler.address
+        yield address
+    finally:
+        for process in reversed(processes):
+            process.kill()  # asked nicely, a worker whose scheduler is going too may take its time
+            process.wait()
+
+
+def test_dask_gives_the_same_bytes(
+    long: tuple[Path, Path], expected: dict[str, bytes], tmp_path: Path, scheduler: str
+) -> None:
+    raw, split = long
+    with start_workers(scheduler=scheduler) as workers:
+        assert workers.count == 2
+        run_pack(split, raw, tmp_path / "out", workers=workers, **OPTIONS)
+    assert files_of(tmp_path / "out") == expected
+
+
+def test_a_broken_frame_under_dask_names_the_file(long: tuple[Path, Path], tmp_path: Path, scheduler: str) -> None:
+    from shards.errors import SampleError
+
+    raw, split = long
+    number = FRAMES // 2
+    broken = tmp_path / "raw"
+    for path in raw.rglob("*"):
+        if path.is_symlink() and str(number) in path.name and "image_02" in str(path):
+            copy = broken / path.relative_to(raw)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes()[:5000])
+    with (
+        start_workers(scheduler=scheduler) as workers,
+        pytest.raises(SampleError, match=rf"{number}\.png: broken image"),
+    ):
+        run_pack(split, [str(broken), str(raw)], tmp_path / "out", workers=workers, **OPTIONS)
+
+
+def test_no_scheduler_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prep.workers.SCHEDULER_TIMEOUT", 1)
+    with pytest.raises(UsageError, match="no dask scheduler answers"), start_workers(scheduler="tcp://127.0.0.1:9"):
+        pass
+
+
+def test_a_worker_that_dies_is_one_line(tmp_path: Path) -> None:
+    says = r"a worker process died .*run the same command again"
+    with start_workers(2) as workers, pytest.raises(Md2Error, match=says):
+        list(run(workers, os._exit, [9, 9]))
+
+
+def test_a_damaged_chunk_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.chunk"
+    with ChunkWriter(path) as writer:
+        blobs = [writer.add(data) for data in (b"first" * 100, b"second" * 100)]
+        writer.finish({"broken": {}})
+    assert read_chunk_index(path) == {"broken": {}}
+    whole = path.read_bytes()
+    with ChunkReader(tmp_path) as reader:
+        assert reader.read("a.chunk", blobs[1]) == b"second" * 100
+    for position in range(0, len(whole), 7):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        if position < blobs[1].offset + blobs[1].size:
+            blob: Blob = blobs[position >= blobs[1].offset]
+            with ChunkReader(tmp_path) as reader, pytest.raises(DatasetError, match=r"a\.chunk: damaged scratch file"):
+                reader.read("a.chunk", blob)
+        else:
+            assert read_chunk_index(path) is None
+    for size in range(0, len(whole), 11):
+        path.write_bytes(whole[:size])
+        assert read_chunk_index(path) is None
+
+
+def chunk_job() -> ChunkJob:
+    """Of two instants: both images, a scan and a ready-made depth map in the first; the left image in the second."""
+    names = enumerate(("l", "r", "scan", "map"))
+    refs = {name: Ref(name, f"file:///raw/{name}", 100 + number) for number, name in names}
+    packed = Ref("next", "file:///raw.zip", 7, Member(0, 1, 5, 8, 99))
+    instants = (
+        Instant(3, {"l": refs["l"], "r": refs["r"]}, refs["scan"], ("l",), {"r": refs["map"]}),
+        Instant(4, {"l": packed}),
+    )
+    projection: dict[Side, np.ndarray] = {side: np.arange(12.0).reshape(3, 4) + len(side) for side in ("l", "r")}
+    rig = Rig(projection, (192, 64), np.eye(4), "calib")
+    return ChunkJob("d", instants, rig, ImageFormat((96, 32), "jpeg", 90), "camera_z", False, Path("scratch"), "1")
+
+
+def changed_jobs(job: ChunkJob) -> Iterator[tuple[str, ChunkJob]]:
+    first, second = job.instants
+    assert first.scan is not None and second.images["l"].member is not None
+
+    def instant(**changes: Any) -> ChunkJob:
+        return replace(job, instants=(replace(first, **changes), second))
+
+    def rig(**changes: Any) -> ChunkJob:
+        return replace(job, rig=replace(job.rig, **changes))
+
+    yield "drive", replace(job, drive="e")
+    yield "frame", instant(frame=2)
+    yield "image", instant(images={"l": first.images["l"]})
+    yield "side", instant(images={"l": first.images["r"], "r": first.images["l"]})
+    yield "size of a file", instant(images={**first.images, "l": replace(first.images["l"], size=1)})
+    yield "place of a file", instant(scan=replace(first.scan, url="file:///other/scan"))
+    yield "scan", instant(scan=None, depth_sides=())
+    yield "side of the depth", instant(depth_sides=("r",))
+    yield "both depths", instant(depth_sides=("l", "r"))
+    yield "ready-made depth", instant(depth_maps={})
+    crc = replace(second.images["l"], member=replace(second.images["l"].member, crc=98))
+    yield "content of a zip", replace(job, instants=(first, replace(second, images={"l": crc})))
+    yield "fewer", replace(job, instants=(first,))
+    yield "calibration", rig(projection={**job.rig.projection, "r": np.zeros((3, 4))})
+    yield "native size", rig(size=(192, 63))
+    yield "lidar", rig(velodyne=np.eye(4)[::-1])
+    yield "no lidar", rig(velodyne=None)
+    for number, form in enumerate((ImageFormat(None, "jpeg", 90), ImageFormat((96, 32), "png", 90))):
+        yield f"format {number}", replace(job, format=form)
+    yield "quality", replace(job, format=ImageFormat((96, 32), "jpeg", 91))
+    yield "convention", replace(job, convention="lidar_x")
+    yield "versions", replace(job, versions="2")
+
+
+def test_a_chunk_is_named_after_everything_that_decides_its_bytes() -> None:
+    """Else a run with other options, or after a file was mended, would take what an earlier one left in scratch."""
+    job = chunk_job()
+    names = {"": job.name} | {what: other.name for what, other in changed_jobs(job)}
+    assert len(set(names.values())) == len(names)
+    # Where the work is done, and whether broken files are skipped (such chunks are made again), decides nothing.
+    assert chunk_job().name == replace(job, folder=Path("elsewhere"), skip_broken=True).name == job.name
+
+
+def test_a_shard_is_told_by_all_that_goes_into_it() -> None:
+    def spec(key: str = "k", small: bytes = b"abc", size: int = 5, crc: int = 6, name: str = "0.jpg") -> str:
+        sample = SampleJob(key, {"k.f32": small}, {name: Place("a.chunk", Blob(0, size, crc))})
+        return ShardJob("train", 0, [sample], Path("scratch"), Store("out")).spec
+
+    changes: list[dict[str, Any]] = [{"key": "l"}, {"small": b"abd"}, {"size": 4}, {"crc": 7}, {"name": "s.jpg"}]
+    assert len({spec(), *(spec(**change) for change in changes)}) == 6
+    assert spec() == spec()
+
+
+def test_few_chunk_files_are_open_at_a_time(tmp_path: Path) -> None:
+    blobs = []
+    for number in range(40):
+        with ChunkWriter(tmp_path / f"{number}.chunk") as writer:
+            blobs.append(writer.add(f"content {number}".encode()))
+            writer.finish({})
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with ChunkReader(tmp_path, limit=4) as reader:
+        for number in [*range(40), *reversed(range(40))]:
+            assert reader.read(f"{number}.chunk", blobs[number]) == f"content {number}".encode()
+            assert len(list(Path("/proc/self/fd").iterdir())) <= before + 4
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

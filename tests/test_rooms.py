@@ -1,0 +1,131 @@
+"""The rule of the house: which folder may import which, and how full a folder may be."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("shards", "prep", "md2", "cli")
+MOST_FILES = 16
+
+LAYERS = {
+    # Each line lists folders, or modules that stand alone. They may import what the lines above list.
+    "shards": [
+        "shards.errors shards.version",
+        "shards.files shards.locks",
+        "shards.sample",
+        "shards.tar",
+        "shards.manifest",
+        "shards.storage",
+        "shards.card shards.cache",
+        "shards.publish",
+        "shards.dataset shards.listing shards.contact_sheet shards.stream",
+        "shards.copy",
+        "shards.verify",
+    ],
+    "prep": [
+        "prep.workers",
+        "prep.synthetic prep.raw",
+        "prep.packing",
+        "prep.options",
+        "prep.job prep.evaluation prep.check",
+    ],
+    "md2": [
+        "md2.config md2.geometry md2.visualize",
+        "md2.zoo md2.distributed md2.networks md2.checkpoint md2.data",
+        "md2.prediction md2.photometric md2.pipeline",
+        "md2.model md2.loss",
+        "md2.weights",
+        "md2.inference",
+        "md2.evaluation",
+        "md2.training",
+        "md2.report md2.train",
+    ],
+    "cli": ["cli.console", "cli.*", "cli.main", "cli.start"],
+}
+OTHER_ROOMS = {"shards": set(), "prep": {"shards"}, "md2": {"shards"}, "cli": {"shards", "prep", "md2"}}
+LAZY = {
+    # `md2.load` and the console script import what they need when they are called.
+    "md2": {"md2.inference"},
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Names of the modules of this project that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in MODULES else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.split(".")[0] in {*ROOMS, "bench", "tests"}}
+
+
+MODULES = modules()
+
+
+def unit(module: str) -> str:
+    """What stands for a module in LAYERS: its folder, or itself if it lies right in a room."""
+    return ".".join(module.split(".")[:2])
+
+
+def layer(room: str, name: str) -> int:
+    for number, line in enumerate(LAYERS[room]):
+        if name in line.split():
+            return number
+    if f"{room}.*" in " ".join(LAYERS[room]):
+        return next(number for number, line in enumerate(LAYERS[room]) if f"{room}.*" in line.split())
+    pytest.fail(f"{name} has no place in LAYERS: decide what it may import")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_one_way(room: str) -> None:
+    wrong = []
+    for module, path in MODULES.items():
+        if module.split(".")[0] != room:
+            continue
+        for target in imports(path):
+            other = target.split(".")[0]
+            if other != room:
+                if other not in OTHER_ROOMS[room]:
+                    wrong.append(f"{module} imports {target}")
+                continue
+            if unit(target) in {unit(module), room} | LAZY.get(module, set()):
+                continue
+            if layer(room, unit(target)) >= layer(room, unit(module)):
+                wrong.append(f"{module} imports {target}, which stands beside or above it")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_rule_sees_a_forbidden_import(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text("def f():\n    from prep.raw import splits\n    import md2.loss\n")
+    assert imports(file) == {"prep.raw.splits", "md2.loss"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_floor_is_crowded(room: str) -> None:
+    for folder in [ROOT / room, *(path for path in (ROOT / room).rglob("*") if path.is_dir())]:
+        files = [path.name for path in folder.glob("*.py")]
+        assert len(files) <= MOST_FILES, f"{folder}: {sorted(files)}"
+
+
+def test_every_package_says_what_it_is_for() -> None:
+    for module, path in MODULES.items():
+        if path.name == "__init__.py":
+            docstring = ast.get_docstring(ast.parse(path.read_text()))
+            assert docstring, f"{module} has no docstring"
+            assert docstring.splitlines()[0].endswith("."), f"{module}: {docstring.splitlines()[0]}"
