@@ -1,15 +1,24 @@
-"""What the commands share: the console, the progress bar, and how an error ends a command."""
+"""What the commands share: consoles, progress bars, and the net that turns whatever ends a command into one line."""
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
-import re
+import shlex
+import signal
 import sys
-from typing import NoReturn
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
 
+import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,21 +30,37 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from shards.errors import Md2Error
+from shards.errors import Md2Error, first_line, visible
+
+__all__ = ["Advance", "bars", "console", "errors", "progress_bar", "run", "say", "show_log", "visible", "warn"]
 
 console = Console()
 errors = Console(stderr=True)
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+DEBUG = "MD2_DEBUG"
+"""Environment variable: as `md2 --debug`."""
+Advance = Callable[[int, int], None]
+"""Called with how many units are done, and of how many (0: unknown)."""
+_OURS = ("md2", "prep", "shards", "cli", "bench")
+_ROOT = Path(__file__).resolve().parents[1]
+# What an ASCII console shows instead; anything else is written out as an escape.
+_ASCII = {"±": "+-", "\N{MULTIPLICATION SIGN}": "x", "…": "...", "\N{EN DASH}": "-", "²": "^2", "³": "^3", "→": "->"}
+_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")
+_debug = False
 
 
-def visible(text: str) -> str:
-    """`text` with control characters written out: names and texts out of a bucket must not steer a terminal."""
-    text = text.encode(errors="backslashreplace").decode()
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+def say(text: str, *, style: str | None = None) -> None:
+    """Print one line on stdout as it is, without markup or line breaks; unseen characters are written out."""
+    console.print(visible(text), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print one yellow line on stderr."""
+    errors.print(visible(text), style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 class _Rate(ProgressColumn):
-    """Units per second: what the task says as `rate`, else what the bar measures, the mean once it is done."""
+    """Units per second: the task's `rate` if it sets one, else what the bar measures; the mean once it is done."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -48,20 +73,43 @@ class _Rate(ProgressColumn):
         return Text("" if rate is None else f"{rate:.1f} {self._unit}/s")
 
 
-def progress_bar(unit: str) -> Progress:
-    """A bar `label ━━━ 3/10 · 12.3 unit/s · 0:00:42 left`, on stderr so that stdout can be piped.
+class _Bar(Progress):
+    """A display that an exception wipes, so that the message stands alone."""
 
-    Tasks are added with a `note`, which stands at the end, and may give their own `rate`.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None or not self.tasks:
+            self.live.transient = True
+        super().__exit__(kind, error, trace)
+
+
+def progress_bar(unit: str) -> Progress:
+    """Return a bar `label ━━━ 3/10 12.3 unit/s 0:00:42 left`, on stderr so that stdout can be piped.
+
+    Tasks are added with a `note`, which stands at the end, and may set their own `rate`.
     """
-    return Progress(
-        TextColumn("{task.description}"),
+    return _Bar(
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(unit),
         TimeRemainingColumn(),
-        TextColumn("left {task.fields[note]}"),
+        TextColumn("left {task.fields[note]}", markup=False),
         console=errors,
     )
+
+
+@contextmanager
+def bars(unit: str) -> Iterator[Callable[[str], Advance]]:
+    """Show bars while inside: call the result with a label to add one, and that with (done, total) to move it."""
+    with progress_bar(unit) as display:
+
+        def add(label: str) -> Advance:
+            task = display.add_task(visible(label), total=None, note="")
+            return lambda done, total: display.update(task, completed=done, total=total or None)
+
+        yield add
 
 
 class _OnConsole(logging.Handler):
@@ -72,13 +120,209 @@ class _OnConsole(logging.Handler):
 
 
 def show_log() -> None:
-    """Let the storage say what it is waiting for or fetching; ranks other than 0 only what is wrong."""
+    """Let the storage report what it waits for or fetches; ranks other than 0 report problems only."""
     log = logging.getLogger("shards")
     log.handlers = [_OnConsole()]
-    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    log.setLevel(logging.INFO if _first_rank() else logging.WARNING)
 
 
-def fail(error: Md2Error) -> NoReturn:
-    """Print the error's one line and end with its exit code."""
-    errors.print(f"[bold red]md2:[/] {escape(visible(str(error)))}", highlight=False, soft_wrap=True, markup=True)
-    sys.exit(error.exit_code)
+def debugging(wanted: bool) -> None:
+    """Callback of `--debug`: show tracebacks and the warnings of libraries."""
+    global _debug  # noqa: PLW0603
+    _debug = wanted or bool(os.environ.get(DEBUG))
+
+
+def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code; whatever ends the command is at most one line on stderr.
+
+    With `--debug` (anywhere in the line) or MD2_DEBUG set, a traceback stands above that line.
+    """
+    words = list(arguments)
+    rest = words.index("--") if "--" in words else len(words)
+    if "--debug" in words[:rest]:
+        words = ["--debug", *(word for word in words[:rest] if word != "--debug"), *words[rest:]]
+    debugging("--debug" in words[:1])
+    _plain_output()
+    message: str | None
+    with _announced_signals() as announce, _own_warnings():
+        try:
+            result = app(words, standalone_mode=False, prog_name="md2")
+            _flush()
+            return result if isinstance(result, int) else 0
+        except SystemExit as end:
+            code, message = (end.code if isinstance(end.code, int) else int(end.code is not None)), None
+        except KeyboardInterrupt:
+            announce(signal.SIGINT)
+            return 128 + signal.SIGINT
+        except BrokenPipeError:  # the reader, `head` for one, has enough
+            _forget_stdout()
+            return 1
+        except BaseException as error:
+            if _debug:
+                _print_trace(error)
+            code, message = _explained(error, words)
+    # Outside the except clause: the frames that filled the memory are gone.
+    with suppress(BrokenPipeError):
+        _flush()
+    if message is not None:
+        _print_error(message)
+    return code
+
+
+def _explained(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
+    """Exit code and line of anything that ended a command."""
+    if isinstance(error, Md2Error):
+        return error.exit_code, str(error)
+    show = getattr(error, "format_message", None)
+    if callable(show):  # typer's own: a wrong command, option or value
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "md2"
+        if type(error).__name__ == "NoArgsIsHelpError":
+            console.print(show(), markup=False, highlight=False, soft_wrap=True)
+            return 2, f"name a command; {command} COMMAND --help shows its options"
+        return getattr(error, "exit_code", 2), f"{' '.join(show().split())} ({command} --help shows the options)"
+    if isinstance(error, typer.Abort):
+        return 1, "no answer, so nothing was done"
+    command = next((word for word in words if not word.startswith("-")), "")
+    again = shlex.join(["md2", "--debug", *(word for word in words if word != "--debug")][:4])
+    what = f"{command or 'md2'} failed{_place(error)}: {_reason(error)}"
+    return 1, what if _debug else f"{what}; --debug shows where: {again}{' ...' * (len(words) > 2)}"
+
+
+def _reason(error: BaseException) -> str:
+    name, text = type(error).__name__, first_line(error)
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or any(mark in text for mark in _OUT_OF_MEMORY):
+        return f"{name}: not enough memory; take smaller batches or fewer workers"
+    if isinstance(error, RecursionError):
+        return f"{name}: an input is nested too deeply"
+    if "can't start new thread" in text:
+        return f"{name}: the system allows no further thread (see ulimit -u, and the container's limits)"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{name}: {f'{error.filename}: ' if error.filename else ''}{error.strerror}"
+    return name if text == name else f"{name}: {text}"
+
+
+def _place(error: BaseException) -> str:
+    """The innermost function of md2 that the error passed, ` in md2.evaluation.run.run_eval`."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = [frame for frame in frames if str(frame.f_globals.get("__name__")).partition(".")[0] in _OURS]
+    if not inside:
+        return ""
+    return f" in {inside[-1].f_globals['__name__']}.{inside[-1].f_code.co_name}"
+
+
+def _print_error(message: str) -> None:
+    line = f"md2: {visible(message)}"
+    try:
+        shown = Text(line)
+        shown.stylize("bold red", 0, 4)
+        errors.print(shown, highlight=False, soft_wrap=True)
+    except (MemoryError, RuntimeError):
+        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+
+
+def _print_trace(error: BaseException) -> None:
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        errors.print(visible(line), highlight=False, markup=False, soft_wrap=True)
+
+
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    rest = error.object[error.start : error.end]
+    shown = "".join(_ASCII.get(char) or char.encode("ascii", "backslashreplace").decode() for char in rest)
+    return shown, error.end
+
+
+def _plain_output() -> None:
+    """Characters that a console cannot show are replaced: no output fails for want of one."""
+    codecs.register_error("md2", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="md2")
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # None where the caller closed it
+        sys.stdout.flush()
+
+
+def _forget_stdout() -> None:
+    """Let what is still buffered go nowhere, so that Python's exit does not fail on it."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def _own_warnings() -> Iterator[None]:
+    """Show md2's own warnings as lines; those of libraries only with --debug or Python's -W."""
+    if _debug or sys.warnoptions:
+        yield
+        return
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **named: Any) -> None:
+        if Path(filename).is_relative_to(_ROOT) and Path(filename).relative_to(_ROOT).parts[0] in _OURS:
+            warn(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def _announced_signals() -> Iterator[Callable[[int], None]]:
+    """Print a line the moment Ctrl-C or SIGTERM arrives, even while the main thread is busy in C code.
+
+    Python writes the number of every signal into a pipe, whatever handler is set; a thread reads it. SIGTERM unwinds
+    like an error, so that what is half-written is removed; training has handlers of its own.
+    """
+    announced = threading.Event()
+    process = os.getpid()
+
+    def announce(number: int) -> None:
+        if announced.is_set() or os.getpid() != process or not _first_rank():
+            return
+        announced.set()
+        word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[signal.Signals(number)]
+        errors.print(f"md2: {word}", highlight=False, markup=False)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield announce
+        return
+    source, sink = os.pipe()
+    os.set_blocking(sink, False)
+
+    def watch() -> None:
+        while (read := os.read(source, 1)) and read[0]:
+            if read[0] in (signal.SIGINT, signal.SIGTERM):
+                announce(read[0])
+        os.close(source)
+
+    thread = threading.Thread(target=watch, name="signals", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # no thread to be had: announced once all is unwound
+        yield announce
+        return
+    before = signal.signal(signal.SIGTERM, _terminated)
+    outer = signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
+    try:
+        yield announce
+    finally:
+        signal.set_wakeup_fd(outer)
+        signal.signal(signal.SIGTERM, before)
+        with suppress(OSError):
+            os.write(sink, b"\0")
+        thread.join(1.0)
+        os.close(sink)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from types import FrameType
 from typing import Annotated
 
 import typer
 
 from cli.bench import SETTINGS, bench
-from cli.console import errors, fail, show_log
+from cli.console import debugging, run, show_log
 from cli.doctor import doctor
 from cli.eval import evaluate
 from cli.export import export
@@ -22,13 +20,11 @@ from cli.sample import sample
 from cli.shards import app as shards_app
 from cli.train import train
 from cli.zoo import zoo
-from shards.errors import Md2Error
 from shards.version import md2_version
 
 app = typer.Typer(
     name="md2",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -43,8 +39,12 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def md2(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where in the code an error arises, and the warnings of libraries.")
+    ] = False,
 ) -> None:
     """Train Monodepth2 on KITTI at high throughput."""
+    debugging(debug)
 
 
 app.command()(sample)
@@ -61,23 +61,10 @@ app.command()(doctor)
 app.add_typer(shards_app, name="shards")
 
 
-def terminated(number: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds like an error, so that what is half-written is removed; training has its own handler."""
-    sys.exit(128 + number)
-
-
 def main() -> None:
-    """Console script: exit codes as listed in shards/errors.py."""
-    signal.signal(signal.SIGTERM, terminated)
+    """Run the command line; exit codes as listed in shards/errors.py."""
     show_log()
-    try:
-        app()
-    except Md2Error as error:
-        fail(error)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is unwound: pressed again, it would only break Python's exit
-        errors.print("md2: interrupted")
-        sys.exit(130)
+    sys.exit(run(app, sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
-"""Console script: starts `cli.main`, whose imports take a third of a second; Ctrl-C is quiet in that time, too."""
+"""Console script: starts `cli.main`, whose imports take a third of a second; Ctrl-C is one line in that time, too."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def start() -> None:
-    """`md2`; exit codes as listed in shards/errors.py."""
+    """Run `md2`; exit codes as listed in shards/errors.py."""
     try:
         from cli.main import main
     except KeyboardInterrupt:
         print("md2: interrupted", file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, ImportError, OSError) as error:
+        if "--debug" in sys.argv or os.environ.get("MD2_DEBUG"):
+            raise
+        text = " ".join(str(error).split())
+        print(f"md2: cannot start: {type(error).__name__}: {text}; md2 --debug shows where", file=sys.stderr)
+        sys.exit(1)
     main()

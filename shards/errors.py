@@ -13,8 +13,14 @@ Exit code 0 means done, 4 (`INCOMPLETE`) means done but with samples left out (l
 and what to do; the commands print it without a traceback.
 """
 
+from __future__ import annotations
+
+import re
+
 INCOMPLETE = 4
 _LONGEST = 200
+# Control characters, and the marks that change the direction of text or cannot be seen.
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
 
 class Md2Error(Exception):
@@ -59,3 +65,12 @@ def first_line(error: BaseException) -> str:
     """Another library's exception for a message of one line: the first of its text, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0][:_LONGEST] if lines else type(error).__name__
+
+
+def visible(text: str) -> str:
+    """`text` with unseen characters written out (`\\x1b`, `\\u202e`): names from outside must not steer a terminal.
+
+    Bytes of a file name that are not UTF-8 are written out as well.
+    """
+    text = text.encode(errors="backslashreplace").decode()
+    return _UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)

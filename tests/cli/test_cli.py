@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import torch
 from rich.text import Text
 from typer.main import get_command
 
+from cli.console import run, visible
 from cli.main import app
 from md2.config import load_config
 from md2.zoo import zoo as list_zoo
@@ -145,3 +149,140 @@ def test_zoo_gives_figures_and_commands() -> None:
     assert "abs_rel 0.107  sq_rel 0.849  rmse 4.764  rmse_log 0.201  a1 0.874  a2 0.953  a3 0.977" in shown
     assert "md2 prep --split eigen_full --size 1024x320" in shown
     assert f"md2 train {name}" in shown
+
+
+# The net
+
+
+def started(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """A process in which `script` replaces parts of md2 before the command line runs."""
+    root = Path(__file__).resolve().parents[2]
+    code = f"import sys; sys.argv = ['md2', *{list(arguments)!r}]\n{script}\nfrom cli.main import main; main()\n"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ, "COLUMNS": "100", **environment},
+    )
+
+
+def raising(what: str) -> str:
+    return f"import md2.zoo\ndef zoo():\n    {what}\nmd2.zoo.zoo = zoo"
+
+
+def too_deep() -> None:
+    too_deep()
+
+
+FAILURES: list[tuple[BaseException | Callable[[], object], str]] = [
+    (MemoryError(), "MemoryError: not enough memory"),
+    (too_deep, "RecursionError: an input is nested too deeply"),
+    (OSError(errno.ENOLCK, "No locks available", "/x/lock"), "OSError: /x/lock: No locks available"),
+    (RuntimeError("can't start new thread"), "allows no further thread"),
+    ("\udcff".encode, "UnicodeEncodeError: 'utf-8' codec can't encode"),
+    (ValueError("one\x1b[2J\u202e\nsecond line"), r"ValueError: one\x1b[2J\u202e; "),
+    (type("OddError", (BaseException,), {})("x"), "OddError: x"),
+]
+
+
+@pytest.mark.parametrize(("what", "told"), FAILURES, ids=lambda value: type(value).__name__)
+def test_whatever_escapes_a_command_is_one_line(
+    what: BaseException | Callable[[], object],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def zoo() -> None:
+        if isinstance(what, BaseException):
+            raise what
+        what()
+
+    monkeypatch.setattr("md2.zoo.zoo", zoo)
+    assert run(app, ["zoo"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert line.startswith("md2: zoo failed in cli.zoo.zoo: ")
+    assert told in line
+    assert line.endswith("--debug shows where: md2 --debug zoo")
+    assert "\x1b" not in line
+    monkeypatch.setenv("MD2_DEBUG", "1")
+    for words in (["zoo"], ["zoo", "--debug"], ["--debug", "zoo"]):
+        assert run(app, words) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0] == "Traceback (most recent call last):"
+        assert lines[-1].startswith("md2: zoo failed in cli.zoo.zoo: ")
+        assert "\x1b" not in "".join(lines)
+        monkeypatch.delenv("MD2_DEBUG", raising=False)
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_is_answered_at_once_even_while_python_is_busy(number: signal.Signals, word: str) -> None:
+    """The main thread sits in C code that lets no handler run for seconds (a long sort holds it there)."""
+    busy = "print('busy', flush=True); numbers.sort(); time.sleep(60)"
+    script = "import time, random\nnumbers = [random.random() for _ in range(6_000_000)]\n" + raising(busy)
+    with started(script, "zoo") as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "busy\n"
+        process.send_signal(number)
+        assert process.stderr.readline() == f"md2: {word}\n"
+        assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 128 + number
+
+
+def test_a_reader_that_has_enough_ends_quietly_and_a_full_disk_is_one_line() -> None:
+    with started("", "zoo") as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+    root = Path(__file__).resolve().parents[2]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "md2", "zoo"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=root, check=False
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_ascii_console_shows_all_of_it() -> None:
+    with started("", "zoo", PYTHONIOENCODING="ascii") as process:
+        output, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")
+    assert "0.017 +- 0.008 m" in output
+
+
+def test_warnings_of_libraries_are_not_the_users() -> None:
+    script = (
+        "import warnings, md2.zoo\nlisted = md2.zoo.zoo\ndef zoo():\n    warnings.warn('of a library')\n"
+        "    warnings.warn_explicit('of md2', UserWarning, md2.zoo.__file__, 1)\n    return listed()\nmd2.zoo.zoo = zoo"
+    )
+    with started(script, "zoo") as process:
+        error = process.communicate(timeout=60)[1]
+    assert (process.returncode, error) == (0, "warning: of md2\n")
+    with started(script, "zoo", "--debug") as process:
+        assert "of a library" in process.communicate(timeout=60)[1]
+
+
+def test_unseen_characters_are_written_out() -> None:
+    hostile = "a\x1b[2Jb\u202egnp.exe\u200b\u2028\udcff\ufeffé±"
+    shown = visible(hostile)
+    assert shown == r"a\x1b[2Jb\u202egnp.exe\u200b\u2028\udcff\ufeffé±"
+
+
+def test_completion_can_be_installed_and_needs_no_torch() -> None:
+    assert "--install-completion" in md2("--help").stdout
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "_MD2_COMPLETE": "complete_bash", "COMP_WORDS": "md2 exp", "COMP_CWORD": "1"}
+    found = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "md2"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        check=False,
+        env=environment,
+    )
+    assert found.stdout.split() == ["export"]
+    assert " torch" not in found.stderr
