@@ -17,9 +17,9 @@ from storage_data import all_samples, make_dataset
 from storage_fixtures import Packed, note_fault
 from storage_servers import Bucket, Fault, Proxy
 
+from shards.cache import fill as fill_module
+from shards.cache import folder as cache_module
 from shards.cache.folder import Cache, format_bytes, parse_bytes, residents
-from shards.cache.folder import fill as fill_module
-from shards.cache.folder import folder as cache_module
 from shards.copy import copy_dataset
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import StorageError, UsageError
