@@ -20,7 +20,7 @@ from cli.sample import sample
 from cli.shards import app as shards_app
 from cli.train import train
 from cli.zoo import zoo
-from shards.version import md2_version
+from shards.version import __version__
 
 app = typer.Typer(
     name="md2",
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"md2 {md2_version()}")
+        print(f"md2 {__version__}")
         raise typer.Exit
 
 

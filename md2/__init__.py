@@ -11,10 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from shards.version import __version__
+
 if TYPE_CHECKING:
     from md2.inference.predictor import Predictor
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
 
 
 def load(path: str | Path, device: Literal["auto", "cpu", "gpu"] = "auto") -> Predictor:

@@ -23,7 +23,7 @@ from shards.publish import require_manifest
 from shards.sample import Codec, Sample
 from shards.storage import is_local, local_path, open_storage
 from shards.tar import MAX_INDEX_BYTES, ShardWriter, parse_index
-from shards.version import md2_version
+from shards.version import __version__
 
 SAMPLES_PER_SHARD = 1000
 SHARD_BYTES = 256 << 20
@@ -75,7 +75,7 @@ def write_dataset(
         counts += part_counts
     components, optional = describe_components(counts, sum(shard.samples for shard in shards))
     manifest = Manifest(
-        md2_version=md2_version(),
+        md2_version=__version__,
         split=split,
         frames=list(frames),
         stereo=stereo,

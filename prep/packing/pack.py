@@ -40,7 +40,7 @@ from shards.files import cache_folder
 from shards.manifest import CARD, REPORT, DepthInfo, Manifest, Shard, Split
 from shards.publish import MAX_MANIFEST_BYTES, Receipt, Store, open_store
 from shards.storage import is_local, local_path
-from shards.version import md2_version
+from shards.version import __version__
 
 _LOCK = "lock"
 
@@ -222,7 +222,7 @@ def _assemble(
     total = sum(len(samples) for samples in packed.values())
     components, optional = describe_components(count_components(plan, packed), total)
     manifest = Manifest(
-        md2_version=md2_version(),
+        md2_version=__version__,
         split=Split(name=lists.name, sha256=lists.sha256),
         frames=list(content.frames),
         stereo=content.stereo,

@@ -6,7 +6,6 @@ import io
 import json
 import re
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ import pytest
 from PIL import Image
 from storage_data import SPLIT, all_samples, make_dataset, make_samples
 
-import md2
 from shards.card import card
 from shards.dataset import open_dataset, write_dataset
 from shards.errors import DatasetError
 from shards.manifest import DepthInfo, Manifest, Split
 from shards.sample import Sample
 from shards.tar import format_index, parse_index
-from shards.version import md2_version
 
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
@@ -252,11 +249,3 @@ def test_the_cards_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     stored = list(make_samples(2))[-1].components["depth.png"]
     assert names["depth"].max() > 20, "metres, not levels of an 8-bit picture"
     assert (names["depth"] * 256).round().max() == np.asarray(Image.open(io.BytesIO(stored))).max()
-
-
-def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_there(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr("shards.version.version", not_there)
-    assert md2_version() == md2.__version__
