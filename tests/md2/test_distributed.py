@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ranks_gradient
 import torch
 
 from md2.checkpoint import load_checkpoint
@@ -53,7 +54,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def test_gradients_of_two_ranks_are_those_of_one_with_twice_the_batch(tmp_path: Path) -> None:
-    script = str(Path(__file__).with_name("ranks_gradient.py"))
+    script = str(Path(ranks_gradient.__file__))
     results = []
     for world in (1, 2):
         out = tmp_path / f"{world}.pt"
