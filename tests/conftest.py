@@ -8,10 +8,9 @@ import signal
 from pathlib import Path
 
 # Processes that the tests start import this checkout and the tests' helpers.
-_TESTS = Path(__file__).resolve().parent
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(_TESTS.parent), str(_TESTS / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
-)
+    [str(Path(__file__).parents[1]), str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH", "")]
+).rstrip(os.pathsep)
 # Before torch is imported: idle OpenMP threads spin, which starves the other processes that the tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
