@@ -110,6 +110,7 @@ def pack_samples(
         size=about.size,
         codec=about.codec,
         quality=about.quality,
+        jpeg=about.jpeg,
         seed=about.seed,
         samples_per_shard=SAMPLES_PER_SHARD,
     )

@@ -415,7 +415,7 @@ def describe(
     return (
         f"### Loader\n\n`{shlex.join(['md2', 'bench', 'loader', *words])}`\n\n"
         f"{len(found)} instants of {size[0]}x{size[1]}, {kind}; as prep packs them: {SIZE[0]}x{SIZE[1]} "
-        f"{about.codec.upper()} of quality {about.quality}, {image_bytes(dataset) / 1000:.0f} kB an image; "
+        f"{about.encoding}, {image_bytes(dataset) / 1000:.0f} kB an image; "
         f"batch {batch}, {threads} threads or workers, medians of {repeats} turns.\n"
         f"{processor()}, {busy()}, {packages}.\n"
     )

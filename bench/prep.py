@@ -29,6 +29,7 @@ from PIL import Image
 from bench.data import raw_tree
 from bench.machine import busy, processor, versions
 from prep.options import make_content
+from prep.packing.encode import ImageFormat, encode
 from prep.packing.pack import pack
 from prep.packing.plan import make_plan
 from prep.raw.drives import Kitti
@@ -37,7 +38,7 @@ from prep.raw.splits import read_split
 from prep.workers import start_workers
 
 SIZE = (640, 192)
-QUALITY = 93
+FORMAT = ImageFormat(SIZE, "jpeg")
 DATE = "2011_09_26"
 DRIVE = f"{DATE}_drive_0001_sync"
 
@@ -70,7 +71,7 @@ def bare(images: list[bytes], count: int) -> None:
     for number in range(count):
         with Image.open(io.BytesIO(images[number % len(images)])) as image:
             small = image.convert("RGB").resize(SIZE, Image.Resampling.LANCZOS)
-        small.save(io.BytesIO(), "JPEG", quality=QUALITY, subsampling="4:4:4")
+        encode(small, FORMAT)
 
 
 _images: list[bytes] = []
@@ -104,7 +105,7 @@ def run_prep(root: Path, out: Path, workers: int) -> float:
     """What `md2 prep` does, from the split's file to the committed dataset, workers' start included; CPU seconds."""
     start = cpu_seconds()
     lists = read_split(str(root / "train_files.txt"))
-    content = make_content(lists, size=f"{SIZE[0]}x{SIZE[1]}", quality=QUALITY)
+    content = make_content(lists, size=f"{SIZE[0]}x{SIZE[1]}")
     plan = make_plan(lists, Kitti(RawData([str(root)]), content.depth), content)
     with start_workers(workers) as pool:
         packed = pack(plan, lists, str(out), out.with_name("scratch"), pool)

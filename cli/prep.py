@@ -72,7 +72,13 @@ def prep(
             help="png: lossless, three times the bytes. ppm: uncompressed, five times, the fastest to train from."
         ),
     ] = "jpeg",
-    quality: Annotated[int | None, typer.Option(help="JPEG quality, 1 to 100 (default: 93).")] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="JPEG quality, 1 to 100, by the standard tables (default: finer, even ones).")
+    ] = None,
+    chroma: Annotated[
+        Literal["420", "444"] | None,
+        typer.Option(help="Colour resolution of JPEGs: smoothed and halved, or full (default: 420)."),
+    ] = None,
     part: Annotated[list[str] | None, typer.Option(help="Only this part of the split; repeat for several.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many lines of each part.")] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
@@ -122,6 +128,7 @@ def prep(
         depth_convention=depth_convention,
         codec=codec,
         quality=quality,
+        chroma=chroma,
         seed=seed,
         limit=limit,
         shard_mb=shard_mb,

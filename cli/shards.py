@@ -175,7 +175,7 @@ def _describe(manifest: Manifest) -> list[str]:
         "contents": _summary(manifest),
         "frames": f"{', '.join(str(frame) for frame in manifest.frames)}{' and the stereo partner' * manifest.stereo}",
         "depth": depth,
-        "quality": str(manifest.quality or "lossless"),
+        "images": manifest.encoding,
         "in every sample": ", ".join(manifest.components),
         "in some": optional,
         "left out": str(manifest.skipped),

@@ -8,10 +8,8 @@ from prep.raw.sources import PUBLIC_ARCHIVE
 from prep.raw.splits import NamedSplit, SplitLists
 from prep.raw.velodyne import Convention
 from shards.errors import InputError, UsageError
-from shards.sample import Codec
+from shards.sample import Chroma, Codec
 
-DEFAULT_QUALITY = 93
-"""With full chroma: as close to the originals as what the published models saw (full-size JPEG, then resized)."""
 DEFAULT_SHARD_MB = 256
 _MAX_SIDE = 16_384
 _MAX_OFFSET = 1000
@@ -60,6 +58,7 @@ def make_content(
     depth_convention: Convention | None = None,
     codec: Codec = "jpeg",
     quality: int | None = None,
+    chroma: Chroma | None = None,
     seed: int = 0,
     limit: int | None = None,
     shard_mb: int = DEFAULT_SHARD_MB,
@@ -71,9 +70,11 @@ def make_content(
     """
     default = lists.named or NamedSplit({})
     if quality is not None and not 1 <= quality <= 100:
-        raise UsageError(f"--quality {quality}: 1 to 100 ({DEFAULT_QUALITY} is the default)")
+        raise UsageError(f"--quality {quality}: 1 to 100; without it, steps chosen for training")
     if quality is not None and codec != "jpeg":
         raise UsageError(f"--quality {quality} goes with --codec jpeg; {codec} keeps every pixel as it is")
+    if chroma is not None and codec != "jpeg":
+        raise UsageError(f"--chroma {chroma} goes with --codec jpeg; {codec} keeps every pixel as it is")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: at least 1")
     if not 1 <= shard_mb <= 10_000:
@@ -89,7 +90,7 @@ def make_content(
         stereo=default.stereo if stereo is None else stereo,
         depth=source if depth else None,
         convention=convention,
-        format=ImageFormat(parse_size(size), codec, (quality or DEFAULT_QUALITY) if codec == "jpeg" else None),
+        format=ImageFormat(parse_size(size), codec, quality, chroma or "420"),
         seed=seed,
         limit=limit,
         shard_bytes=shard_mb << 20,

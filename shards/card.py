@@ -11,7 +11,6 @@ _COMPONENTS = {
     DEPTH: "ground truth, 16-bit PNG, metres x 256, 0 = no measurement, native resolution",
     META: "drive, frame, side, native size, where each component came from",
 }
-_CODECS = {"png": "PNG (lossless)", "ppm": "PPM (uncompressed)"}
 _KITTI_SPLITS = ("eigen_zhou", "eigen_full", "eigen_benchmark", "eigen", "odom", "benchmark")
 _KITTI_LICENCE = """\
 ## Licence
@@ -41,7 +40,6 @@ def card(manifest: Manifest, url: str = "URL", kitti: bool | None = None) -> str
     if kitti is None:
         kitti = manifest.split.name in _KITTI_SPLITS
     size = "native size" if manifest.size is None else f"{manifest.size[0]} x {manifest.size[1]} pixels"
-    codec = _CODECS.get(manifest.codec) or f"JPEG, quality {manifest.quality}"
     parts = manifest.parts
     example = "train" if "train" in parts else parts[0]
     sections = [
@@ -49,7 +47,8 @@ def card(manifest: Manifest, url: str = "URL", kitti: bool | None = None) -> str
         "Training samples for self-supervised depth (Monodepth2) as WebDataset tar shards, packed by md2 "
         f"{manifest.md2_version}. `{MANIFEST}` says the same for programs, with the sha256 of every file.\n",
         _parts_table(manifest),
-        f"Images: RGB, {size}, {codec}. Frames: {', '.join(f'{f:+d}' if f else '0' for f in manifest.frames)}"
+        f"Images: RGB, {size}, {manifest.encoding}. "
+        f"Frames: {', '.join(f'{f:+d}' if f else '0' for f in manifest.frames)}"
         f"{', and the stereo partner' if manifest.stereo else ''}. Samples are in random order (seed {manifest.seed}). "
         f"Left out for want of input: {manifest.skipped} (see report.json, where there is one).\n",
         _depth(manifest),

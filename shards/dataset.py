@@ -18,7 +18,7 @@ from shards.cache.folder import Cache
 from shards.card import card
 from shards.errors import DatasetError, StorageError
 from shards.files import write_atomic
-from shards.manifest import CARD, MANIFEST, DepthInfo, Manifest, Shard, Split
+from shards.manifest import CARD, MANIFEST, DepthInfo, JpegInfo, Manifest, Shard, Split
 from shards.publish import require_manifest
 from shards.sample import Codec, Sample
 from shards.storage import is_local, local_path, open_storage
@@ -51,6 +51,7 @@ def write_dataset(
     size: tuple[int, int] | None,
     codec: Codec,
     quality: int | None,
+    jpeg: JpegInfo | None = None,
     seed: int,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     shard_bytes: int = SHARD_BYTES,
@@ -83,6 +84,7 @@ def write_dataset(
         size=size,
         codec=codec,
         quality=quality,
+        jpeg=jpeg,
         seed=seed,
         components=components,
         optional_components=optional,

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from shards.errors import DatasetError
-from shards.sample import Codec, Offset, image_component
+from shards.sample import Chroma, Codec, Offset, image_component
 from shards.tar import MAX_INDEX_BYTES
 
 MANIFEST = "dataset.json"
@@ -77,13 +77,30 @@ class DepthInfo(_Model):
     convention: Literal["camera_z", "lidar_x"]
 
 
+class JpegInfo(_Model):
+    """How images were encoded as JPEG.
+
+    Attributes:
+        chroma: `420` has half the colour resolution both ways, `444` all of it.
+        chroma_blur: standard deviation, in pixels of the stored image, of the Gaussian that smoothed the colours
+            before they were halved; 0: none.
+        tables: `standard` quantisation tables at the manifest's `quality`, or md2's `even` ones.
+    """
+
+    chroma: Chroma
+    chroma_blur: float = Field(ge=0, allow_inf_nan=False)
+    tables: Literal["standard", "even"]
+
+
 class Manifest(_Model):
     """Contents of `dataset.json`.
 
     Every sample of every part has all of `components`; `optional_components` says how many samples
     have each of the rest. `size` is (width, height) in pixels of the stored images, or None where
-    they keep their native size. `plan_sha256` hashes everything that decided the bytes, so that packing the
-    same again is told from packing something else; the store fills it in.
+    they keep their native size. `quality` is None for lossless codecs and for JPEG with even tables. `jpeg` is None
+    for other codecs, and for JPEGs packed before it was recorded: standard tables, 4:4:4. `plan_sha256` hashes
+    everything that decided the bytes, which distinguishes packing the same again from packing something else; the
+    store fills it in.
     """
 
     schema_version: Literal[1] = 1
@@ -95,6 +112,7 @@ class Manifest(_Model):
     size: tuple[Side, Side] | None
     codec: Codec
     quality: int | None
+    jpeg: JpegInfo | None = None
     seed: int
     components: list[Text]
     optional_components: dict[Text, int]
@@ -137,9 +155,20 @@ class Manifest(_Model):
     def image_component(self, offset: Offset) -> str:
         return image_component(offset, self.codec)
 
+    @property
+    def encoding(self) -> str:
+        """How images are stored, for people: `JPEG 93, 4:4:4`."""
+        if self.codec != "jpeg":
+            return {"png": "PNG (lossless)", "ppm": "PPM (uncompressed)"}[self.codec]
+        tables = "JPEG, even tables" if self.quality is None else f"JPEG, quality {self.quality}"
+        if self.jpeg is None or self.jpeg.chroma == "444":
+            return f"{tables}, chroma 4:4:4"
+        return f"{tables}, chroma 4:2:0" + f" (smoothed, {self.jpeg.chroma_blur:g} px)" * bool(self.jpeg.chroma_blur)
+
     def to_json(self) -> str:
-        """Stable text: the same dataset gives the same bytes."""
-        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+        """Stable text: the same dataset gives the same bytes, also one that was packed before `jpeg` was recorded."""
+        absent = {"jpeg"} if self.jpeg is None else None
+        return json.dumps(self.model_dump(mode="json", exclude=absent), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:

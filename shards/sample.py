@@ -17,6 +17,8 @@ from typing import Literal
 
 Codec = Literal["jpeg", "png", "ppm"]
 """`ppm` is uncompressed: read without a decoder, at several times the bytes."""
+Chroma = Literal["420", "444"]
+"""Colour resolution of a JPEG: halved both ways, or full."""
 Offset = int | Literal["s"]
 """Which image of a sample: 0 the target, -1 / 1 ... its neighbours in time, "s" the stereo partner."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageFilter, ImageOps, UnidentifiedImageError
 
 from prep.packing.scratch import ChunkWriter
 from prep.packing.versions import versions
@@ -25,7 +25,8 @@ from prep.raw.sources import Ref, read_many
 from prep.raw.splits import Side
 from prep.raw.velodyne import Convention, check_depth_png, points_in_view, project, read_scan
 from shards.errors import SampleError, StorageError, UsageError
-from shards.sample import Codec
+from shards.manifest import JpegInfo
+from shards.sample import Chroma, Codec
 
 _END = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 """How a whole file ends: one without its end may show every pixel here and fail in another decoder."""
@@ -35,13 +36,38 @@ READ_AHEAD = 4
 """Instants fetched at once, and the same number again while those are encoded: 2 x 4 x (2 images + 1 scan)."""
 
 
+EVEN_TABLES = [[1 if u + v <= 7 else 2 for v in range(8) for u in range(8)], [6] * 64]
+"""Quantisation steps of luma and chroma at frequencies u, v. The standard tables spare what the eye sees; the
+photometric loss matches the faint texture of roads and walls too, which steps of 3 and more erase."""
+CHROMA_BLUR = 2.0
+"""Pixels. The noise of a camera's colours differs from frame to frame, and counts as photometric error."""
+
+
 @dataclass(frozen=True)
 class ImageFormat:
-    """How images are stored: (width, height) or None for native; codec; JPEG quality, None for other codecs."""
+    """How images are stored.
+
+    Attributes:
+        size: (width, height), or None for native.
+        quality: of JPEG's standard tables; None: `EVEN_TABLES`. Other codecs have none.
+        chroma: colour resolution of JPEG; `420` is smoothed before it is halved. Other codecs keep all of it.
+    """
 
     size: tuple[int, int] | None
     codec: Codec
-    quality: int | None
+    quality: int | None = None
+    chroma: Chroma = "420"
+
+    @property
+    def jpeg(self) -> JpegInfo | None:
+        """What the manifest records; None for other codecs."""
+        if self.codec != "jpeg":
+            return None
+        return JpegInfo(
+            chroma=self.chroma,
+            chroma_blur=CHROMA_BLUR if self.chroma == "420" else 0,
+            tables="even" if self.quality is None else "standard",
+        )
 
 
 @dataclass(frozen=True)
@@ -253,10 +279,21 @@ def encode_image(
         return data, native
     if form.size is not None and form.size != native:
         picture = picture.resize(form.size, Image.Resampling.LANCZOS)
+    return encode(picture, form), native
+
+
+def encode(picture: Image.Image, form: ImageFormat) -> bytes:
+    """An RGB picture of the stored size, encoded."""
     buffer = io.BytesIO()
-    if form.codec == "jpeg":
-        assert form.quality is not None
-        picture.save(buffer, "JPEG", quality=form.quality, subsampling="4:4:4")
-    else:
+    if form.codec != "jpeg":
         picture.save(buffer, form.codec.upper())
-    return buffer.getvalue(), native
+        return buffer.getvalue()
+    if form.chroma == "420":
+        luma, *colours = picture.convert("YCbCr").split()
+        smooth = ImageFilter.GaussianBlur(CHROMA_BLUR)
+        picture = Image.merge("YCbCr", (luma, *(colour.filter(smooth) for colour in colours)))
+    steps: dict[str, Any] = {"qtables": EVEN_TABLES} if form.quality is None else {"quality": form.quality}
+    # Huffman tables of the image's own: a twentieth fewer bytes. Pillow then writes into one buffer that must hold all.
+    ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 1024 + 6 * picture.width * picture.height)
+    picture.save(buffer, "JPEG", subsampling=f"4:{form.chroma[1]}:{form.chroma[2]}", optimize=True, **steps)
+    return buffer.getvalue()

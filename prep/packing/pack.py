@@ -230,6 +230,7 @@ def _assemble(
         size=content.format.size,
         codec=content.format.codec,
         quality=content.format.quality,
+        jpeg=content.format.jpeg,
         seed=content.seed,
         components=components,
         optional_components=optional,

@@ -259,6 +259,7 @@ def test_commands_end_with_the_documented_exit_codes(drive: Path, tmp_path: Path
         (["--quality", "0"], "--quality 0"),
         (["--quality", "93", "--codec", "ppm"], "--quality 93 goes with --codec jpeg"),
         (["--quality", "93", "--codec", "png"], "--quality 93 goes with --codec jpeg"),
+        (["--chroma", "420", "--codec", "png"], "--chroma 420 goes with --codec jpeg"),
         (["--limit", "0"], "--limit 0"),
         (["--shard-mb", "0"], "--shard-mb 0"),
         (["--depth-source", "improved", "--depth-convention", "lidar_x"], "lidar_x goes with"),

@@ -17,7 +17,7 @@ from storage_data import SPLIT, all_samples, make_dataset, make_samples
 from shards.card import card
 from shards.dataset import open_dataset, write_dataset
 from shards.errors import DatasetError
-from shards.manifest import DepthInfo, Manifest, Split
+from shards.manifest import DepthInfo, JpegInfo, Manifest, Split
 from shards.sample import Sample
 from shards.tar import format_index, parse_index
 
@@ -221,13 +221,35 @@ def test_dali_reads_every_sample_of_a_dataset(tmp_path: Path) -> None:
     assert intrinsics.at(4).tolist() == pytest.approx([37.1, 61.4, 31.5, 15.5])
 
 
+def test_a_manifest_from_before_jpegs_were_described_stays_as_it_is(tmp_path: Path) -> None:
+    """It means standard tables and full chroma, and a copy has the same bytes."""
+    packed = make_dataset(tmp_path, train=2)
+    text = (tmp_path / "dataset.json").read_text()
+    assert "jpeg" not in json.loads(text)
+    assert Manifest.from_json(text, "x").to_json() == text
+    assert packed.encoding == "JPEG, quality 90, chroma 4:4:4"
+    info = JpegInfo(chroma="420", chroma_blur=2, tables="even")
+    now = packed.model_copy(update={"quality": None, "jpeg": info})
+    assert Manifest.from_json(now.to_json(), "x") == now
+    assert now.encoding == "JPEG, even tables, chroma 4:2:0 (smoothed, 2 px)"
+    assert now.encoding in card(now)
+
+
 def test_card_says_what_is_in_it(tmp_path: Path) -> None:
     packed = make_dataset(tmp_path, train=6, val=3, per_shard=3)
     assert (tmp_path / "README.md").read_text() == card(packed)
     shards = [packed.shards[0].model_copy(update={"samples": 1197}), *packed.shards[1:]]
     manifest = packed.model_copy(update={"shards": shards})
     text = card(manifest)
-    for words in ("| train | 1,200 | 2 |", "64 x 32", "JPEG, quality 90", "frame t-1", "1,203", "velodyne", "camera"):
+    for words in (
+        "| train | 1,200 | 2 |",
+        "64 x 32",
+        "JPEG, quality 90, chroma 4:4:4",
+        "frame t-1",
+        "1,203",
+        "velodyne",
+        "camera",
+    ):
         assert words in text
     assert "CC BY-NC-SA" not in text
     assert "CC BY-NC-SA 3.0" in card(manifest.model_copy(update={"split": Split(name="eigen_zhou", sha256="0" * 64)}))
