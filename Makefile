@@ -1,4 +1,4 @@
-# Two commands on a fresh machine with python3, make and git: `make demo` and `make test`.
+# On a new machine with python3, make and git: `make demo` and `make test` install what they need into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,16 +9,16 @@ DEMO ?= demo
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "md2 needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "md2 needs Python 3.11 or newer; choose one: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,dask,export,video]'
 	touch $@
 
-# Renders a synthetic drive, packs it, trains on the CPU, evaluates against exact depth, predicts.
+# Renders a synthetic drive, packs it, trains on the CPU, compares with the exact depth, predicts.
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" python scripts/demo.py "$(DEMO)"
 
-# In two processes: much of the suite waits for the processes and servers that it starts.
+# Two processes, because much of the suite waits for servers and processes that it starts.
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 

@@ -1,1 +1,1 @@
-"""Measurements: ratios taken in one run against something named. Results are in RESULTS.md."""
+"""Measurements: each compares md2 with something named, within one run. Results are in RESULTS.md."""

@@ -1,7 +1,7 @@
-"""What the benchmarks read: a raw tree, packed by prep as `md2 prep` packs it by default.
+"""The benchmarks' data: a raw tree, packed with the defaults of `md2 prep`.
 
-The raw tree is yours (KITTI's layout, both cameras) or a synthetic drive rendered at KITTI's size. Nothing here
-encodes an image: what is measured is what `md2 prep` writes, whatever its defaults become.
+The raw tree is the user's (KITTI's layout, both cameras) or a synthetic drive rendered at KITTI's size. Nothing here
+encodes an image, so the benchmarks measure what `md2 prep` writes, even if its defaults change.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shards.tar import read_samples
 FULL_SIZE = (1242, 375)
 SIZE = (640, 192)
 INSTANTS = 24
-"""Of a synthetic drive."""
+"""Length of a synthetic drive, in time steps."""
 SAMPLES_PER_SHARD = 120
 
 
@@ -39,7 +39,7 @@ def raw_tree(
     frames: int = INSTANTS,
     lidar: bool = False,
 ) -> Path:
-    """The raw tree that was given, or one rendered below `folder`."""
+    """Return the raw tree `given`, or render a synthetic one below `folder`."""
     if given is not None:
         return given.resolve()
     workers = len(os.sched_getaffinity(0))
@@ -49,10 +49,10 @@ def raw_tree(
 
 
 def find_samples(raw: Path) -> list[list[Path]]:
-    """Paths of t, t-1, t+1 and the right camera's t, for every left frame that has them.
+    """Find every left frame that has both temporal frames and a stereo partner: paths of t, t-1, t+1 and the right t.
 
     Raises:
-        InputError: there is none.
+        InputError: no frame has them.
     """
     found = []
     for target in sorted(raw.glob("*/*_sync/image_02/data/*.png")):
@@ -77,9 +77,9 @@ def pack_samples(
     size: tuple[int, int] = SIZE,
     codec: Codec = "jpeg",
 ) -> LocalDataset:
-    """The samples of `find_samples` packed by prep with its default options, and repeated until there are enough.
+    """Pack the samples of `find_samples` with prep's default options, and repeat them until there are `samples`.
 
-    Without depth maps, which training does not read. Each repetition has keys of its own.
+    There are no depth maps, because training does not read them. Each repetition gets its own keys.
     """
     folder = folder / codec
     folder.mkdir()
@@ -118,7 +118,7 @@ def pack_samples(
 
 
 def image_bytes(dataset: LocalDataset) -> float:
-    """Mean size of an encoded image, of the first shard."""
+    """Mean size of the encoded images in the first shard."""
     sizes = [
         len(data)
         for sample in read_samples(dataset.tars("train")[0])

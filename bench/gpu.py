@@ -1,22 +1,22 @@
-"""All that is to be checked and measured on a GPU machine, by one command.
+"""Check and measure everything that needs a GPU machine, with one command.
 
     md2 bench gpu OUT                          needs one NVIDIA GPU, no network; about a quarter of an hour
-    md2 bench gpu OUT --only kernels,decode    some of it
-    md2 bench gpu OUT --device cpu --tiny      the same code on little things, to see that it runs; no GPU figures
+    md2 bench gpu OUT --only kernels,decode    these sections only
+    md2 bench gpu OUT --device cpu --tiny      the same code on small inputs, to see that it runs; no GPU figures
 
-OUT gets gpu.md (tables) and gpu.json (the same numbers), written anew after each section, so that what was measured
-is there whatever comes after. A section that fails, or a check that does not hold, is a row of its tables, its
-traceback goes to OUT/SECTION.txt, the others go on, and the exit code is 1. Data is rendered and packed here.
+OUT receives gpu.md (tables) and gpu.json (the same numbers). Both are rewritten after each section, so a later
+failure loses nothing. A failing section or check becomes a row of the tables, its traceback goes to OUT/SECTION.txt,
+the other sections still run, and the exit code is 1. The data are rendered and packed here.
 
-    kernels    loss and gradients by Triton's kernels and by plain operators, against float64; their time and memory
-    decode     images decoded on the GPU beside the CPU's; order, flips and cameras must be equal
-    step       training steps on a batch that is there already: float32, bf16, contiguous, compiled; peak memory
-    training   `md2 train` end to end, the share of it beyond the step alone, and what the paper's 20 epochs would take
+    kernels    loss and gradients by Triton's kernels and by plain operators, compared with float64; time, memory
+    decode     images decoded on the GPU and on the CPU; order, flips and cameras must be equal
+    step       training steps on a batch that is already on the device: float32, bf16, contiguous, compiled; peak memory
+    training   `md2 train` from end to end, its time beyond the step alone, and the time of the paper's 20 epochs
     loader     batches alone: triplets/s by batch size, decoded on the GPU, on the CPU, and uncompressed
-    resume     a loader's state, and a run's checkpoint, made on the CPU and gone on with on the GPU
-    baseline   forward, loss, backward, optimiser against bench/reference.py
+    resume     a loader's state and a run's checkpoint, saved on the CPU and resumed on the GPU
+    baseline   forward, loss, backward and optimiser compared with bench/reference.py
 
-In a place that ends commands after ten minutes, ask for it in two: --only kernels,decode,step,training, then the rest.
+If commands are limited to ten minutes, run it in two parts: --only kernels,decode,step,training, then the rest.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the tables")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small images, few of them: shows that it runs")
+    parser.add_argument("--tiny", action="store_true", help="few and small images, to see that it runs")
     parser.add_argument("--only", help=f"comma-separated, of {', '.join(SECTIONS)}")
     parser.add_argument("--batches", default="12,32,64", help="batch sizes")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
-    parser.add_argument("--samples", type=int, default=8192, help="in the dataset")
+    parser.add_argument("--seconds", type=float, default=6.0, help="length of each measurement")
+    parser.add_argument("--samples", type=int, default=8192, help="samples in the dataset")
     parser.add_argument("--threads", type=int, help="decoding threads; default: one per core")
     options = parser.parse_args(arguments)
     options.sections = options.only.split(",") if options.only else list(SECTIONS)
@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What the figures were made on."""
+    """Describe the machine: CPU, load, versions, GPU."""
     about = {"cpu": processor(), "load": busy(), "versions": versions()}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -79,7 +79,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def guarded(name: str, section: Section, setup: Setup, out: Path) -> Record:
-    """Run a section; what goes wrong is in its record and, whole, in a file."""
+    """Run a section; record an error in one line, and write its traceback to a file."""
     record, begin = Record(name), time.perf_counter()
     try:
         section(setup, record)
@@ -95,7 +95,7 @@ def guarded(name: str, section: Section, setup: Setup, out: Path) -> Record:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 1 if a section failed or a check did not hold."""
+    """Run the sections; return 0, or 1 if a section or a check failed."""
     options = parse(arguments)
     device = torch.device(options.device)
     if device.type == "cpu":

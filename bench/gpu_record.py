@@ -1,4 +1,4 @@
-"""What `bench.gpu` works on, and what it writes down."""
+"""The set-up of `bench.gpu`, and its record: tables, checks, Markdown."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ Cell = str | int | float | None
 
 @dataclass
 class Record:
-    """One section: tables, checks, and how it ended.
+    """Result of one section.
 
     Attributes:
+        name: of the section.
         tables: each a title and rows; a row maps columns to cells.
-        checks: each what, whether it holds, and the figures.
+        checks: each a description, whether it holds, and the figures.
         notes: lines, or whole blocks of Markdown.
-        error: what ended it early.
+        error: the error that ended it early, in one line; None if it ended well.
+        seconds: it took.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Record:
     seconds: float = 0.0
 
     def table(self, title: str) -> list[dict[str, Cell]]:
-        """A new table, to append rows to."""
+        """Add a table and return its list of rows, to append to."""
         rows: list[dict[str, Cell]] = []
         self.tables.append((title, rows))
         return rows
@@ -53,7 +55,7 @@ class Record:
         return self.error is not None or not all(holds for _, holds, _ in self.checks)
 
     def markdown(self) -> str:
-        """Failures come first."""
+        """Render the section, failures first."""
         lines = [f"## {self.name}{': FAILED' if self.failed else ''}", "", f"{self.seconds:.0f} s", ""]
         if self.error:
             lines += [f"**FAILED**: {self.error} (traceback: {self.name}.txt)", ""]
@@ -86,12 +88,19 @@ def _cell(value: Cell) -> str:
 
 @dataclass
 class Setup:
-    """What there is to measure, and how much of it.
+    """What to measure, and for how long.
 
     Attributes:
+        device: under test.
+        folder: for data and runs.
+        tiny: use few and small images.
         size: width and height of the networks' images.
-        seconds: of each measurement; warm: batches before one.
-        most_steps: of training, warm ones included.
+        batches: batch sizes.
+        seconds: length of each measurement.
+        samples: in the dataset.
+        warm: batches before each measurement.
+        most_steps: limit on the steps of a training, including those before the measurement.
+        threads: decoding threads; None: one per core.
         variants: of the step.
     """
 
@@ -126,7 +135,7 @@ class Setup:
 
     @cached_property
     def dataset(self) -> LocalDataset:
-        """Those frames, packed by prep; mono+stereo."""
+        """Those frames packed by prep, mono+stereo."""
         return self._packed("jpeg")
 
     @cached_property
@@ -145,29 +154,29 @@ class Setup:
             torch.cuda.synchronize(self.device)
 
     def peak_memory(self) -> float | None:
-        """MiB that torch had allocated at its peak since `reset_memory`; None on a CPU."""
+        """Peak of torch's allocations since `reset_memory`, in MiB; None on a CPU."""
         return torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
 
     def device_memory(self) -> float | None:
-        """MiB of the device in use now, by all: torch, DALI, other processes; None on a CPU."""
+        """Memory of the device in use by all (torch, DALI, other processes), in MiB; None on a CPU."""
         if self.device.type != "cuda":
             return None
         free, total = torch.cuda.mem_get_info(self.device)
         return (total - free) / 2**20
 
     def reset_memory(self) -> None:
-        gc.collect()  # pipelines of what was measured before
+        gc.collect()  # pipelines of earlier measurements
         if self.device.type == "cuda":
-            torch._dynamo.reset()  # which lets go of recorded graphs' memory
+            torch._dynamo.reset()  # frees the memory of recorded graphs
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def markdown(command: str, about: Mapping[str, str], setup: Setup, records: Sequence[Record]) -> str:
-    """The whole report."""
+    """Render the whole report."""
     lines = [f"# GPU: {about['gpu']}", "", f"`{command}`", "", f"{about['cpu']}, {about['load']}; {about['versions']}"]
     if setup.tiny:
-        lines += ["", "**Tiny**: small images and few steps. It shows that the code runs; no figure means anything."]
+        lines += ["", "**Tiny**: small images and few steps. It shows that the code runs; the figures mean nothing."]
     if "dataset" in vars(setup):
         size = f"{setup.size[0]}x{setup.size[1]}"
         kept = image_bytes(setup.dataset) / 1000

@@ -1,23 +1,23 @@
-"""The loader against what it replaces and against its floor, on the same frames, in turns.
+"""Compare the loader with those that it replaces, and with its floor, on the same frames, in turns.
 
     md2 bench loader [RAW] [--modes mono,mono+stereo] [--batch 12] [--threads 2] [--append bench/RESULTS.md]
 
-RAW holds drives in KITTI's raw layout with both cameras; without it a synthetic drive of that size is rendered
-(about a minute). Its images are smoother than KITTI's and so cheaper to decode, for every row. prep packs the frames
-with its default options, and its samples are repeated until there are enough. Compared are
+RAW holds drives in KITTI's raw layout with both cameras; without it, a synthetic drive of KITTI's size is rendered
+(about a minute). Its images are smoother than KITTI's, and therefore cheaper to decode, in every row. prep packs the
+frames with its default options, and the samples are repeated until there are enough. The rows are
 
-    plain, png     PyTorch DataLoader: full-size PNG by Pillow, antialiased resize to 640x192, tensors
-    …, 4 scales    the same, and the pyramid of every image, plain and jittered, as Monodepth2's own trainer does
-    plain, jpeg    the same from full-size JPEG (quality 92, as many people convert KITTI)
-    webdataset     the webdataset library and Pillow in a DataLoader, on the very shards that md2 reads
-    floor          bare libjpeg-turbo (simplejpeg) decode of the shards' JPEGs on threads, thrown away
+    plain, png     PyTorch's DataLoader: full-size PNGs, decoded by Pillow, resized to 640x192 with antialiasing
+    …, 4 scales    the same with a pyramid of every image, plain and jittered, as in Monodepth2's own loader
+    plain, jpeg    the same as `plain, png` from full-size JPEGs (quality 92, as many people convert KITTI)
+    webdataset     the webdataset library and Pillow in a DataLoader, on the shards that md2 reads
+    floor          bare decoding of the shards' JPEGs by libjpeg-turbo (simplejpeg) on threads; the pixels are dropped
     …, ppm         webdataset and md2 on the same samples packed with `--codec ppm`: uncompressed, nothing to decode
 
-each with as many workers or threads as md2 has decoding threads. The plain loaders jitter colours as torchvision does
-(half of the samples, all frames alike) and hand out plain and jittered tensors. Every row but the floor ends in float
-batches, which are looked at before anything is timed. Rows take turns, each once all others rest; ratios are taken
-within a turn, and the tables have medians of rates and ratios. CPU time is this process's and its workers': on a
-busy machine it says more than the rates do.
+Each has as many workers or threads as md2 has decoding threads. The plain loaders jitter colours as torchvision does
+(half of the samples, all frames of a sample alike) and return plain and jittered tensors. Every row except the floor
+ends in float batches, which are checked before the timing. Rows take turns, and each starts when the others are idle.
+Ratios are taken within a turn; the tables show medians of rates and ratios. CPU time is that of this process and its
+workers; on a busy machine it is more reliable than the rates.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from shards.tar import read_samples
 FULL_QUALITY = 92
 MIN_BATCHES = 8
 READ_AHEAD = 4 * SAMPLES_AHEAD
-"""Samples that md2 may have prepared while other rows were timed."""
+"""Samples that md2 may have prepared during the other rows' turns."""
 STEMS = {"mono": ["0", "m1", "p1"], "mono+stereo": ["0", "m1", "p1", "s"]}
 GOALS = [
     ("md2", "plain, png, jitter", 30.0),
@@ -73,7 +73,7 @@ GOALS = [
     ("md2, ppm", "webdataset, ppm", None),
     ("md2, ppm, jitter", "plain, png, jitter", 12.0),
 ]
-"""Row, what it is divided by, and what is aimed at."""
+"""Row, the row that it is divided by, and the target."""
 Batches = Iterator[Sequence[Tensor]]
 
 
@@ -85,15 +85,15 @@ class Contender:
     batches: Batches
     buffered: int
     tensors: int
-    """(B, 3, H, W) images at full size in each batch; 0 where nothing but counting is left of them."""
+    """(B, 3, H, W) images in each batch at the networks' size; 0 for the floor, which drops them."""
     rates: list[float] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
 
     def check(self, batch: int) -> None:
-        """That a batch is what every row promises.
+        """Check shapes, types and values of one batch.
 
         Raises:
-            SystemExit: it is not.
+            SystemExit: the batch differs from what every row promises.
         """
         found = [image for image in next(self.batches) if image.shape[-2:] == SIZE[::-1]]
         shapes = {(tuple(image.shape), image.dtype) for image in found}
@@ -106,7 +106,7 @@ class Contender:
                 raise SystemExit(f"{self.name}: a batch does not hold pictures in [0, 1]")
 
     def measure(self, seconds: float) -> None:
-        """Adds a turn: samples per second, and CPU milliseconds per sample of this process and its workers."""
+        """Take a turn: record samples per second, and CPU milliseconds per sample of this process and its workers."""
         settle()
         for _ in range(self.buffered):
             next(self.batches)
@@ -118,7 +118,7 @@ class Contender:
 
 
 def settle(longest: float = 10.0) -> None:
-    """Wait until the row before has filled its queues and rests."""
+    """Wait until the previous row has filled its queues and is idle."""
     end = time.perf_counter() + longest
     cpu = cpu_seconds()
     while time.perf_counter() < end:
@@ -129,7 +129,7 @@ def settle(longest: float = 10.0) -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of the workers that it has now."""
+    """CPU seconds of this process and of its current workers."""
     ticks = 0
     for worker in active_children():
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
@@ -137,11 +137,11 @@ def cpu_seconds() -> float:
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-# --- what people do today
+# --- common loaders
 
 
 def color_jitter(images: list[Image.Image]) -> list[Image.Image]:
-    """torchvision's ColorJitter(0.2, 0.2, 0.2, 0.1) on PIL images, one draw for all, its four steps in random order."""
+    """Jitter images as torchvision's ColorJitter(0.2, 0.2, 0.2, 0.1) does: one draw for all, steps in random order."""
     factors = [random.uniform(0.8, 1.2) for _ in range(3)]
     hue = random.uniform(-0.1, 0.1)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
@@ -166,13 +166,13 @@ def _turn_hue(image: Image.Image, hue: float) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """As torchvision's ToTensor: (3, H, W) float32 in [0, 1]."""
+    """Convert to a (3, H, W) float32 tensor in [0, 1], as torchvision's ToTensor does."""
     pixels = torch.from_numpy(np.array(image))
     return pixels.permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
 
 
 def present(images: list[Image.Image], jitter: bool, scales: int = 1) -> dict[str, Tensor]:
-    """Flip, pyramid, jitter, tensors."""
+    """Flip, build the pyramid, jitter, and convert to tensors."""
     if random.random() < 0.5:
         images = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
     level = images
@@ -265,7 +265,7 @@ def floor(dataset: LocalDataset, stems: list[str], batch: int, threads: int) -> 
 
 
 def full_jpegs(found: list[list[Path]], folder: Path) -> list[list[Path]]:
-    """The same samples as full-size JPEG files."""
+    """Write the same samples as full-size JPEG files."""
     full: dict[Path, Path] = {}
     for path in {path for sample in found for path in sample}:
         full[path] = folder / f"{len(full):06d}.jpg"
@@ -288,13 +288,17 @@ def run(
     samples: int = 960,
     show: Callable[[str], object] = print,
 ) -> dict[str, dict[str, float]]:
-    """Measure and print two tables per mode; mode -> row -> median samples/s.
+    """Measure, print two tables per mode, and return mode -> row -> median samples/s.
 
     Args:
         given: drives in KITTI's raw layout; None: a synthetic one.
-        modes: of `STEMS`.
-        seconds: of each row in each turn.
-        samples: in the dataset; repetitions of the frames that there are.
+        modes: keys of `STEMS`.
+        batch: samples in a batch.
+        threads: decoding threads or workers of each row; None: one per core.
+        seconds: length of a row's turn.
+        repeats: number of turns.
+        samples: size of the dataset; the frames are repeated to fill it.
+        show: receives each table.
     """
     threads = threads or len(os.sched_getaffinity(0))
     results = {}
@@ -356,7 +360,7 @@ def measure_mode(
 
 
 def missing_rows() -> dict[str, str]:
-    """Rows that cannot be measured here, and the package that they need."""
+    """Rows that cannot be measured here, and the package that each needs."""
     needs = {"floor": "simplejpeg"} | dict.fromkeys(
         ("webdataset", "webdataset, jitter", "webdataset, ppm"), "webdataset"
     )
@@ -364,7 +368,7 @@ def missing_rows() -> dict[str, str]:
 
 
 def ratios(row: Contender, other: Contender) -> tuple[float, float]:
-    """Medians over the turns: of the rates' ratios, and of the CPU times' inverse ratios."""
+    """Medians over the turns of the ratio of rates, and of the inverse ratio of CPU times."""
     rates = statistics.median(a / b for a, b in zip(row.rates, other.rates, strict=True))
     costs = statistics.median(b / a for a, b in zip(row.costs, other.costs, strict=True))
     return rates, costs
@@ -389,9 +393,9 @@ def table(mode: str, rows: list[Contender]) -> str:
 
 
 def goals(rows: list[Contender]) -> str:
-    """What was aimed at beside what came out, by samples/s and by CPU time."""
+    """Table of the targets and the measured ratios, by samples/s and by CPU time."""
     by_name = {row.name: row for row in rows}
-    lines = ["| ratio | aimed at | by samples/s | by CPU time |", "|---|---|---|---|"]
+    lines = ["| ratio | target | by samples/s | by CPU time |", "|---|---|---|---|"]
     for name, other, aim in GOALS:
         if other not in by_name:
             lines.append(
@@ -414,7 +418,7 @@ def describe(
     packages = versions("torch", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "webdataset", "pillow", "simplejpeg")
     return (
         f"### Loader\n\n`{shlex.join(['md2', 'bench', 'loader', *words])}`\n\n"
-        f"{len(found)} instants of {size[0]}x{size[1]}, {kind}; as prep packs them: {SIZE[0]}x{SIZE[1]} "
+        f"{len(found)} time steps of {size[0]}x{size[1]}, {kind}, packed by prep's defaults: {SIZE[0]}x{SIZE[1]} "
         f"{about.encoding}, {image_bytes(dataset) / 1000:.0f} kB an image; "
         f"batch {batch}, {threads} threads or workers, medians of {repeats} turns.\n"
         f"{processor()}, {busy()}, {packages}.\n"
@@ -426,12 +430,12 @@ def main() -> None:
     parser.add_argument(
         "raw", nargs="?", type=Path, metavar="RAW", help="drives in KITTI's raw layout; default: synthetic"
     )
-    parser.add_argument("--modes", default="mono,mono+stereo", help="comma-separated, of these two")
-    parser.add_argument("--batch", type=int, default=12, help="samples")
+    parser.add_argument("--modes", default="mono,mono+stereo", help="mono, mono+stereo, or both, comma-separated")
+    parser.add_argument("--batch", type=int, default=12, help="samples in a batch")
     parser.add_argument("--threads", type=int, help="decoding threads or workers of each row; default: one per core")
-    parser.add_argument("--seconds", type=float, default=4, help="of each row in each turn")
-    parser.add_argument("--repeats", type=int, default=5, help="turns")
-    parser.add_argument("--samples", type=int, default=960, help="in the dataset")
+    parser.add_argument("--seconds", type=float, default=4, help="length of a row's turn")
+    parser.add_argument("--repeats", type=int, default=5, help="number of turns")
+    parser.add_argument("--samples", type=int, default=960, help="samples in the dataset")
     parser.add_argument("--append", type=Path, help="file that the result is appended to")
     options = parser.parse_args()
     modes = options.modes.split(",")

@@ -1,4 +1,4 @@
-"""The machine and the versions that a measurement was made with."""
+"""The machine and the versions of a measurement."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def versions(*names: str) -> str:
-    """`name version` of those packages (default: all that matter) that are installed, and Python's."""
+    """Python's version and `name version` of each package in `names` that is installed (default: all that matter)."""
     found = [f"Python {platform.python_version()}"]
     for name in names or PACKAGES:
         try:
@@ -33,7 +33,7 @@ def versions(*names: str) -> str:
 
 
 def processor() -> str:
-    """The CPU's name and how many cores this process may use."""
+    """Name of the CPU and number of cores that this process may use."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -41,5 +41,5 @@ def processor() -> str:
 
 
 def busy() -> str:
-    """How busy the machine was: its load over the last minute."""
+    """Load of the machine over the last minute."""
     return f"load {os.getloadavg()[0]:.1f}"

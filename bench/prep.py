@@ -1,13 +1,12 @@
-"""md2 prep against its floor: decode + resize + encode of every unique frame once, and nothing else.
+"""Compare md2 prep with its floor: decoding, resizing and encoding every frame once, and nothing else.
 
     md2 bench prep [RAW] [--instants 1500] [--workers 2] [--repeats 3]
 
-RAW holds drives in KITTI's raw layout with velodyne; without it a synthetic drive is rendered. Their instants are
-repeated under new frame numbers, through links, until there are enough. Mono+stereo with depth: every image of both
-cameras is a target. Floor and prep take turns on the same cores. The ratio floor / prep is the share of prep's time
-that is the unavoidable work; 1 would be free reading, lidar and shards. The workers' start, half a second, is part of
-prep's time: too few instants measure that. On a machine that others use as well, the
-ratio of CPU seconds is the one to trust.
+RAW holds drives in KITTI's raw layout with velodyne; without it, a synthetic drive is rendered. Its time steps are
+repeated under new frame numbers, through links, until there are enough. The samples are mono+stereo with depth, and
+every image of both cameras is a target frame. Floor and prep take turns on the same cores. The ratio floor / prep is
+the share of unavoidable work in prep's time; at 1, reading, lidar and shards would cost nothing. Prep's time includes
+the start of the workers, half a second, so use enough time steps. On a busy machine, trust the ratio of CPU seconds.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ DRIVE = f"{DATE}_drive_0001_sync"
 
 
 def link_drive(raw: Path, root: Path, instants: int) -> list[Path]:
-    """One long drive of links to RAW's instants that have both images and a scan; the images' paths, each once."""
+    """Link RAW's time steps that have both images and a scan into one long drive; return each image's path once."""
     found = [
         (left, left.parents[2] / "image_03" / "data" / left.name, scan)
         for left in sorted(raw.glob("*/*_sync/image_02/data/*.png"))
@@ -67,7 +66,7 @@ def link_drive(raw: Path, root: Path, instants: int) -> list[Path]:
 
 
 def bare(images: list[bytes], count: int) -> None:
-    """The floor's work: `count` frames, taken in turn from memory."""
+    """Do the floor's work on `count` frames, taken in turn from memory."""
     for number in range(count):
         with Image.open(io.BytesIO(images[number % len(images)])) as image:
             small = image.convert("RGB").resize(SIZE, Image.Resampling.LANCZOS)
@@ -82,27 +81,30 @@ def load(paths: list[Path]) -> None:
 
 
 def bare_loaded(count: int) -> float:
-    """CPU seconds of the floor's work."""
+    """Do the floor's work and return its CPU seconds."""
     start = time.process_time()
     bare(_images, count)
     return time.process_time() - start
 
 
 def timed(work: Callable[[], float]) -> tuple[float, float]:
-    """Wall seconds of some work, and the CPU seconds that it returns."""
+    """Run `work`; return its wall seconds and the CPU seconds that it reports."""
     start = time.perf_counter()
     cpu = work()
     return time.perf_counter() - start, cpu
 
 
 def cpu_seconds() -> float:
-    """Of this process and all that it has started and seen end."""
+    """CPU seconds of this process and of its children that have ended."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in usage)
 
 
 def run_prep(root: Path, out: Path, workers: int) -> float:
-    """What `md2 prep` does, from the split's file to the committed dataset, workers' start included; CPU seconds."""
+    """Do the work of `md2 prep`, from the split's file to the committed dataset; return its CPU seconds.
+
+    They include the start of the workers.
+    """
     start = cpu_seconds()
     lists = read_split(str(root / "train_files.txt"))
     content = make_content(lists, size=f"{SIZE[0]}x{SIZE[1]}")

@@ -1,11 +1,12 @@
-"""What the loader costs as datasets and runs grow: start-up, memory, speed by number of shards; memory of a long run.
+"""Measure the loader as datasets and runs grow: start-up, memory and speed by number of shards; memory of a long run.
 
-    python -m bench.scale [--shards 10,100,1000,10000] [--steps 10000] [--append bench/RESULTS.md]
+    md2 bench scale [--shards 10,100,1000,10000] [--steps 10000] [--append bench/RESULTS.md]
 
-Synthetic shards of a few small images. Each number of shards is opened in a process of its own: seconds until the
-dataset is open, until the loader is built and until the first batch is there; memory and open files on top of a process
-that has imported everything; samples/s after that. The long run takes batches with flips and jitter and prints the
-process's memory as it goes; epochs end within it, and a checkpoint is taken every 500 steps.
+The shards are synthetic and hold a few small images. Each number of shards is opened in its own process. The table
+shows the seconds until the dataset is open, until the loader is built and until the first batch arrives; the memory
+and open files beyond those of a process that has imported everything; and the samples/s after that. The long run
+takes batches with flips and jitter and reports the process's memory; it contains ends of epochs, and takes a
+checkpoint every 500 steps.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SPEED_SECONDS = 4.0
 
 
 def make(folder: Path, shards: int, per_shard: int) -> None:
-    """A dataset of that many shards, with eight different images."""
+    """Write a dataset of `shards` shards, made of eight different images."""
     rng = np.random.default_rng(0)
     images = []
     for _ in range(8):
@@ -72,7 +73,7 @@ def make(folder: Path, shards: int, per_shard: int) -> None:
 
 
 def memory() -> float:
-    """Resident memory of this process, MB."""
+    """Resident memory of this process, in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -90,7 +91,7 @@ def make_loader(folder: Path) -> Loader:
 
 
 def measure_start(folder: Path) -> dict[str, Any]:
-    """In a fresh process: seconds, MB and files of opening one dataset, then samples/s."""
+    """Measure, in a new process, the seconds, MB and files that opening a dataset takes, then the samples/s."""
     before, begin = memory(), time.perf_counter()
     open_dataset(str(folder))
     opened = time.perf_counter()
@@ -117,7 +118,7 @@ def measure_start(folder: Path) -> dict[str, Any]:
 
 
 def measure_run(folder: Path, steps: int) -> dict[str, Any]:
-    """In a fresh process: memory along a run."""
+    """Measure, in a new process, the memory over a run."""
     loader = make_loader(folder)
     batches = endless(loader)
     marks = {}
@@ -140,7 +141,7 @@ def in_fresh_process(*arguments: str) -> dict[str, Any]:
 
 
 def run(shards: list[int], per_shard: int, steps: int) -> str:
-    """The report, in Markdown."""
+    """Measure all and return the report in Markdown."""
     lines = [
         f"{per_shard} samples of three {SIZE[0]}x{SIZE[1]} JPEGs a shard, batch {BATCH}, 2 threads; {processor()}, "
         f"{busy()}, {versions('torch', 'nvidia-dali-cuda120', 'nvidia-dali-cuda130')}",
@@ -172,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", default="10,100,1000,10000", help="numbers of shards")
     parser.add_argument("--per-shard", type=int, default=16, help="samples in a shard")
-    parser.add_argument("--steps", type=int, default=10000, help="of the long run; 0: none")
+    parser.add_argument("--steps", type=int, default=10000, help="length of the long run; 0: no long run")
     parser.add_argument("--append", type=Path, help="file that the result is appended to")
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
@@ -186,7 +187,7 @@ def main() -> None:
         print(report)
         if options.append:
             with options.append.open("a") as file:
-                file.write(f"\n### Loader at scale\n\n`python -m bench.scale {shlex.join(sys.argv[1:])}`\n\n{report}\n")
+                file.write(f"\n### Loader at scale\n\n`md2 bench scale {shlex.join(sys.argv[1:])}`\n\n{report}\n")
 
 
 if __name__ == "__main__":

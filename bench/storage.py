@@ -1,20 +1,20 @@
-"""Reading a dataset from object storage: cached, streamed, by DALI itself, against the same dataset in a local folder.
+"""Compare ways to read a dataset from object storage: cached, streamed, by DALI itself; and from a local folder.
 
-    python -m bench.storage [--samples 800] [--shard-mb 8] [--latency 0 10 50] [--repeats 3]
+    md2 bench storage [--samples 800] [--shard-mb 8] [--latency 0 10 50] [--repeats 3]
 
-An S3 server (rclone) runs on loopback behind a proxy, in a process of its own; the proxy adds the latency to every
-request, counts bytes and, for the last table, answers with 503 for two seconds. Samples are three 640x192 JPEGs; every
-row decodes all of them on the CPU in DALI with the same threads, so that only the way of reading differs.
+An S3 server (rclone) runs on loopback behind a proxy, in its own process. The proxy delays every request, counts
+bytes and, for the last table, answers 503 for two seconds. A sample is three 640x192 JPEGs. Every row decodes all of
+them on the CPU in DALI with the same threads, so the rows differ only in how they read.
 
     local    DALI's webdataset reader on the folder itself
     cached   open_dataset on an empty cache: epoch 1 fills it, epoch 2 is local
-    stream   stream_samples into DALI's external_source: nothing is kept
-    native   DALI's webdataset reader on s3:// itself (on fewer samples, it is slow)
+    stream   stream_samples into DALI's external_source; keeps nothing
+    native   DALI's webdataset reader on s3:// itself (on fewer samples, because it is slow)
 
-Cold start: from opening to the first batch in hand. Fetched / needed: bytes that left the server in an epoch over the
-bytes of the images that were decoded; for native, that holds some 24 samples that DALI has prefetched beyond those
-(`--native-samples` says how many there are). Medians of the repeats. Bytes are exact, seconds depend on the machine:
-trust the ratios.
+Cold start is the time from opening to the first batch. Fetched / needed divides the bytes that left the server in an
+epoch by the bytes of the decoded images; for native, it includes about 24 samples that DALI has prefetched
+(`--native-samples` sets the number of samples). Figures are medians of the repeats. Bytes are exact; seconds depend
+on the machine, so trust the ratios.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from storage_servers import ACCESS_KEY, SECRET_KEY, Fault, faulty_proxy, rclone_
 IMAGES = ["0.jpg", "m1.jpg", "p1.jpg"]
 BATCH, THREADS = 12, 2
 OUTAGE, OUTAGE_AFTER = 2.0, 12
-"""Seconds for which the failing server answers 503, and the request at which that begins."""
+"""Seconds for which the failing server answers 503, and the number of the request that starts them."""
 BUCKET = "bench"
 URL = f"s3://{BUCKET}/drive"
 
@@ -68,7 +68,7 @@ class Run:
 
 
 def serve(folder: str, pipe: Connection) -> None:
-    """The server's process: tells its address, then obeys each (latency, failing) and answers with the bytes sent."""
+    """Run the server: send its address, then obey each (latency, failing) and answer with the bytes sent so far."""
     with rclone_server(Path(folder)) as endpoint, faulty_proxy(endpoint) as proxy:
         latency, failing, asked = 0.0, False, 0
         outage = (float("inf"), float("inf"))
@@ -90,7 +90,7 @@ def serve(folder: str, pipe: Connection) -> None:
 
 
 class Server:
-    """The server from outside. One for all tables: DALI's S3 client keeps to the address it saw first."""
+    """Handle of the server's process. All tables share one: DALI's S3 client keeps the first address that it sees."""
 
     def __init__(self, folder: Path) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
@@ -101,7 +101,7 @@ class Server:
         os.environ["AWS_ENDPOINT_URL"] = self._pipe.recv()
 
     def sent(self) -> int:
-        """Bytes sent so far; from now on it behaves as `latency` (seconds) and `failing` say."""
+        """Return the bytes sent so far, and apply `latency` (seconds) and `failing` from now on."""
         self._pipe.send((self.latency, self.failing))
         return int(self._pipe.recv())
 
@@ -111,7 +111,7 @@ class Server:
 
 
 def make_samples(count: int) -> Iterator[Sample]:
-    """Street-like amounts of detail: about 45 kB an image at quality 93."""
+    """Make samples with as much detail as street images: about 45 kB an image at quality 93."""
     rng = np.random.default_rng(0)
     for number in range(count):
         components = {"k.f32": b"\0" * 16, "meta.json": b"{}"}
@@ -125,7 +125,7 @@ def make_samples(count: int) -> Iterator[Sample]:
 
 
 def reader(tars: list[str], indexes: list[str]) -> Any:
-    """A built DALI pipeline over tars and indexes."""
+    """Build a DALI pipeline that reads tars and indexes."""
     from nvidia.dali import fn, pipeline_def
 
     @pipeline_def(batch_size=BATCH, num_threads=THREADS, device_id=None)
@@ -139,7 +139,7 @@ def reader(tars: list[str], indexes: list[str]) -> Any:
 
 
 def streamer(samples: Iterator[Sample]) -> Any:
-    """A built DALI pipeline over samples that Python hands in."""
+    """Build a DALI pipeline that takes samples from Python."""
     from nvidia.dali import fn, pipeline_def
 
     def batches() -> Iterator[tuple[list[np.ndarray], ...]]:
@@ -162,7 +162,7 @@ def take(pipeline: Any, batches: int) -> None:
 
 
 def measure(samples: int, epochs: list[Callable[[], Any]], server: Server | None) -> Run:
-    """Time epochs; each callable opens the dataset and gives a pipeline."""
+    """Time epochs; each callable opens the dataset and returns a pipeline."""
     run, batches = Run(0.0, [], []), samples // BATCH
     before = server.sent() if server else 0
     for open_pipeline in epochs:
@@ -210,7 +210,7 @@ def native(manifest: Manifest) -> Callable[[], Any]:
 
 
 def row(name: str, runs: list[Run], needed: int, base: float) -> str:
-    """A line of the table; each number the median over the runs."""
+    """Line of the table; each number is the median over the runs."""
     first = statistics.median(run.first for run in runs)
     rates = [statistics.median(rates) for rates in zip(*(run.epochs for run in runs), strict=True)]
     fetched = [statistics.median(f) / needed for f in zip(*(run.fetched for run in runs), strict=True)]
@@ -244,10 +244,10 @@ def table(options: argparse.Namespace, drive: Path, manifest: Manifest, per_samp
 
 
 def faults(options: argparse.Namespace, manifest: Manifest, server: Server) -> None:
-    """What an outage of two seconds in the middle does."""
+    """Print what each way of reading does during an outage of two seconds in the middle of an epoch."""
     server.latency, server.failing = 0.0, True
     few = min(options.samples, options.native_samples)
-    print(f"\n{OUTAGE:g} s of nothing but 503 in mid-epoch\n\n| | |\n|---|---|")
+    print(f"\nThe server answers 503 for {OUTAGE:g} s in the middle of an epoch\n\n| | |\n|---|---|")
     ways: dict[str, tuple[int, Callable[[], Any]]] = {
         "cached": (options.samples, from_cache()),
         "stream": (options.samples, from_stream),
@@ -293,7 +293,7 @@ def main() -> None:
             f"{options.samples} samples, {per_sample / 3e3:.0f} kB an image, {len(manifest.shards)} shards, "
             f"{total / 1e6:.0f} MB; {THREADS} decoding threads, batch {BATCH}, {os.cpu_count()} cores"
         )
-        measure(BATCH, [from_folder(folder / "drive")], None)  # DALI's own start is not what is measured
+        measure(BATCH, [from_folder(folder / "drive")], None)  # so that DALI's own start is not measured
         server = Server(folder / "server")
         try:
             for server.latency in (milliseconds / 1000 for milliseconds in options.latency):

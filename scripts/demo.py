@@ -1,9 +1,9 @@
-"""`make demo`: the whole way on a synthetic drive, from raw frames to pictures, on the CPU.
+"""Run the whole way on a synthetic drive, from raw frames to pictures, on the CPU (`make demo`).
 
     python scripts/demo.py FOLDER
 
-Runs the commands that a user would, then measures three depth maps of every test image against the
-scene's exact depth: a constant one, the untrained network's, the trained network's.
+It runs the commands that a user would run. Then it compares three depth maps of every test image with the scene's exact
+depth: a constant one, the untrained network's and the trained network's.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ Predict = Callable[[Image.Image], np.ndarray]
 
 
 def run(*command: str) -> None:
-    """Run a command, show it, stop at its failure."""
+    """Print a command and run it.
+
+    Raises:
+        CalledProcessError: the command fails.
+    """
     print(f"\n$ {shlex.join(command)}", flush=True)
     subprocess.run(command, check=True)
 
 
 def test_images(raw: Path) -> Iterator[tuple[Path, Path]]:
-    """Image and exact depth of every test line."""
+    """Paths of the image and of its exact depth, for every line of the test split."""
     for line in (raw / "splits/sample/test_files.txt").read_text().splitlines():
         drive, frame, side = line.split()
         camera = "02" if side == "l" else "03"
@@ -42,7 +46,13 @@ def test_images(raw: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def score(raw: Path, predict: Predict, scaling: str) -> tuple[float, float, float]:
-    """Mean abs_rel, rmse (metres) and a1 over the test images; pixels up to 80 m, Garg crop."""
+    """Mean abs_rel, rmse (metres) and a1 over the test images, in the Garg crop up to 80 m.
+
+    Args:
+        raw: the synthetic drives.
+        predict: image -> depth (H, W).
+        scaling: `median` or `metres` (as predicted).
+    """
     rows = []
     for image, depth in test_images(raw):
         truth = torch.from_numpy(np.nan_to_num(np.load(depth), posinf=0.0)).float()[None, None]
@@ -55,7 +65,7 @@ def score(raw: Path, predict: Predict, scaling: str) -> tuple[float, float, floa
 
 
 def table(raw: Path, trained: Predictor) -> bool:
-    """Print the three side by side; whether the trained one is the best by far."""
+    """Print the comparison; return whether the trained network's abs_rel is below 0.7 of the best untrained one."""
     torch.manual_seed(0)
     config = trained.config
     blank = Predictor(Networks(config.model, config.data, config.loss).eval(), config, trained.metres_per_unit)
@@ -76,7 +86,7 @@ def main(folder: Path) -> int:
     began = time.monotonic()
     raw, shards, trained, pictures = (folder / name for name in ("kitti_data", "shards", "run", "pictures"))
     if folder.exists():
-        print(f"{folder} exists: remove it, or name another (make demo DEMO=...)", file=sys.stderr)
+        print(f"{folder} exists: remove it, or choose another (make demo DEMO=...)", file=sys.stderr)
         return 2
     run("md2", "sample", str(raw), "--drives", "4", "--frames", "40", "--size", "416x128")
     run(
