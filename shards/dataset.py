@@ -17,7 +17,7 @@ from shards.cache.fill import Filler, Progress
 from shards.cache.folder import Cache
 from shards.card import card
 from shards.errors import DatasetError, StorageError
-from shards.files import write_atomic
+from shards.files import open_regular, write_atomic
 from shards.manifest import CARD, MANIFEST, DepthInfo, JpegInfo, Manifest, Shard, Split
 from shards.publish import require_manifest
 from shards.sample import Codec, Sample
@@ -196,6 +196,8 @@ def check_shard(folder: Path, shard: Shard) -> None:
     tar, index = folder / shard.name, folder / shard.index_name
     again = "pull or pack the dataset again"
     try:
+        open_regular(tar).close()
+        open_regular(index).close()
         tar_bytes, index_bytes = tar.stat().st_size, index.stat().st_size
         if tar_bytes != shard.bytes:
             raise DatasetError(f"{tar}: {tar_bytes} bytes, the manifest says {shard.bytes}; {again}")
@@ -205,7 +207,7 @@ def check_shard(folder: Path, shard: Shard) -> None:
     except FileNotFoundError as error:
         raise DatasetError(f"{error.filename}: missing, though the manifest lists it; {again}") from error
     except OSError as error:
-        raise StorageError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        raise StorageError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise DatasetError(f"{index}: its sha256 is not the manifest's; {again}")
     samples = parse_index(data, str(index))

@@ -1,32 +1,57 @@
-"""Errors that a user can act on, and the exit codes that the commands end with.
+"""Errors that a user can act on, and the exit codes of the commands.
 
-    Md2Error                 1   anything below; itself only where a worker process died
+    Md2Error                 1   any of the errors below; raised itself only if a worker process died
     ├── UsageError           2   a wrong option, configuration key or combination
-    ├── InputError           3   an input is missing or broken: raw data, image, checkpoint
-    │   └── SampleError      3   one sample's input is: it can be skipped and listed
-    ├── DatasetError         5   a packed dataset is broken, or not the one that was promised
+    ├── InputError           3   a missing or broken input: raw data, image, checkpoint
+    │   └── SampleError      3   the input of one sample: it can be skipped and listed
+    ├── DatasetError         5   a broken packed dataset, or not the expected one
     │   └── StorageError     5   the storage behind a URL refuses or fails
-    └── TrainingError        6   training cannot go on: NaN, a rank that died
+    └── TrainingError        6   training cannot continue: NaN, a rank that died
 
-Exit code 0 means done, 4 (`INCOMPLETE`) means done but with samples left out (listed in the report),
-130 and 143 mean interrupted and terminated. A message is one line that says what is wrong, where,
-and what to do; the commands print it without a traceback.
+Exit code 0 means done. 4 (`INCOMPLETE`) means done, but samples were skipped (the report lists them). 130 and 143
+mean interrupted and terminated. A message is one line: what is wrong, where, and what to do. The commands print it
+without a traceback.
 """
 
 from __future__ import annotations
 
+import os
 import re
 
 INCOMPLETE = 4
 _LONGEST = 200
 # Control characters, and the marks that change the direction of text or cannot be seen.
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
+_USER = re.compile(
+    r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]{0,30}:/{1,3})"
+    # A secret may hold a slash: after a colon that is no port, everything up to the last @ counts.
+    r"(?:[^\s/'\"<>@]*(?:@[^\s/'\"<>@]*)*@|[^\s/:'\"<>]*:(?!\d{1,5}(?:/|$))[^\s'\"<>]*@)"
+)
+_QUERY = re.compile(
+    r"(?P<address>\b[A-Za-z][A-Za-z0-9+.-]{0,30}:/{1,3}[^\s?'\"<>]*)\?[^\s'\"<>]*=[^\s'\"<>]*?(?=[:;,.)]*(?:[\s'\"<>]|$))"
+)
+_FRAGMENT = re.compile(r"(?P<address>\bhttps?://[^\s#'\"<>]*)#[^\s'\"<>]*=[^\s'\"<>]*", re.IGNORECASE)
+_PARAMETER = re.compile(
+    r"(?P<name>(?:X-(?:Amz|Goog)-)?(?:Signature|Credential|Security-Token|session_token)|AWSAccessKeyId|access_token"
+    r"|api_?key|token|sig|secret|password|passwd)(?P<equals>=|['\"]\s*:\s*['\"]?)[^&\s'\",;)]+",
+    re.IGNORECASE,
+)
+_AUTHORIZATION = re.compile(r"(?P<name>(?:proxy-)?authorization['\"]?\s*[:=]\s*)[^\n]+", re.IGNORECASE)
+_VARIABLE = re.compile(r"^(AWS_(SECRET_ACCESS_KEY|SESSION_TOKEN)|.*(SECRET|TOKEN|PASSWORD|PASSWD|API_KEY)(_.*)?)$")
+_SHORTEST = 8
+"""Shorter values of environment variables are left alone: they may be words of the message."""
 
 
 class Md2Error(Exception):
-    """Base of every error that md2 raises on purpose."""
+    """Base of every error that md2 raises on purpose; its message holds no credentials."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return conceal(super().__str__())
+
+    def __repr__(self) -> str:
+        return conceal(super().__repr__())
 
 
 class UsageError(Md2Error):
@@ -36,17 +61,17 @@ class UsageError(Md2Error):
 
 
 class InputError(Md2Error):
-    """An input is missing or broken: raw data, a calibration file, an image, a checkpoint."""
+    """A missing or broken input: raw data, a calibration file, an image, a checkpoint."""
 
     exit_code = 3
 
 
 class SampleError(InputError):
-    """The input of a single sample is missing or broken; the rest can go on without it."""
+    """The input of a single sample is missing or broken; the other samples are not affected."""
 
 
 class DatasetError(Md2Error):
-    """A packed dataset is broken, or is not what its manifest promises."""
+    """A packed dataset is broken, or differs from its manifest."""
 
     exit_code = 5
 
@@ -56,21 +81,38 @@ class StorageError(DatasetError):
 
 
 class TrainingError(Md2Error):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
     exit_code = 6
 
 
 def first_line(error: BaseException) -> str:
-    """Another library's exception for a message of one line: the first of its text, or its type if it has none."""
-    lines = str(error).strip().splitlines()
+    """Return the first line of another library's exception, without credentials; its type if it has no text."""
+    lines = conceal(str(error)).strip().splitlines()
     return lines[0][:_LONGEST] if lines else type(error).__name__
 
 
-def visible(text: str) -> str:
-    """`text` with unseen characters written out (`\\x1b`, `\\u202e`): names from outside must not steer a terminal.
+def conceal(text: str) -> str:
+    """`text` without credentials.
 
-    Bytes of a file name that are not UTF-8 are written out as well.
+    Removes from URLs, chained ones included, the user part and the query; from anything else the values of parameters
+    and headers that carry credentials, and the values of environment variables named like secrets.
     """
-    text = text.encode(errors="backslashreplace").decode()
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and _VARIABLE.match(name):
+            text = text.replace(value, "…")
+    if ":/" in text:
+        text = _USER.sub(r"\g<scheme>…@", text)
+        text = _QUERY.sub(r"\g<address>?…", text)
+        text = _FRAGMENT.sub(r"\g<address>#…", text)
+    text = _AUTHORIZATION.sub(r"\g<name>…", text)
+    return _PARAMETER.sub(r"\g<name>\g<equals>…", text)
+
+
+def visible(text: str) -> str:
+    """Return `text` for a terminal: no credentials, control characters and bidi marks escaped (`\\x1b`, `\\u202e`).
+
+    Bytes of a file name that are not UTF-8 are escaped as well.
+    """
+    text = conceal(text).encode(errors="backslashreplace").decode()
     return _UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)

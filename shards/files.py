@@ -1,26 +1,133 @@
-"""Files that are whole or absent: write beside, sync, rename."""
+"""Files that are whole or absent: written beside, synced, renamed; and how to recognise those of killed processes."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import shutil
 import socket
+import stat
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
+from typing import NamedTuple
 
-_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{12}\.tmp")
-
-
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12})-(\d+)-(\d+)-[0-9a-f]{12}\.tmp")
 CACHE_FOLDER = "MD2_CACHE"
-"""Environment variable: where downloads, cached datasets and unfinished work that has no other place go."""
+"""Environment variable: the folder of downloads, cached datasets and unfinished work that has no other place."""
 
 
 def cache_folder() -> Path:
-    """As `MD2_CACHE` says; else `md2` in the user's cache folder."""
+    """Return the folder that `MD2_CACHE` names; without it, `md2` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get(CACHE_FOLDER) or Path(base) / "md2").expanduser()
+
+
+class ProcessIdentity(NamedTuple):
+    """A process, told apart from all others, also from one in another container or after a reboot.
+
+    `machine` is a hash of host name, boot id and process namespace: process ids have a meaning only within it.
+    `started` is the process's start time in clock ticks since boot, because process ids are used again; 0: not known.
+    """
+
+    machine: str
+    process: int
+    started: int
+
+    @classmethod
+    def own(cls) -> ProcessIdentity:
+        """Return the identity of this process."""
+        return cls(_machine(), os.getpid(), _start_time(os.getpid()) or 0)
+
+    def has_ended(self) -> bool:
+        """Return True if the process has certainly ended; False also if it belongs to another machine."""
+        if self.machine != _machine():
+            return False
+        try:
+            os.kill(self.process, 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):  # another user's process, or a number that no process can have
+            pass
+        started = _start_time(self.process)
+        return bool(self.started and started and started != self.started)
+
+
+@cache
+def _machine() -> str:
+    words = [socket.gethostname()]
+    with suppress(OSError):  # outside Linux
+        words.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        words.append(str(Path("/proc/self/ns/pid").readlink()))
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
+
+
+def _start_time(process: int) -> int | None:
+    """Clock ticks from boot to the start of a process; None if it is not known."""
+    try:
+        # The name of the program, in brackets, may hold anything; the fields after it are numbers.
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def temporary(path: Path) -> Path:
+    """Return a name beside `path` that no other process uses and that holds this process's identity."""
+    machine, process, started = ProcessIdentity.own()
+    return path.with_name(f".{path.name}.{machine}-{process}-{started}-{uuid.uuid4().hex[:12]}.tmp")
+
+
+def is_abandoned(path: Path) -> bool:
+    """Return whether `temporary` made the name in a process of this machine that has ended since."""
+    made = _TEMPORARY.fullmatch(path.name)
+    return made is not None and ProcessIdentity(made[1], int(made[2]), int(made[3])).has_ended()
+
+
+@contextmanager
+def scratch_folder(name: str, parent: Path | None = None) -> Iterator[Path]:
+    """Make a temporary folder for a `with` block, and remove those that killed processes left beside it.
+
+    Args:
+        name: what the folder is for, such as `md2-copy`.
+        parent: where it is made; None: the system's temporary folder.
+    """
+    parent = parent or Path(tempfile.gettempdir())
+    with suppress(OSError):
+        for left in parent.glob(f".{name}.*.tmp"):
+            if is_abandoned(left):
+                shutil.rmtree(left, ignore_errors=True)
+    folder = temporary(parent / name)
+    folder.mkdir(mode=0o700, parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: it cannot be opened, or is something else: reading from a named pipe or device may never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file, but a pipe, socket or device", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def fsync_folder(folder: Path) -> None:
@@ -33,37 +140,16 @@ def fsync_folder(folder: Path) -> None:
 
 
 def replace(tmp: Path, path: Path) -> None:
-    """Sync `tmp` to disk and give it the name `path`, whatever was there."""
+    """Sync `tmp` to disk and rename it to `path`, replacing an existing file."""
     with tmp.open("rb") as file:
         os.fsync(file.fileno())
     tmp.replace(path)
 
 
-def temporary(path: Path) -> Path:
-    """A name beside `path` that no other process uses; it tells whose it is (`is_abandoned`)."""
-    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp")
-
-
-def is_abandoned(path: Path) -> bool:
-    """Whether `temporary` made the name in a process of this machine that has ended: killed while it wrote."""
-    made = _TEMPORARY.fullmatch(path.name)
-    return made is not None and made[1] == _host() and not is_running(int(made[2]))
-
-
-def is_running(process: int) -> bool:
-    """Whether this machine has a process of that number; it may be another than the one that is meant."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # someone else's; no process has such a number, and none is known to have ended
-        return True
-    return True
-
-
-@cache
-def _host() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+def remove_quietly(path: Path) -> None:
+    """Remove a file of one's own in a clean-up: a second failure must not hide the first."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -75,13 +161,13 @@ def write_atomic(path: Path, data: bytes) -> None:
         replace(tmp, path)
         fsync_folder(path.parent)
     finally:
-        tmp.unlink(missing_ok=True)
+        remove_quietly(tmp)
 
 
 def create_from(tmp: Path, path: Path) -> bool:
-    """Give `tmp` the name `path` unless something is there; True if it was given.
+    """Rename `tmp` to `path` unless `path` exists; return whether it was renamed.
 
-    Two processes that create the same path at once: one of them gets True.
+    Of two processes that create the same path at once, one gets True.
     """
     with tmp.open("rb") as file:
         os.fsync(file.fileno())
@@ -89,7 +175,7 @@ def create_from(tmp: Path, path: Path) -> bool:
         os.link(tmp, path)
     except FileExistsError:
         return False
-    except OSError:  # a file system without hard links: not atomic, but still never half a file
+    except OSError:  # a file system without hard links: not exclusive, but a reader still sees whole files only
         if path.exists():
             return False
         tmp.replace(path)
@@ -99,10 +185,10 @@ def create_from(tmp: Path, path: Path) -> bool:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's content, read in pieces.
+    """Return the hex sha256 of a file's content, read in pieces.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is not a regular file.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

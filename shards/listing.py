@@ -59,8 +59,8 @@ def _below(storage: Storage, prefix: str, depth: int) -> Iterator[Found]:
 def _look(url: str) -> Found:
     try:
         found = read_manifest(open_storage(url))
-    except StorageError:
-        raise
     except DatasetError as error:
+        if isinstance(error, StorageError) and not is_local(url):
+            raise
         return Found(url, None, f"broken: {error}")
     return Found(url, found.manifest if found else None)

@@ -1,10 +1,15 @@
-"""File locks between processes (flock): the kernel lets go of them when a process ends, however it ends."""
+"""File locks between processes (flock): the kernel releases them when a process ends, however it ends.
+
+`filelock` has no shared lock on a plain file (its read-write lock is an SQLite database), and does not report who holds
+a lock; the cache needs both.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,7 +20,7 @@ _POLL = 0.05
 
 
 class FileLock:
-    """A lock on a file that exists for nothing else and is never deleted.
+    """A lock on a file that exists only for it and is never deleted.
 
     Each object is a holder of its own, threads of one process included.
     """
@@ -25,7 +30,12 @@ class FileLock:
         self._descriptor: int | None = None
 
     def try_acquire(self, *, shared: bool = False) -> bool:
-        """Take the lock unless another holder excludes that."""
+        """Take the lock unless another holder excludes that; return whether it was taken.
+
+        Raises:
+            OSError: the lock's file cannot be made.
+            StorageError: the file system has no locks (such as NFS without a lock daemon).
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -33,20 +43,24 @@ class FileLock:
         except BlockingIOError:
             os.close(descriptor)
             return False
-        except OSError:
+        except OSError as error:
             os.close(descriptor)
-            raise
+            raise StorageError(
+                f"{self.path}: this file system has no file locks ({error.strerror or error}); use a local disk "
+                "(MD2_CACHE names the cache's folder)"
+            ) from error
         self._descriptor = descriptor
         if not shared:
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            with suppress(OSError):  # the holder's number is only for messages; the disk may be full
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         return True
 
     def acquire(self, seconds: float, *, shared: bool = False) -> Self:
         """Wait for the lock.
 
         Raises:
-            StorageError: not within `seconds`; names the process that holds it.
+            StorageError: not within `seconds` (names the process that holds it), or there are no locks.
         """
         deadline = time.monotonic() + seconds
         while not self.try_acquire(shared=shared):
@@ -58,13 +72,14 @@ class FileLock:
         return self
 
     def holder(self) -> str:
-        """`process 123`, whoever took the lock last."""
+        """Return `process 123`: the last process that took the lock for itself."""
         try:
             return f"process {int(self.path.read_text())}"
         except (OSError, ValueError):
             return "another process"
 
     def release(self) -> None:
+        """Give the lock back; without effect if it is not held."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

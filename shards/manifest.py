@@ -1,4 +1,4 @@
-"""`dataset.json`: what a packed dataset holds. It is written last and is the commit point."""
+"""`dataset.json`, the manifest of a packed dataset: written last, it is what makes the dataset exist."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from shards.errors import DatasetError
-from shards.sample import Chroma, Codec, Offset, image_component
+from shards.errors import DatasetError, first_line
+from shards.sample import MAX_FRAMES, Chroma, Codec, Offset, image_component
 from shards.tar import MAX_INDEX_BYTES
 
 MANIFEST = "dataset.json"
 CARD = "README.md"
 REPORT = "report.json"
 SCHEMA_VERSION = 1
+_MAX_VALUES = 1_000_000
+"""Values in a manifest; each takes up to a hundred bytes of memory once it is parsed."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Side = Annotated[int, Field(gt=0, le=65535)]
 """Pixels; no JPEG is larger."""
 Text = Annotated[str, Field(max_length=300, pattern=r"^\P{Cc}*$")]
-"""Without control characters: it comes from a bucket that others can write, and goes to terminals."""
+"""Without control characters: the text may come from a bucket that others can write, and goes to terminals."""
+_LONGEST_NAME = 200
 _SHARD_NAME = re.compile(r"[a-z0-9_]+/\d{6}\.tar")
 
 
@@ -44,7 +47,7 @@ class Shard(_Model):
     @field_validator("name")
     @classmethod
     def _stay_inside(cls, name: str) -> str:
-        """A manifest comes from a bucket that others can write: no name may leave the dataset."""
+        """Others may be able to write the bucket: no name may leave the dataset."""
         if not _SHARD_NAME.fullmatch(name):
             raise ValueError(f"shard name {name!r} is not of the form 'train/000000.tar'")
         return name
@@ -60,17 +63,17 @@ class Shard(_Model):
 
 
 class Split(_Model):
-    """The split's name, and the sha256 over its lists (part name and lines, in order)."""
+    """Name of the split, and the sha256 of its lists (part name and lines, in order)."""
 
     name: Text
     sha256: Sha256
 
 
 class DepthInfo(_Model):
-    """Where ground truth came from, and which depth it is.
+    """Source of the ground truth, and which depth it is.
 
-    `camera_z` is the z of the point in the target camera; `lidar_x` the lidar's forward x, which the
-    published Eigen evaluation uses.
+    `camera_z` is the point's z in the target camera; `lidar_x` is the lidar's forward x, which the published Eigen
+    evaluation uses.
     """
 
     source: Literal["velodyne", "improved", "dense"]
@@ -95,18 +98,17 @@ class JpegInfo(_Model):
 class Manifest(_Model):
     """Contents of `dataset.json`.
 
-    Every sample of every part has all of `components`; `optional_components` says how many samples
-    have each of the rest. `size` is (width, height) in pixels of the stored images, or None where
-    they keep their native size. `quality` is None for lossless codecs and for JPEG with even tables. `jpeg` is None
-    for other codecs, and for JPEGs packed before it was recorded: standard tables, 4:4:4. `plan_sha256` hashes
-    everything that decided the bytes, which distinguishes packing the same again from packing something else; the
-    store fills it in.
+    Every sample of every part has all of `components`; `optional_components` counts the samples that have each of the
+    others. `size` is (width, height) in pixels of the stored images, or None if they keep their native size. `quality`
+    is None for lossless codecs and for JPEG with even tables. `jpeg` is None for other codecs, and for JPEGs packed
+    before it was recorded: standard tables, 4:4:4. `plan_sha256` is the hash of everything that decided the bytes; the
+    store fills it in, and recognises by it the same dataset packed again.
     """
 
     schema_version: Literal[1] = 1
     md2_version: Text
     split: Split
-    frames: list[int] = Field(min_length=1, max_length=100)
+    frames: list[int] = Field(min_length=1, max_length=MAX_FRAMES)
     stereo: bool
     depth: DepthInfo | None
     size: tuple[Side, Side] | None
@@ -123,7 +125,7 @@ class Manifest(_Model):
     @field_validator("shards")
     @classmethod
     def _no_name_twice(cls, shards: list[Shard]) -> list[Shard]:
-        """Two entries would stand for one file, which can be only one of them."""
+        """Refuse two entries for one file."""
         if twice := [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]:
             raise ValueError(f"shard {twice[0]!r} is listed twice")
         return shards
@@ -133,10 +135,10 @@ class Manifest(_Model):
         return sorted({shard.part for shard in self.shards})
 
     def part(self, name: str) -> list[Shard]:
-        """Shards of one part, in reading order.
+        """Return the shards of one part, in reading order.
 
         Raises:
-            DatasetError: there is no such part.
+            DatasetError: no such part.
         """
         found = sorted((s for s in self.shards if s.part == name), key=lambda s: s.name)
         if not found:
@@ -148,7 +150,7 @@ class Manifest(_Model):
 
     @property
     def offsets(self) -> list[Offset]:
-        """All images of a sample: the frame offsets, then "s" where there is a stereo partner."""
+        """All images of a sample: the frame offsets, then "s" if it has a stereo partner."""
         offsets: list[Offset] = list(self.frames)
         return [*offsets, "s"] if self.stereo else offsets
 
@@ -166,31 +168,34 @@ class Manifest(_Model):
         return f"{tables}, chroma 4:2:0" + f" (smoothed, {self.jpeg.chroma_blur:g} px)" * bool(self.jpeg.chroma_blur)
 
     def to_json(self) -> str:
-        """Stable text: the same dataset gives the same bytes, also one that was packed before `jpeg` was recorded."""
+        """Return the text of `dataset.json`; the same dataset gives the same bytes, also an old one without `jpeg`."""
         absent = {"jpeg"} if self.jpeg is None else None
         return json.dumps(self.model_dump(mode="json", exclude=absent), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
-        """Parse; `where` (path or URL) goes into the message.
+        """Parse the text of `dataset.json`; `where` (path or URL) goes into messages.
 
         Raises:
-            DatasetError: not JSON, another schema version, or a field missing, unknown or unsafe.
+            DatasetError: not JSON, another schema version, or a field that is missing, unknown or unsafe.
         """
+        again = "pack or pull the dataset again"
+        raw = text if isinstance(text, bytes) else text.encode()
+        if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > _MAX_VALUES:
+            raise DatasetError(f"{where}: more than {_MAX_VALUES:,} values, refused; {again}")
         try:
             data = json.loads(text)
             version = data.get("schema_version") if isinstance(data, dict) else None
             if version != SCHEMA_VERSION:
                 raise DatasetError(
-                    f"{where}: schema version {version}, this md2 reads {SCHEMA_VERSION}; use the md2 that packed it"
+                    f"{where}: schema version {str(version)[:20]}, this md2 reads {SCHEMA_VERSION}; use the md2 that "
+                    "packed it"
                 )
             return cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise DatasetError(f"{where}: {field}: {first['msg']}; pack or pull the dataset again") from error
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # also: not UTF-8, numbers of thousands of digits, nested too deep
-            raise DatasetError(f"{where}: not JSON ({error}); pack or pull the dataset again") from error
+            field = ".".join(str(part)[:_LONGEST_NAME] for part in first["loc"])
+            raise DatasetError(f"{where}: {field}: {first['msg'][:_LONGEST_NAME]}; {again}") from error
+        # Also: not UTF-8, numbers of thousands of digits, nested too deep.
+        except (ValueError, RecursionError) as error:
+            raise DatasetError(f"{where}: not JSON ({first_line(error)}); {again}") from error

@@ -1,8 +1,8 @@
-"""Publishing a dataset: shards go up one by one, `dataset.json` last, and nothing is ever overwritten.
+"""Publishing a dataset: shards are uploaded one by one, `dataset.json` last, and nothing is ever overwritten.
 
     store = open_store("s3://team/kitti/eigen_zhou")     # or a folder
-    finished = store.begin(plan)                         # claims the prefix; what an interrupted run left
-    if store.published: ...                              # all of it is there already: nothing to do
+    finished = store.begin(plan)                         # claims the prefix; returns an interrupted run's receipts
+    if store.published: ...                              # the whole dataset is there already: nothing to do
     for name in shards_of(plan):
         if name not in finished:
             ... pack to local scratch ...
@@ -10,11 +10,11 @@
     store.put_text("README.md", card(manifest, store.url))
     store.commit(manifest)                               # readers see the dataset from here on
 
-While a publication is under way, `.publish/claim.json` says what is being published and by whom, and
-`.publish/train/000000.json` is the receipt of a shard that arrived whole. Both go away with the commit. So a
-run that was interrupted, or a second writer with the same plan, sends only what is missing; a writer with
-another plan is refused. Over a dataset that is committed with another plan, `begin` chooses the first free of
-`…-v2`, `…-v3` … beside it and says so in `store.url`.
+During a publication, `.publish/claim.json` records what is being published and by whom, and
+`.publish/train/000000.json` is the receipt of a shard that arrived whole. The commit removes both. So an interrupted
+run, or a second writer with the same plan, sends only the missing shards; a writer with another plan is refused. If a
+dataset with another plan is committed at the URL, `begin` chooses the first free of `…-v2`, `…-v3` … beside it, and
+`store.url` is that.
 
 A `Store` that has begun can be pickled: workers of a process pool or a cluster may call `has_shard` and
 `put_shard` (any number at a time, different shards), the main process everything else.
@@ -25,7 +25,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import socket
 import time
 from collections.abc import Mapping
@@ -38,41 +37,42 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shards.errors import DatasetError, StorageError
-from shards.files import is_running, sha256_file
+from shards.files import ProcessIdentity, sha256_file
 from shards.manifest import MANIFEST, Manifest, Shard
 from shards.storage import Storage, open_storage
 from shards.storage.retry import MissingError
 
 Plan = Mapping[str, Any]
-"""Everything that decides the bytes, as JSON values: use the manifest's field names where there is one."""
+"""Everything that decides the bytes, as JSON values, under the manifest's field names if it has one."""
 
-MAX_MANIFEST_BYTES = 64 << 20
+MAX_MANIFEST_BYTES = 16 << 20
+"""Some 50,000 shards."""
 _MAX_RECEIPT_BYTES = 1 << 20
 _PARALLEL = 8
 _LOOKS, _PAUSE = 3, 0.5
 Record = TypeVar("Record", bound=BaseModel)
 _log = logging.getLogger(__name__)
 FOLDER = ".publish"
-"""Where claim and receipts lie until the commit."""
+"""Holds claim and receipts until the commit."""
 SCRATCH = f"{FOLDER}/scratch"
-"""Where a copy into a folder keeps shards on their way."""
+"""Holds the shards that a copy into a folder is still fetching."""
 _CLAIM = f"{FOLDER}/claim.json"
 _MAX_VERSIONS = 1000
 
 
 class Receipt(BaseModel):
-    """A shard that arrived whole, with whatever its packer noted down about it."""
+    """A shard that arrived whole, with its packer's own notes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shard: Shard
     note: dict[str, Any] = {}
     tags: tuple[str, str] = ("", "")
-    """The storage's own tags of tar and index when they arrived: they tell whether someone wrote over them since."""
+    """The storage's own tags of tar and index on arrival: another tag means that the object was replaced since."""
 
 
 class Claim(BaseModel):
-    """Who publishes what under a prefix."""
+    """Who publishes what under a prefix, and since when."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -81,10 +81,22 @@ class Claim(BaseModel):
     host: str
     process: int
     since: str
+    machine: str = ""
+    """See `ProcessIdentity`; "" in claims of older versions."""
+    started: int = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process has certainly ended; False for a process of another machine or container."""
+        return ProcessIdentity(self.machine, self.process, self.started).has_ended()
+
+    @property
+    def who(self) -> str:
+        return f"{self.host} (process {self.process}) since {self.since}"
 
 
 def plan_sha256(plan: Plan) -> str:
-    """Hash of a plan, independent of the order of its keys."""
+    """Return the hash of a plan; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
@@ -102,17 +114,17 @@ class Committed:
 
 
 def read_manifest(storage: Storage) -> Committed | None:
-    """The committed manifest; None where nothing is committed.
+    """Return the committed manifest; None if nothing is committed.
 
     Raises:
-        DatasetError: it is there and broken, or the storage fails.
+        DatasetError: the manifest is broken, or the storage fails.
     """
     data = storage.read(MANIFEST, MAX_MANIFEST_BYTES)
     return None if data is None else Committed(Manifest.from_json(data, f"{storage.url}/{MANIFEST}"), data)
 
 
 def require_manifest(storage: Storage) -> Committed:
-    """As `read_manifest`, for a dataset that has to be there.
+    """As `read_manifest`, but the dataset must exist.
 
     Raises:
         DatasetError: nothing is committed there.
@@ -123,11 +135,21 @@ def require_manifest(storage: Storage) -> Committed:
     return found
 
 
-def open_store(url: str) -> Store:
-    """The store behind a folder or URL; nothing is contacted yet.
+def read_claim(storage: Storage) -> Claim | None:
+    """Return the claim of an unfinished publication; None if there is none.
 
     Raises:
-        UsageError: a kind of URL that cannot be written.
+        StorageError: it is broken, or the storage fails.
+    """
+    data = storage.read(_CLAIM, _MAX_RECEIPT_BYTES)
+    return None if data is None else _parse(storage, _CLAIM, data, Claim)
+
+
+def open_store(url: str) -> Store:
+    """Return the store behind a folder or URL; nothing is contacted yet.
+
+    Raises:
+        UsageError: an unknown kind of URL.
     """
     return Store(url)
 
@@ -136,9 +158,9 @@ class Store:
     """One publication. See the module's docstring for the order of calls.
 
     Attributes:
-        url: where the dataset goes; after `begin` perhaps a `…-v2` of what was asked for.
-        asked_url: what was asked for.
-        published: the committed manifest if this very dataset is there already, else None.
+        url: where the dataset goes; after `begin` perhaps a `…-v2` of `asked_url`.
+        asked_url: the URL that was given.
+        published: the committed manifest if exactly this dataset is there already, else None.
         resumed: whether `begin` found an unfinished publication of the same plan.
     """
 
@@ -156,19 +178,19 @@ class Store:
 
     @property
     def storage(self) -> Storage:
-        """What the dataset is written to."""
+        """The storage that the dataset is written to."""
         return self._storage
 
     def begin(self, plan: Plan) -> dict[str, Receipt]:
-        """Claim the prefix for `plan`; the receipts of shards that arrived before, by shard name.
+        """Claim the prefix for `plan`; return the receipts of shards that arrived before, by shard name.
 
         Raises:
-            StorageError: someone publishes another plan here, or left one unfinished; or the storage fails.
+            StorageError: another plan is being published here, or was left unfinished; or the storage fails.
         """
         return self._begin(plan, plan_sha256(plan))
 
     def begin_copy(self, source: Committed) -> dict[str, Receipt]:
-        """As `begin`, for a finished dataset that is copied from elsewhere, its manifest byte for byte."""
+        """As `begin`, for a copy of a finished dataset, its manifest byte for byte."""
         self._copied = source
         plan = {"manifest_sha256": source.sha256}
         return self._begin(plan, plan_sha256(plan))
@@ -188,18 +210,19 @@ class Store:
         raise StorageError(f"{self.asked_url}: {_MAX_VERSIONS} versions are published already; use another name")
 
     def _is_planned(self, committed: Committed) -> bool:
-        """Whether what is committed is what this publication would commit."""
+        """Return whether this publication would commit the same dataset."""
         if self._copied is not None:
             return committed.data == self._copied.data
         return committed.manifest.plan_sha256 == self._plan_sha256
 
     def _claim(self, plan: Plan, digest: str) -> dict[str, Receipt]:
+        own = ProcessIdentity.own()
         claim = Claim(
             plan=dict(plan),
             plan_sha256=digest,
             host=socket.gethostname(),
-            process=os.getpid(),
             since=datetime.now(UTC).isoformat(timespec="seconds"),
+            **own._asdict(),
         )
         text = claim.model_dump_json(indent=1).encode()
         self.resumed = not self._storage.create(_CLAIM, text)
@@ -218,48 +241,44 @@ class Store:
             return {receipt.shard.name: receipt for receipt in receipts if receipt is not None}
 
     def _is_abandoned(self) -> bool:
-        """Whether the claim is that of a process of this machine which has ended before it published anything.
+        """Return whether the claim's process is one of this machine that ended before it published anything.
 
-        So a run that stopped at a broken file, or was interrupted because an option was wrong, is not in the way. Were
-        it alive after all, it would be refused at its first shard.
+        So a run that stopped at a broken file, or was interrupted because of a wrong option, does not block the next.
         """
-        data = self._storage.read(_CLAIM, _MAX_RECEIPT_BYTES)
-        if data is None:
-            return False
-        claim = self._parse(_CLAIM, data, Claim)
-        if claim.plan_sha256 == self._plan_sha256 or claim.host != socket.gethostname() or is_running(claim.process):
+        claim = read_claim(self._storage)
+        if claim is None or claim.plan_sha256 == self._plan_sha256 or not claim.has_ended:
             return False
         return not any(name.endswith((".tar", ".idx")) or _is_receipt(name) for name in self._storage.names(""))
 
     def _check_claim(self) -> None:
-        """Refuse where the claim is another plan's; note where another writer has committed this plan meanwhile."""
+        """Refuse another plan's claim; set `published` if another writer has committed this plan meanwhile."""
         for _ in range(_LOOKS):
-            data = self._storage.read(_CLAIM, _MAX_RECEIPT_BYTES)
-            if data is not None:
-                self._check_plan(data)
+            claim = read_claim(self._storage)
+            if claim is not None:
+                self._check_plan(claim)
                 return
             found = read_manifest(self._storage)
             if found is not None and self._is_planned(found):
                 self.published = found.manifest
                 return
-            time.sleep(_PAUSE)  # a server that replaces objects in two steps may show none for a moment
+            time.sleep(_PAUSE)  # a server that replaces objects in two steps may briefly show none
         raise StorageError(f"{self.url}: the claim on this publication is gone: someone removed it")
 
-    def _check_plan(self, data: bytes) -> None:
-        claim = self._parse(_CLAIM, data, Claim)
-        if claim.plan_sha256 != self._plan_sha256:
-            if claim.host == socket.gethostname() and not is_running(claim.process):
-                raise StorageError(
-                    f"{self.url}: holds part of another dataset (other raw data, split, options), left unfinished by a "
-                    "process of this machine; remove it if nobody is to finish it, or publish under another name"
-                )
+    def _check_plan(self, claim: Claim) -> None:
+        if claim.plan_sha256 == self._plan_sha256:
+            return
+        way_out = f"publish under another name, or remove it: md2 shards clean {self.url}"
+        if claim.has_ended:
             raise StorageError(
-                f"{self.url}: another dataset is being published there since {claim.since} by {claim.host} "
-                f"(process {claim.process}), or was left unfinished; publish under another name, or remove it first"
+                f"{self.url}: holds part of another dataset (other raw data, split, options), left unfinished by a "
+                f"process of this machine; {way_out}"
             )
+        raise StorageError(
+            f"{self.url}: another dataset is being published there by {claim.who}, or was left unfinished; {way_out}"
+        )
 
     def has_shard(self, shard: Shard) -> bool:
-        """Whether exactly this shard arrived whole.
+        """Return whether exactly this shard arrived whole.
 
         Raises:
             StorageError: the storage fails.
@@ -272,17 +291,17 @@ class Store:
     def put_shard(
         self, shard: Shard, tar: Path, index: Path, note: Mapping[str, Any] | None = None, *, move: bool = False
     ) -> bool:
-        """Publish one shard's two files; False if exactly this shard was there already.
+        """Publish one shard's two files; return False if exactly this shard was there already.
 
         Args:
-            shard: what the manifest will say of it.
+            shard: its entry in the manifest.
             tar, index: local files.
-            note: JSON values to find again in the receipt when the publication is resumed.
+            note: JSON values that the receipt keeps for a resumed publication.
             move: the caller has just written and hashed the local files, and gives them up: they are not hashed again,
                 and removed once they are published (a folder on the same disk links them, no copy).
 
         Raises:
-            DatasetError: the local files are not what `shard` says.
+            DatasetError: the local files differ from `shard`.
             StorageError: another shard has that name; or the storage fails.
         """
         self._check_begun()
@@ -304,21 +323,21 @@ class Store:
         return new
 
     def _refuse_other(self, shard: Shard, receipt: Receipt | None) -> None:
-        """Raise if another shard was published under that name."""
+        """Raise if another shard is published under that name."""
         there = [receipt.shard] if receipt is not None else []
         if self.published is not None:
             there = [other for other in self.published.shards if other.name == shard.name]
         if (there or self.published is not None) and shard not in there:
             raise StorageError(
-                f"{self.url}/{shard.name}: published already with other bytes though the plan is the same (has the raw "
-                "data or a codec changed?); never overwritten: publish under another name"
+                f"{self.url}/{shard.name}: published already with other bytes though the plan is the same (did the raw "
+                "data or a codec change?); never overwritten: publish under another name"
             )
 
     def _put_file(self, name: str, path: Path, size: int, sha256: str, move: bool) -> tuple[bool, str]:
-        """Whether it had to be sent, and the storage's tag of the file as it is there now."""
+        """Send a file; return whether that was necessary, and the storage's tag of the object."""
         sent = self._storage.create_file(name, path, move)
         if not sent:
-            # There without a receipt: an earlier run was stopped in between, or someone else put it there.
+            # There without a receipt: from a run that was stopped before it, or from another writer.
             self._compare(name, size, sha256)
         found = self._storage.stat(name)
         if found is None or found.size != size:
@@ -326,13 +345,13 @@ class Store:
         return sent, found.tag
 
     def _compare(self, name: str, size: int, sha256: str) -> None:
-        """Raise unless the object is what it should be; it may take a moment, where another writer is at it."""
+        """Raise unless the object has the right bytes; another writer may need a moment to finish it."""
         for _ in range(_LOOKS):
             found = self._storage.stat(name)
             if found is not None and found.size == size and self._sha256(name) == sha256:
                 return
             time.sleep(_PAUSE)
-        raise StorageError(f"{self.url}/{name}: there with other bytes; never overwritten: use another URL")
+        raise StorageError(f"{self.url}/{name}: exists with other bytes; never overwritten: use another URL")
 
     def _sha256(self, name: str) -> str | None:
         digest = hashlib.sha256()
@@ -344,22 +363,24 @@ class Store:
         return digest.hexdigest()
 
     def put_text(self, name: str, text: str) -> None:
-        """Write a small file such as README.md beside the manifest; a resumed run may replace it until the commit.
+        """Write a small file such as README.md beside the manifest, unless the dataset is committed already.
+
+        A resumed run may replace it until the commit.
 
         Raises:
-            StorageError: the dataset is committed and says something else; or the storage fails.
+            StorageError: the storage fails.
         """
         self._check_begun()
         if self.published is None:
             self._storage.write(name, text.encode())
 
     def commit(self, manifest: Manifest) -> Manifest:
-        """Write `dataset.json`, which makes the dataset visible; the manifest as written.
+        """Write `dataset.json`, which makes the dataset visible; return the manifest as written.
 
-        The manifest's `plan_sha256` is filled in here. Committing the same dataset twice is no error.
+        Fills in the manifest's `plan_sha256`. The same dataset may be committed twice.
 
         Raises:
-            DatasetError: a shard of the manifest did not arrive, or changed since.
+            DatasetError: a shard of the manifest did not arrive, or was replaced since.
             StorageError: another dataset was committed meanwhile; or the storage fails.
         """
         self._check_begun()
@@ -384,7 +405,7 @@ class Store:
         return manifest
 
     def _find_missing(self, manifest: Manifest) -> str | None:
-        """What keeps the manifest from being committed: a shard that is not there, whole, and as it arrived."""
+        """Return why the manifest cannot be committed: a shard that is missing, or not as it arrived; else None."""
         with ThreadPoolExecutor(_PARALLEL) as pool:
             for shard, there in zip(manifest.shards, pool.map(self.has_shard, manifest.shards), strict=True):
                 if not there:
@@ -392,7 +413,7 @@ class Store:
         return None
 
     def _tidy(self) -> None:
-        """Remove claim, receipts and what killed runs left; the dataset is committed whether or not this is allowed."""
+        """Remove claim, receipts and leftovers of killed runs; the dataset is committed even if this is not allowed."""
         try:
             self._storage.delete(self._storage.names(FOLDER))
             self._storage.sweep()
@@ -405,23 +426,10 @@ class Store:
 
     def _receipt(self, name: str) -> Receipt | None:
         data = self._storage.read(name, _MAX_RECEIPT_BYTES)
-        return None if data is None else self._parse(name, data, Receipt)
-
-    def _parse(self, name: str, data: bytes, model: type[Record]) -> Record:
-        """A claim or receipt. Read again if broken: a server may show what another writer is just writing."""
-        for _ in range(_LOOKS):
-            try:
-                return model.model_validate_json(data)
-            except ValidationError:
-                time.sleep(_PAUSE)
-                data = self._storage.read(name, _MAX_RECEIPT_BYTES) or b""
-        kind = model.__name__.lower()
-        raise StorageError(
-            f"{self.url}/{name}: not a {kind}; remove it if nobody is publishing there, and publish again"
-        )
+        return None if data is None else _parse(self._storage, name, data, Receipt)
 
     def _arrived(self, receipt: Receipt | None) -> Receipt | None:
-        """The receipt if its files are there as they were when they arrived."""
+        """Return the receipt if its files are still as they arrived, else None."""
         if receipt is None:
             return None
         shard = receipt.shard
@@ -432,6 +440,24 @@ class Store:
             if found is None or found.size != size or (tag and found.tag != tag):
                 return None
         return receipt
+
+
+def _parse(storage: Storage, name: str, data: bytes, model: type[Record]) -> Record:
+    """Parse a claim or receipt; read it again if it is broken, because another writer may be replacing it.
+
+    Raises:
+        StorageError: it stays broken.
+    """
+    for _ in range(_LOOKS):
+        try:
+            return model.model_validate_json(data)
+        except ValidationError:
+            time.sleep(_PAUSE)
+            data = storage.read(name, _MAX_RECEIPT_BYTES) or b""
+    kind = model.__name__.lower()
+    raise StorageError(
+        f"{storage.url}/{name}: not a {kind}; remove it if nobody is publishing there, and publish again"
+    )
 
 
 def _is_receipt(name: str) -> bool:

@@ -1,8 +1,8 @@
-"""A sample: the named components that stand under one key in a tar shard.
+"""A sample: the named components under one key in a tar shard.
 
 0.jpg / 0.png / .ppm target frame, RGB
 m1.jpg, p1.jpg       frames t-1 and t+1 (mN / pN for any offset)
-s.jpg                same instant from the other camera (stereo partner)
+s.jpg                stereo partner: the same time step from the other camera
 k.f32                fx, fy, cx, cy of the stored images, float32, pixel centres at integers
 t.f32                x translation, metres, that takes target-camera coordinates to the partner's
 depth.png            16-bit, metres x 256, 0 = no measurement, native resolution
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Codec = Literal["jpeg", "png", "ppm"]
-"""`ppm` is uncompressed: read without a decoder, at several times the bytes."""
+"""`ppm` is uncompressed: several times the bytes, but no decoder is needed."""
 Chroma = Literal["420", "444"]
 """Colour resolution of a JPEG: halved both ways, or full."""
 Offset = int | Literal["s"]
@@ -29,21 +29,24 @@ META = "meta.json"
 DEPTH_SCALE = 256.0
 """Units of `depth.png` per metre (KITTI's own convention)."""
 
+MAX_FRAMES = 100
+"""Frames of a sample, the target included: manifests with more are refused."""
+
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def image_extension(codec: Codec) -> str:
-    """File extension of an image component: `jpg`, `png` or `ppm`."""
+    """Return the file extension of an image component: `jpg`, `png` or `ppm`."""
     return "jpg" if codec == "jpeg" else codec
 
 
 def ppm_header(width: int, height: int) -> bytes:
-    """What a `ppm` image begins with: binary PPM, as Pillow writes it. Rows of RGB bytes follow, and nothing else."""
+    """Return the header of a `ppm` image: binary PPM, as Pillow writes it. Only rows of RGB bytes follow."""
     return f"P6\n{width} {height}\n255\n".encode()
 
 
 def offset_name(offset: Offset) -> str:
-    """Component stem of an image: 0 -> `0`, -1 -> `m1`, 2 -> `p2`, "s" -> `s`."""
+    """Return the stem of an image component: 0 -> `0`, -1 -> `m1`, 2 -> `p2`, "s" -> `s`."""
     if offset == "s":
         return "s"
     if offset == 0:
@@ -52,7 +55,7 @@ def offset_name(offset: Offset) -> str:
 
 
 def image_component(offset: Offset, codec: Codec) -> str:
-    """Component name of an image, e.g. `m1.jpg` for the frame before the target."""
+    """Return the name of an image component, such as `m1.jpg` for the frame before the target."""
     return f"{offset_name(offset)}.{image_extension(codec)}"
 
 

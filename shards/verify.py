@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from shards.cache.download import fetch
 from shards.copy import PARALLEL, ByteCount, Progress, run_parallel, shard_bytes
 from shards.dataset import describe_components
 from shards.errors import DatasetError, StorageError
-from shards.files import sha256_file
+from shards.files import open_regular, sha256_file
 from shards.manifest import Manifest, Shard
 from shards.publish import require_manifest
 from shards.storage import is_local, local_path, open_storage
@@ -22,7 +23,7 @@ from shards.tar import build_index, parse_index
 
 @dataclass(frozen=True)
 class Broken:
-    """A shard that is not what the manifest says."""
+    """A shard that differs from the manifest, or that cannot be read."""
 
     name: str
     problem: str
@@ -84,8 +85,6 @@ def _judge(folder: Path, shard: Shard, bring: Callable[[], None] | None = None) 
         if bring is not None:
             bring()
         return _check(folder, shard)
-    except StorageError:
-        raise
     except DatasetError as error:
         return Broken(shard.name, str(error))
 
@@ -108,7 +107,8 @@ def _check(folder: Path, shard: Shard) -> Counter[str]:
 
 def _check_file(path: Path, size: int, sha256: str) -> None:
     try:
-        found = path.stat().st_size
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno()).st_size
         if found != size:
             raise DatasetError(f"{path}: {found} bytes, the manifest says {size}")
         if sha256_file(path) != sha256:

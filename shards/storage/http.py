@@ -1,47 +1,86 @@
-"""Reading a dataset over `http(s)://`: a public bucket's address, or any web server with the files on it."""
+"""Reading a dataset over `http(s)://`: a public bucket's address, or any web server that serves the files.
+
+Uses aiohttp on fsspec's event loop, as s3fs does, because there a request can be ended at any point: connecting, within
+the headers or the body, between redirects.
+"""
 
 from __future__ import annotations
 
-import concurrent.futures
+import asyncio
+import os
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from shards.errors import StorageError, UsageError
-from shards.storage.base import Stat, check_name
+from shards.storage import Stat, check_name
 from shards.storage.retry import BeyondEndError, MissingError, Retrier
 
 CHUNK = 1 << 20
-_TIMEOUTS = (5.0, 20.0)
+"""Bytes that must arrive within the time limit; slower servers are given up."""
+_CONNECT, _SILENT = 5.0, 20.0
 """Seconds to connect, and to wait for the next bytes."""
-_SLOWEST = 100e3
-_GRACE = 60.0
-"""A piece of CHUNK bytes may take this long, plus what it needs at _SLOWEST bytes/s."""
-T = TypeVar("T")
-_HEADERS = {"Accept-Encoding": "identity"}
+_CREDENTIALS = "it is not public, or not there; a private bucket is read by its s3:// address"
+
+
+class _Session:
+    """aiohttp's session of this process, made at the first request; a forked child makes its own."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew in a forked child: the event loop's thread does not survive a fork, a held lock does."""
+        self._guard = threading.Lock()
+        self._session: Any = None
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Return the event loop that all requests run on."""
+        from fsspec.asyn import get_loop
+
+        loop: asyncio.AbstractEventLoop = get_loop()
+        return loop
+
+    async def get(self) -> Any:
+        """Return the session; called on the loop."""
+        import aiohttp
+
+        with self._guard:
+            if self._session is None:
+                self._session = aiohttp.ClientSession(
+                    trust_env=True,  # proxies and ~/.netrc
+                    auto_decompress=False,
+                    headers={"Accept-Encoding": "identity"},
+                    timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=_SILENT),
+                )
+            return self._session
+
+
+_session = _Session()
+os.register_at_fork(after_in_child=_session.forget)
 
 
 class HttpStorage:
-    """Files below a web address; read only. Servers without range requests work, at the price of reading from 0."""
+    """Files below a web address; read only. Servers without range requests work, but resume by reading from 0."""
 
     def __init__(self, url: str, patience: float | None = None) -> None:
         self.url = url.rstrip("/")
         try:
             parts = urlsplit(self.url)
-            parts.port  # noqa: B018 - no number where there is a password with a slash in it
+            parts.port  # noqa: B018 - not a number if a password holds a slash
         except ValueError as error:
             raise UsageError(f"{url.partition(':')[0]}://…: not a web address (https://host/path)") from error
         if "@" in parts.netloc or parts.netloc.endswith(":"):
             raise UsageError(f"{parts.scheme}://…: no credentials in a URL; use ~/.netrc or the bucket's s3:// address")
         if parts.query or parts.fragment:
             raise UsageError(f"{parts.scheme}://{parts.netloc}{parts.path}: a dataset's address has no ? and no #")
-        if not parts.netloc:
-            raise UsageError(f"{url}: no host in it; the form is https://host/path")
+        if not parts.hostname or ".." in parts.hostname or len(parts.hostname) > 253:
+            raise UsageError(f"{url}: no valid host in it; the form is https://host/path")
         self._patience = patience
-        self._retry = Retrier(patience, "it is not public, or not there; a private bucket is read by its s3:// address")
+        self._retry = Retrier(patience, _CREDENTIALS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "patience": self._patience}
@@ -65,168 +104,176 @@ class HttpStorage:
         return data
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
-        """At most `size` bytes from `start`.
+        """Return at most `size` bytes from `start`.
 
         Raises:
             MissingError: nothing has that name.
         """
-        parts = []
-        for piece in self.stream(name, start, stop=start + size):
-            parts.append(piece)
-            size -= len(piece)
-            if size <= 0:
-                break
-        data = b"".join(parts)
-        return data[: len(data) + min(size, 0)]
+        return read_range(self._url(name), start, size, self._retry)
 
-    def stream(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """The content from `start` on, in pieces of about `CHUNK` bytes; a cut connection is taken up where it broke.
+    def stream(self, name: str, start: int = 0) -> Iterator[bytes]:
+        """Yield the content from `start`, in pieces of `CHUNK` bytes; a cut connection is resumed where it broke.
 
         Raises:
             MissingError: nothing has that name.
         """
-        position, body = start, _Body(self._url(name))
-        try:
-            while stop is None or position < stop:
-                at = position
-                piece = self._call(body.url, lambda at=at: body.read(at, stop))  # type: ignore[misc]
-                if not piece:
-                    return
-                position += len(piece)
-                yield piece
-        except BeyondEndError:
-            return
-        finally:
-            body.give_up()
-
-    def _call(self, url: str, request: Callable[[], T]) -> T:
-        """`request` in a thread of its own, for none of requests' calls can be ended from outside."""
-
-        def attempt() -> T:
-            future = concurrent.futures.Future[T]()
-
-            def work() -> None:
-                try:
-                    future.set_result(request())
-                except BaseException as error:
-                    future.set_exception(error)
-
-            threading.Thread(target=work, daemon=True, name="md2-http").start()
-            return self._retry.wait(future)
-
-        return self._retry.call(url, attempt)
+        return _stream(self._url(name), start, None, self._retry)
 
     def stat(self, name: str) -> Stat | None:
-        import requests
+        url = self._url(name)
 
-        def head() -> Stat:
-            with requests.head(self._url(name), headers=_HEADERS, timeout=_TIMEOUTS, allow_redirects=True) as answer:
+        async def head() -> Stat:
+            session = await _session.get()
+            async with session.head(url, allow_redirects=True) as answer:
                 answer.raise_for_status()
                 return Stat(int(answer.headers.get("Content-Length", -1)), answer.headers.get("ETag", ""))
 
         try:
-            return self._call(self._url(name), head)
+            return self._retry.run(url, _session.loop(), head)
         except MissingError:
             return None
 
-    def names(self, prefix: str) -> list[str]:
+    def _refuse_listing(self) -> NoReturn:
         raise UsageError(f"{self.url}: a web address cannot be listed; give a dataset's own address, or the s3:// one")
+
+    def _refuse_writing(self) -> NoReturn:
+        raise UsageError(f"{self.url}: a web address can only be read; publish to a folder, s3:// or gs://")
+
+    def names(self, prefix: str) -> list[str]:
+        self._refuse_listing()
 
     def children(self, prefix: str) -> tuple[list[str], list[str]]:
-        raise UsageError(f"{self.url}: a web address cannot be listed; give a dataset's own address, or the s3:// one")
+        self._refuse_listing()
 
     def write(self, name: str, data: bytes) -> None:
-        raise UsageError(f"{self.url}: a web address can only be read; publish to a folder, s3:// or gs://")
+        self._refuse_writing()
 
     def create(self, name: str, data: bytes) -> bool:
-        raise UsageError(f"{self.url}: a web address can only be read; publish to a folder, s3:// or gs://")
+        self._refuse_writing()
 
     def create_file(self, name: str, path: Path, move: bool = False) -> bool:
-        raise UsageError(f"{self.url}: a web address can only be read; publish to a folder, s3:// or gs://")
+        self._refuse_writing()
 
     def sweep(self) -> None:
-        raise UsageError(f"{self.url}: a web address can only be read")
+        self._refuse_writing()
 
     def delete(self, names: Iterable[str]) -> None:
-        raise UsageError(f"{self.url}: a web address can only be read")
+        self._refuse_writing()
+
+
+def read_range(url: str, start: int, size: int, retry: Retrier) -> bytes:
+    """Return at most `size` bytes of a web address from byte `start`.
+
+    Raises:
+        MissingError: nothing is there.
+        StorageError: refused, or still failing at the end of the retrier's time limit.
+    """
+    parts, left = [], size
+    for piece in _stream(url, start, start + size, retry):
+        parts.append(piece[:left])
+        left -= len(parts[-1])
+        if not left:
+            break
+    return b"".join(parts)
+
+
+def size_of(url: str, retry: Retrier) -> int | None:
+    """Return the size of a file on a web server that serves byte ranges; None if the server ignores ranges.
+
+    Raises:
+        MissingError: nothing is there.
+        StorageError: refused, or still failing at the end of the retrier's time limit.
+    """
+
+    async def ask() -> int | None:
+        session = await _session.get()
+        async with session.get(url, headers={"Range": "bytes=0-1"}) as answer:
+            answer.raise_for_status()
+            total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+            return int(total) if answer.status == 206 and total.isdecimal() and len(total) < 20 else None
+
+    return retry.run(url, _session.loop(), ask)
+
+
+def _stream(url: str, start: int, stop: int | None, retry: Retrier) -> Iterator[bytes]:
+    position, body, loop = start, _Body(url), _session.loop()
+    try:
+        while stop is None or position < stop:
+            piece = retry.run(url, loop, lambda at=position: body.read(at, stop), CHUNK)  # type: ignore[misc]
+            if piece is None:
+                continue
+            if not piece:
+                return
+            position += len(piece)
+            yield piece
+    except BeyondEndError:
+        return
+    finally:
+        with suppress(RuntimeError):  # the loop is gone with the process
+            loop.call_soon_threadsafe(body.close)
 
 
 class _Body:
-    """A GET in progress, opened anew at the position wanted after each failure."""
+    """A GET in progress, opened anew at the wanted position after each failure. Used on the event loop only."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self._answer: Any = None
-        self._guard = threading.Lock()
-        self._reading, self._given_up = False, False
+        self._to_skip = 0
 
-    def read(self, position: int, stop: int | None) -> bytes:
-        """About CHUNK bytes from `position`; less at the end of what the server sends, b"" behind it."""
-        self._reading = True
+    async def read(self, position: int, stop: int | None) -> bytes | None:
+        """Return `CHUNK` bytes from `position`; fewer at the end and before a break of the connection; b"" after it.
+
+        None means that a server without ranges has sent `CHUNK` of the bytes before `position`: call again.
+        """
         try:
             if self._answer is None:
-                self._open(position, stop)
-            return self._piece(CHUNK)
+                await self._open(position, stop)
+            if self._to_skip:
+                await self._skip()
+                return None
+            return await self._piece(CHUNK)
         except BaseException:
             self.close()
             raise
-        finally:
-            with self._guard:
-                self._reading = False
-            if self._given_up:
-                self.close()
 
-    def give_up(self) -> None:
-        """Close it; if a thread is still reading (closing would wait for it), that thread does it in the end."""
-        with self._guard:
-            self._given_up = True
-            if self._reading:
-                return
-        self.close()
-
-    def _open(self, position: int, stop: int | None) -> None:
-        import requests
-
-        headers = _HEADERS | {"Range": f"bytes={position}-{'' if stop is None else stop - 1}"}
-        self._answer = requests.get(self.url, headers=headers, timeout=_TIMEOUTS, stream=True)
+    async def _open(self, position: int, stop: int | None) -> None:
+        session = await _session.get()
+        headers = {"Range": f"bytes={position}-{'' if stop is None else stop - 1}"}
+        self._answer = await session.get(self.url, headers=headers)
         self._answer.raise_for_status()
-        if self._answer.status_code == 206:
-            if not self._answer.headers.get("Content-Range", "").startswith(f"bytes {position}-"):
-                raise StorageError(f"{self.url}: the server sends another range than asked for")
-            return
-        left = position  # no ranges here: the answer starts at 0
-        while left and (skipped := self._piece(min(left, CHUNK))):
-            left -= len(skipped)
-            if self._answer is None:
-                raise ConnectionError("cut before the position was reached")
-        if left:
+        if self._answer.status != 206:
+            self._to_skip = position
+        elif not self._answer.headers.get("Content-Range", "").startswith(f"bytes {position}-"):
+            raise StorageError(f"{self.url}: the server sends another range than asked for")
+
+    async def _skip(self) -> None:
+        skipped = await self._piece(min(self._to_skip, CHUNK))
+        if not skipped:
             raise BeyondEndError(self.url)
+        self._to_skip -= len(skipped)
+        if self._answer is None:
+            raise ConnectionError("cut before the position was reached")
 
-    def _piece(self, size: int) -> bytes:
-        """`size` bytes; less at the end, and where the connection breaks behind the first of them.
-
-        Raises:
-            TimeoutError: they trickle.
-        """
+    async def _piece(self, size: int) -> bytes:
+        """Return `size` bytes; fewer at the end, and if the connection breaks after the first of them."""
         parts: list[bytes] = []
-        deadline = time.monotonic() + _GRACE + size / _SLOWEST
         while size > 0:
             try:
-                data = self._answer.raw.read1(size)
+                data = await self._answer.content.read(size)
             except Exception:
                 if not parts:
                     raise
-                self.close()  # what came is good; the next piece opens anew behind it
+                self.close()  # the bytes so far are good; the next piece opens anew behind them
                 break
             if not data:
                 break
             parts.append(data)
             size -= len(data)
-            if time.monotonic() > deadline:
-                raise TimeoutError
         return b"".join(parts)
 
     def close(self) -> None:
+        """End the request, whatever is still to come of it."""
         if self._answer is not None:
             self._answer.close()
-            self._answer = None
+        self._answer, self._to_skip = None, 0

@@ -1,12 +1,11 @@
 """Object storage through fsspec: `s3://` (s3fs) and `gs://` (gcsfs).
 
-Credentials and endpoint come from the standard chain alone (environment, profile, instance role;
-`AWS_ENDPOINT_URL`). One attempt is bounded in time; `shards.storage.retry` decides about the next.
+Credentials and endpoint come only from the standard chain (environment, profile, instance role; `AWS_ENDPOINT_URL`).
+`shards.storage.retry` limits the time of each attempt and decides about the next.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import threading
@@ -15,25 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import StorageError, UsageError
-from shards.storage.base import Stat, check_folder, check_name
+from shards.storage import KINDS, Stat, check_folder, check_name
 from shards.storage.retry import BeyondEndError, ExistsError, MissingError, Retrier
 
 CHUNK = 8 << 20
-"""Bytes asked for by one request while an object is read through."""
+"""Bytes that one request asks for while a whole object is read."""
 PART = 16 << 20
 """Bytes in one part of a multipart upload; an object of less than two of them goes up in one request."""
 _CONNECT_TIMEOUT, _READ_TIMEOUT = 5.0, 15.0
-_CALL_TIMEOUT = 60.0
-"""Seconds that one attempt may take, besides what the bytes need at the slowest rate that is not given up."""
-_SLOWEST = 100e3
 
 _S3_OPTIONS = {
     "config_kwargs": {
         "connect_timeout": _CONNECT_TIMEOUT,
         "read_timeout": _READ_TIMEOUT,
         "retries": {"mode": "standard", "total_max_attempts": 2},
-        # Some servers hand back the whole object's checksum with a part of it. Every byte is checked against the
-        # manifest's sha256 anyway.
+        # Some servers return the whole object's checksum with a part of it. The manifest's sha256 covers every byte.
         "response_checksum_validation": "when_required",
         "max_pool_connections": 32,
     },
@@ -45,7 +40,7 @@ _S3_CREDENTIALS = (
 _GS_CREDENTIALS = "check the credentials (gcloud auth application-default login, GOOGLE_APPLICATION_CREDENTIALS)"
 _CREDENTIALS = {"s3": _S3_CREDENTIALS, "s3a": _S3_CREDENTIALS, "gs": _GS_CREDENTIALS, "gcs": _GS_CREDENTIALS}
 _SCHEMES = (*_CREDENTIALS, "memory")
-"""`memory` is fsspec's storage in this process: for trying things out."""
+"""`memory` is fsspec's storage within this process, for experiments."""
 
 
 class _Connections:
@@ -55,7 +50,7 @@ class _Connections:
         self.forget()
 
     def forget(self) -> None:
-        """For a forked child: fsspec's thread does not survive a fork, a held lock does."""
+        """Start anew in a forked child: fsspec's thread does not survive a fork, a held lock does."""
         self._guard = threading.Lock()
         self._known: dict[tuple[str, frozenset[tuple[str, str]]], Any] = {}
 
@@ -83,9 +78,7 @@ class RemoteStorage:
         if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
             raise UsageError(f"{self.scheme}://…: no credentials in a URL; they come from the environment or a profile")
         if self.scheme not in _SCHEMES:
-            raise UsageError(
-                f"{url}: no such kind of storage ({scheme}://); there are folders, s3://, gs://, http(s)://"
-            )
+            raise UsageError(f"{url}: no such kind of storage ({scheme}://); there are {KINDS}")
         if not bucket:
             raise UsageError(f"{url}: no bucket in it; the form is {self.scheme}://bucket/prefix")
         self._patience = patience
@@ -98,7 +91,7 @@ class RemoteStorage:
         RemoteStorage.__init__(self, state["url"], state["patience"])
 
     def cancel(self) -> None:
-        """Make every call that is under way in other threads, and every later one, raise CancelledError."""
+        """Make every call in other threads, and every later call, raise CancelledError."""
         self._retry.cancelled.set()
 
     def _connect(self) -> Any:
@@ -112,28 +105,20 @@ class RemoteStorage:
         except ImportError as error:
             raise UsageError(f"{self.url}: {self.scheme}:// needs a package: pip install 'md2[gcs]'") from error
         if self.scheme in ("s3", "s3a"):
-            filesystem.retries = 1  # retrying is this module's business, with one clock
+            filesystem.retries = 1  # shards.storage.retry retries, with one clock
         else:
-            # gcsfs cannot be kept from retrying, within one attempt here, and logs each failure's traceback.
+            # gcsfs always retries, within one attempt here, and logs the traceback of each failure.
             logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
         return filesystem
 
-    def _call(self, name: str, method: str, *args: Any, size: int = 0, **options: Any) -> Any:
-        """`fs.method(path of name, *args)`, tried again where that helps, each try bounded in time."""
-        limit = _CALL_TIMEOUT + size / _SLOWEST
-
-        def attempt() -> Any:
-            fs = _connections.get(self.scheme, self._connect)
-            if not getattr(fs, "async_impl", False):
-                return getattr(fs, method)(*args, **options)
-            work = asyncio.wait_for(getattr(fs, f"_{method}")(*args, **options), limit)
-            future = asyncio.run_coroutine_threadsafe(work, fs.loop)
-            try:
-                return self._retry.wait(future)
-            finally:
-                future.cancel()
-
-        return self._retry.call(f"{self.url}/{name}" if name else self.url, attempt)
+    def _call(self, name: str, method: str, *args: Any, size: int = 0, sends: bool = False, **options: Any) -> Any:
+        """Return `fs.method(path of name, *args)`; tried again if that may help, each attempt limited in time."""
+        url = f"{self.url}/{name}" if name else self.url
+        fs = _connections.get(self.scheme, self._connect)
+        if not getattr(fs, "async_impl", False):
+            return self._retry.call(url, lambda: getattr(fs, method)(*args, **options))
+        request = getattr(fs, f"_{method}")
+        return self._retry.run(url, fs.loop, lambda: request(*args, **options), size, sends=sends)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{check_name(name)}"
@@ -152,7 +137,7 @@ class RemoteStorage:
         raise StorageError(f"{self.url}/{name}: larger than {limit} bytes, refused")
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
-        """At most `size` bytes from `start`.
+        """Return at most `size` bytes from `start`.
 
         Raises:
             MissingError: nothing has that name.
@@ -164,7 +149,7 @@ class RemoteStorage:
         return data
 
     def stream(self, name: str, start: int = 0) -> Iterator[bytes]:
-        """The content from `start` on, in pieces of at most `CHUNK` bytes.
+        """Yield the content from `start`, in pieces of at most `CHUNK` bytes.
 
         Raises:
             MissingError: nothing has that name.
@@ -180,7 +165,7 @@ class RemoteStorage:
     def stat(self, name: str) -> Stat | None:
         path = self._path(name)
         try:
-            if self.scheme in ("s3", "s3a"):  # info would list as well where nothing has the name
+            if self.scheme in ("s3", "s3a"):  # `info` would also list if nothing has the name
                 bucket, _, key = path.partition("/")
                 head = self._call(name, "call_s3", "head_object", Bucket=bucket, Key=key)
                 return Stat(int(head["ContentLength"]), str(head.get("ETag", "")))
@@ -195,7 +180,7 @@ class RemoteStorage:
         self._put(name, "pipe_file", self._path(name), data, size=len(data))
 
     def create(self, name: str, data: bytes) -> bool:
-        # Servers that know no conditional write ignore the condition: look first.
+        # Servers without conditional writes ignore the condition: look first.
         if self.stat(name) is not None:
             return False
         try:
@@ -220,14 +205,14 @@ class RemoteStorage:
         return True
 
     def _put(self, name: str, method: str, *args: Any, **options: Any) -> None:
-        """A `_call` that writes. Some servers answer 404 to a name that they cannot have."""
+        """Call a method that writes. Some servers answer 404 to a name that they do not support."""
         try:
-            self._call(name, method, *args, **options)
+            self._call(name, method, *args, sends=True, **options)
         except MissingError as error:
-            raise StorageError(f"{self.url}/{name}: the server takes nothing of that name (404)") from error
+            raise StorageError(f"{self.url}/{name}: the server does not accept this name (404)") from error
 
     def _exclusive(self) -> dict[str, Any]:
-        """Options of a write that must not replace anything, where the file system knows such a thing."""
+        """Return the options of a write that must not replace anything, if the file system has such a write."""
         return {"mode": "create"} if self.scheme in ("s3", "s3a", "gs", "gcs") else {}
 
     def names(self, prefix: str) -> list[str]:
@@ -247,7 +232,7 @@ class RemoteStorage:
         return sorted(n for n, kind in entries if kind == "file"), sorted(n for n, kind in entries if kind != "file")
 
     def sweep(self) -> None:
-        """Nothing to see: objects are whole or not there; parts that were not put together are the bucket's affair."""
+        """Do nothing: objects are whole or absent. Parts of a killed upload are removed by the bucket's own rules."""
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:

@@ -1,8 +1,8 @@
-"""What a storage failure means, and for how long to go on trying.
+"""What a storage failure means, and how long to try again.
 
 A server that is busy or away for a while (5xx, 429, timeouts, cut connections) is asked again, with growing pauses,
-until `patience` seconds have passed; what another try cannot help (credentials, missing bucket) fails at once. A
-server that was never reached at all gets a tenth of the patience: that is a wrong endpoint more often than an outage.
+until `patience` seconds have passed. What another try cannot help (credentials, missing bucket) fails at once. A server
+that was never reached gets a tenth of the time: a wrong endpoint is more likely than an outage.
 """
 
 from __future__ import annotations
@@ -14,24 +14,31 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from shards.errors import StorageError, UsageError
+from shards.errors import Md2Error, StorageError, UsageError, first_line
 
 PATIENCE_VARIABLE = "MD2_STORAGE_PATIENCE"
-"""Environment variable: seconds to go on trying a storage that fails for a while."""
+"""Environment variable: time limit in seconds of retries of a storage that fails for a while."""
 DEFAULT_PATIENCE = 120.0
+ATTEMPT = 60.0
+"""Seconds that one attempt may take, besides what its bytes need at `SLOWEST`."""
+SLOWEST = 100e3
+"""Bytes per second below which a transfer is given up."""
+_LAST_ATTEMPT = 2.0
+"""Seconds that an attempt gets even if the time limit is nearly over."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 8.0
 _SHORT_PATIENCE = 0.1
 _POLL = 0.2
+_LONGEST_CODE = 60
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-Kind = Literal["missing", "exists", "denied", "no_bucket", "beyond_end", "transient", "unreachable", "refused"]
+ErrorKind = Literal["missing", "exists", "denied", "no_bucket", "beyond_end", "transient", "unreachable", "refused"]
 
-_CODES: dict[str, Kind] = {
+_CODES: dict[str, ErrorKind] = {
     "NoSuchBucket": "no_bucket",
     "NoSuchKey": "missing",
     "NoSuchUpload": "transient",
@@ -43,7 +50,7 @@ _CODES: dict[str, Kind] = {
     "ConditionalRequestConflict": "transient",
     "OperationAborted": "transient",
 }
-_STATUS: dict[int, Kind] = {
+_STATUS: dict[int, ErrorKind] = {
     401: "denied",
     403: "denied",
     404: "missing",
@@ -63,11 +70,11 @@ _EXPLANATIONS = {
 
 
 class MissingError(Exception):
-    """Nothing has that name."""
+    """No object has that name."""
 
 
 class ExistsError(Exception):
-    """Something has that name already."""
+    """An object has that name already."""
 
 
 class BeyondEndError(Exception):
@@ -80,14 +87,14 @@ class CancelledError(Exception):
 
 @dataclass(frozen=True)
 class Failure:
-    """What an exception of a storage library means, in words for the user."""
+    """Meaning of an exception of a storage library, in words for the user."""
 
-    kind: Kind
+    kind: ErrorKind
     cause: str
 
 
 def patience_from_environment() -> float:
-    """Seconds; `MD2_STORAGE_PATIENCE` or the default.
+    """Return the time limit of retries in seconds: `MD2_STORAGE_PATIENCE` or the default.
 
     Raises:
         UsageError: the variable is not a number of seconds.
@@ -103,11 +110,11 @@ def patience_from_environment() -> float:
 
 
 class Retrier:
-    """Runs operations against one storage until they succeed, fail for good, or patience ends. Thread-safe.
+    """Runs operations against one storage until they succeed, fail for good, or the time limit ends. Thread-safe.
 
     Args:
-        patience: seconds to go on trying; None: as the environment says.
-        credentials: what to check where access is denied.
+        patience: time limit in seconds; None: as the environment says.
+        credentials: what to check if access is denied.
     """
 
     def __init__(self, patience: float | None = None, credentials: str = "check the credentials") -> None:
@@ -117,12 +124,12 @@ class Retrier:
         self._reached = False
 
     def call(self, url: str, operation: Callable[[], T]) -> T:
-        """The operation's result; `url` goes into messages.
+        """Return the operation's result; `url` goes into messages.
 
         Raises:
             MissingError, ExistsError, BeyondEndError: the storage's answer.
             CancelledError: `cancelled` was set.
-            StorageError: denied, or still failing at the end of patience.
+            StorageError: denied, or still failing at the end of the time limit.
         """
         start, attempts, pause = time.monotonic(), 0, _FIRST_PAUSE
         while True:
@@ -147,8 +154,47 @@ class Retrier:
                 self._reached = True
                 return result
 
+    def run(
+        self,
+        url: str,
+        loop: asyncio.AbstractEventLoop,
+        start: Callable[[], Coroutine[Any, Any, T]],
+        size: int = 0,
+        *,
+        sends: bool = False,
+    ) -> T:
+        """As `call`, for a request on an event loop: every attempt is ended, wherever it waits, when its time is over.
+
+        Args:
+            url: for messages.
+            loop: runs in another thread.
+            start: makes the coroutine of one attempt.
+            size: bytes that one attempt moves; they may take as long as they need at `SLOWEST`.
+            sends: the bytes go to the storage: one attempt may then take longer than the time limit, since a large
+                upload cannot be resumed.
+        """
+        end = time.monotonic() + self.patience
+
+        def attempt() -> T:
+            left = max(end - time.monotonic(), _LAST_ATTEMPT)
+            limit = min(ATTEMPT, left) + size / SLOWEST if sends else min(ATTEMPT + size / SLOWEST, left)
+            future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(start(), limit), loop)
+            try:
+                return self.wait(future)
+            except (Md2Error, MissingError, ExistsError, BeyondEndError, CancelledError):
+                raise
+            except Exception as error:
+                if classify(error) is not None:
+                    raise
+                cause = f"{type(error).__name__}: {first_line(error)}"
+                raise StorageError(f"{url}: the request fails ({cause})") from error
+            finally:
+                future.cancel()
+
+        return self.call(url, attempt)
+
     def wait(self, future: concurrent.futures.Future[T]) -> T:
-        """The result of work that another thread does; that thread is left alone where the caller gives up.
+        """Return the result of work in another thread; that thread is left alone if the caller gives up.
 
         Raises:
             CancelledError: `cancelled` was set.
@@ -157,7 +203,7 @@ class Retrier:
             try:
                 return future.result(_POLL)
             except concurrent.futures.TimeoutError:
-                if future.done():  # the work's own timeout, or it ended just after the poll's
+                if future.done():  # the work's own timeout, or it ended just after this poll
                     return future.result()
                 if self.cancelled.is_set():
                     raise CancelledError from None
@@ -186,7 +232,7 @@ _ADDRESSES = {
     "s3": "check AWS_ENDPOINT_URL",
     "s3a": "check AWS_ENDPOINT_URL",
 }
-"""What to look at where a server cannot be reached."""
+"""What to check if a server cannot be reached."""
 
 
 def _gave_up(url: str, failure: Failure, attempts: int, passed: float) -> str:
@@ -208,11 +254,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def classify(error: Exception) -> Failure | None:
-    """What an exception from fsspec, botocore, aiohttp or requests means; None if it is none of theirs."""
+    """Return what an exception of fsspec, botocore or aiohttp means; None if it is not one of theirs."""
     links = list(_chain(error))
-    # No connection at all: requests and botocore wrap the reason in what looks like a connection that was cut.
+    # No connection at all: botocore wraps the reason in what looks like a connection that was cut.
     for link in links:
-        if (failure := _from_settings(link) or _from_connecting(link)) is not None:
+        if (failure := _from_settings(link) or _from_redirect(link) or _from_connecting(link)) is not None:
             return failure
     for link in links:
         # The outermost first: below a cut connection aiohttp has an error of its own that looks like an HTTP status.
@@ -223,15 +269,23 @@ def classify(error: Exception) -> Failure | None:
 
 
 def _from_settings(error: BaseException) -> Failure | None:
-    """botocore and aiohttp refuse to send anything. Their texts hold what was set, credentials included: not told."""
+    """From settings with which botocore and aiohttp send nothing. Their texts are not shown: they hold credentials."""
     name, text = type(error).__name__, str(error)
     if name == "EndpointResolutionError" or text.startswith("Invalid endpoint"):
-        return Failure("refused", "AWS_ENDPOINT_URL is no address (such as http://minio:9000)")
+        return Failure("refused", "AWS_ENDPOINT_URL is not an address (such as http://minio:9000)")
     if name == "ParamValidationError":
         bucket = "Invalid bucket name" in text
-        return Failure("refused", "no bucket can have that name" if bucket else "the storage takes no such name")
+        return Failure("refused", "not a valid bucket name" if bucket else "the storage does not accept that name")
     if "in headers" in text and isinstance(error, ValueError):
         return Failure("refused", "a credential has a line end or control character in it")
+    return None
+
+
+def _from_redirect(error: BaseException) -> Failure | None:
+    if _class_names(error) & {"TooManyRedirects", "RedirectClientError", "NonHttpUrlClientError"}:
+        return Failure("refused", "the server redirects without end, or to an invalid address")
+    if _class_names(error) & {"InvalidURL", "LocationParseError"}:
+        return Failure("refused", "not a valid web address")
     return None
 
 
@@ -240,10 +294,8 @@ def _from_response(error: BaseException) -> Failure | None:
     response = getattr(error, "response", None)
     code, status = "", 0
     if isinstance(response, dict):  # botocore
-        code = str(response.get("Error", {}).get("Code", ""))
+        code = str(response.get("Error", {}).get("Code", ""))[:_LONGEST_CODE]
         status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    elif response is not None:  # requests
-        status = int(getattr(response, "status_code", 0))
     else:  # gcsfs, aiohttp
         value = getattr(error, "status", None) or getattr(error, "code", None)
         status = int(value) if isinstance(value, int | str) and str(value).isdigit() else 0
@@ -256,7 +308,7 @@ def _from_response(error: BaseException) -> Failure | None:
     return Failure(kind, _words(kind, code, label))
 
 
-def _words(kind: Kind, code: str, label: str) -> str:
+def _words(kind: ErrorKind, code: str, label: str) -> str:
     if kind == "denied":
         return _denied(label, _EXPLANATIONS.get(code, ""))
     if kind == "no_bucket":
@@ -271,32 +323,32 @@ def _denied(label: str, explanation: str = "") -> str:
 
 
 def _from_credentials(error: BaseException) -> Failure | None:
-    """botocore found no usable credentials before it sent anything."""
+    """From botocore, if it found no usable credentials."""
     name = type(error).__name__
     if name in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"):
         return Failure("denied", _denied(f"no credentials on this machine, {name}"))
     if name in ("ProfileNotFound", "InvalidConfigError", "ConfigParseError", "InvalidRegionError", "NoRegionError"):
-        return Failure("refused", f"the AWS configuration of this machine is broken ({name})")
+        text = first_line(error)
+        return Failure("refused", f"the AWS configuration of this machine is broken ({name}: {text})")
     return None
 
 
 _UNREACHABLE = {
     "EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "ClientConnectorError",
-    "ClientConnectorDNSError", "NewConnectionError", "ConnectTimeout", "NameResolutionError", "ConnectionRefusedError",
-    "gaierror",
+    "ClientConnectorDNSError", "ConnectionTimeoutError", "ConnectionRefusedError", "gaierror",
 }  # fmt: skip
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
-"""What OpenSSL says where plain HTTP answers it."""
+"""What OpenSSL reports if a server answers in plain HTTP."""
 _TRANSIENT = {
     "ConnectionClosedError", "ReadTimeoutError", "HTTPClientError", "ResponseStreamingError", "IncompleteReadError",
     "ResponseParserError", "ClientPayloadError", "ServerDisconnectedError", "ClientOSError", "ServerTimeoutError",
-    "SocketTimeoutError", "ChunkedEncodingError", "ReadTimeout", "ConnectionError", "ProtocolError", "IncompleteRead",
-    "ClientConnectionError", "ClientConnectionResetError", "RemoteDisconnected", "FSTimeoutError", "SSLError",
+    "SocketTimeoutError", "ConnectionError", "ClientConnectionError", "ClientConnectionResetError", "FSTimeoutError",
+    "SSLError",
 }  # fmt: skip
 
 
 def _class_names(error: BaseException) -> set[str]:
-    """Importing botocore, aiohttp and requests just to name their exceptions takes a second."""
+    """Return the names of an exception's classes: importing botocore and aiohttp only to compare takes a second."""
     return {cls.__name__ for cls in type(error).__mro__}
 
 
@@ -313,7 +365,7 @@ def _from_connecting(error: BaseException) -> Failure | None:
 
 def _from_network(error: BaseException) -> Failure | None:
     names = _class_names(error)
-    if isinstance(error, TimeoutError | asyncio.TimeoutError) or names & {"ReadTimeoutError", "ReadTimeout"}:
+    if isinstance(error, TimeoutError | asyncio.TimeoutError) or "ReadTimeoutError" in names:
         return Failure("transient", "the server does not answer in time")
     if isinstance(error, ConnectionError) or names & _TRANSIENT:
         return Failure("transient", "the connection was cut")
@@ -321,7 +373,7 @@ def _from_network(error: BaseException) -> Failure | None:
 
 
 def _from_builtin(error: Exception) -> Failure | None:
-    """fsspec raises Python's own exceptions where it can."""
+    """From Python's own exceptions, which fsspec raises where it can."""
     if isinstance(error, FileNotFoundError):
         return Failure("missing", "nothing there")
     if isinstance(error, FileExistsError):

@@ -20,7 +20,7 @@ from shards.copy import copy_dataset
 from shards.dataset import open_dataset
 from shards.errors import DatasetError, Md2Error, StorageError
 from shards.publish import open_store
-from shards.storage import http, open_storage, remote
+from shards.storage import open_storage, remote, retry
 
 BOUND = 30.0
 """Seconds within which every test here must have its answer, on a loaded machine."""
@@ -110,8 +110,8 @@ def test_a_web_address_where_nobody_listens(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("variable", "value", "told"),
     [
-        ("AWS_ENDPOINT_URL", "minio", "AWS_ENDPOINT_URL is no address"),
-        ("AWS_ENDPOINT_URL", "http://127.0.0.1:99999", "AWS_ENDPOINT_URL is no address"),
+        ("AWS_ENDPOINT_URL", "minio", "AWS_ENDPOINT_URL is not an address"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:99999", "AWS_ENDPOINT_URL is not an address"),
         ("AWS_ENDPOINT_URL", "https", "does not speak https"),
         ("AWS_ACCESS_KEY_ID", "AKIASECRET\r", "line end"),
     ],
@@ -127,7 +127,7 @@ def test_settings_that_cannot_work_are_told_at_once(
 
 @one_server
 def test_a_name_that_no_bucket_can_have(bucket: Bucket) -> None:
-    with seen_by_user("a bucket name with a space", StorageError, "s3://my bucket/drive", "no bucket can have"):
+    with seen_by_user("a bucket name with a space", StorageError, "s3://my bucket/drive", "not a valid bucket name"):
         open_dataset("s3://my bucket/drive")
 
 
@@ -209,8 +209,8 @@ def test_a_connection_cut_while_publishing(bucket: Bucket, packed: Packed, proxi
 
 @one_server
 def test_a_silent_server(published: str, proxied: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_CALL_TIMEOUT", 0.4)
-    monkeypatch.setattr(remote, "_SLOWEST", 1e9)
+    monkeypatch.setattr(retry, "ATTEMPT", 0.4)
+    monkeypatch.setattr(retry, "SLOWEST", 1e9)
     monkeypatch.setenv("MD2_STORAGE_PATIENCE", "1")
     proxied.rule = lambda method, path, number: Fault(silent=True)
     with seen_by_user("server accepts and never answers (patience 1 s)", StorageError, published, "in time", "gave up"):
@@ -220,8 +220,8 @@ def test_a_silent_server(published: str, proxied: Proxy, monkeypatch: pytest.Mon
 @one_server
 def test_a_trickle_is_not_waited_for(published: str, proxied: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes keep coming, so no socket ever times out; the whole request has a limit."""
-    monkeypatch.setattr(remote, "_CALL_TIMEOUT", 0.5)
-    monkeypatch.setattr(remote, "_SLOWEST", 1e9)
+    monkeypatch.setattr(retry, "ATTEMPT", 0.5)
+    monkeypatch.setattr(retry, "SLOWEST", 1e9)
     monkeypatch.setenv("MD2_STORAGE_PATIENCE", "1")
     proxied.rule = lambda method, path, number: Fault(rate=2000.0) if path.endswith(".tar") else None
     with seen_by_user("bytes trickle at 2 kB/s (patience 1 s)", StorageError, published, "in time"):
@@ -334,8 +334,8 @@ def test_a_web_server_without_ranges(web: Proxy, packed: Packed) -> None:
 
 
 def test_a_trickle_over_http(web: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_GRACE", 0.5)
-    monkeypatch.setattr(http, "_SLOWEST", 1e9)
+    monkeypatch.setattr(retry, "ATTEMPT", 0.5)
+    monkeypatch.setattr(retry, "SLOWEST", 1e9)
     monkeypatch.setenv("MD2_STORAGE_PATIENCE", "1")
     web.rule = lambda method, path, number: Fault(rate=20_000.0) if path.endswith(".tar") else None
     with seen_by_user("bytes trickle over http (patience 1 s)", StorageError, ".tar", "in time"):

@@ -22,8 +22,8 @@ from shards.errors import DatasetError, StorageError, UsageError
 from shards.files import temporary
 from shards.manifest import Manifest, Shard
 from shards.publish import Store, open_store, read_manifest
-from shards.storage import LocalStorage, open_storage, remote
-from shards.storage.base import check_name
+from shards.storage import check_name, open_storage, remote
+from shards.storage.local import LocalStorage
 
 PLAN = {"split": "drive", "size": [64, 32], "seed": 0}
 
@@ -219,7 +219,8 @@ def test_what_an_ended_process_never_began_to_publish_is_not_in_the_way(target: 
     open_store(target).begin({**PLAN, "seed": 1})
     storage = open_storage(target)
     claim = json.loads(storage.read(".publish/claim.json", 1 << 20) or b"")
-    storage.write(".publish/claim.json", json.dumps({**claim, "process": ended.pid, "host": "another"}).encode())
+    another = {**claim, "process": ended.pid, "machine": "0" * 12}
+    storage.write(".publish/claim.json", json.dumps(another).encode())
     with pytest.raises(StorageError, match="another dataset is being published"):
         open_store(target).begin(PLAN)  # whether a process of another machine has ended cannot be known
     storage.write(".publish/claim.json", json.dumps({**claim, "process": ended.pid}).encode())
@@ -428,13 +429,19 @@ def test_names_cannot_leave_a_storage(tmp_path: Path, name: str) -> None:
         ("https://user:/secret@host/x", "no credentials in a URL"),
         ("https://user:p/secret@host/x", "not a web address"),
         ("https://host/x?X-Amz-Signature=secret", "no \\?"),
-        ("https:///x", "no host"),
+        ("https:///x", "no valid host"),
         ("s3:///x", "no bucket"),
         ("s3://", "no bucket"),
         ("s3:/bucket/x", "two slashes"),
         ("nosuch://x/y", "no such kind of storage"),
         ("ftp://x/y", "no such kind of storage"),
         ("file://host/x", "three slashes"),
+        ("simplecache::s3://key:secret@bucket/x", "chained"),
+        ("s3::simplecache://key:secret@bucket/x", "chained"),
+        ("filecache://x::s3://key:secret@bucket/x", "chained"),
+        ("s3:/key:secret@bucket/x", "two slashes"),
+        ("sftp://user:secret@host/x", "no credentials in a URL"),
+        ("http://a..b/", "no valid host"),
     ],
 )
 def test_urls_that_cannot_be_used_are_explained_without_their_secrets(url: str, reason: str) -> None:
