@@ -22,8 +22,8 @@ from md2.config import Config, DataConfig, LossConfig
 from md2.data.batch import Batch, Offset
 from md2.distributed import Ranks
 from md2.loss import LossOutput, image_pyramid, reprojection_loss
+from md2.model import Pose, Prediction
 from md2.photometric import reprojection
-from md2.prediction import Pose, Prediction
 from md2.training.runlog import read_metrics
 from shards.dataset import LocalDataset
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from md2.config import LossConfig
 from md2.data.batch import Offset
-from md2.model import Networks
-from md2.prediction import Pose, Prediction
+from md2.model import Networks, Pose, Prediction
 
 
 def predict(networks: Networks, images: Mapping[Offset, Tensor]) -> Prediction:

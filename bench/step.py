@@ -38,8 +38,7 @@ from bench.machine import busy, processor, versions  # noqa: E402
 from md2.config import DataConfig, LossConfig, ModelConfig  # noqa: E402
 from md2.data.batch import Offset  # noqa: E402
 from md2.loss import image_pyramid, reprojection_loss  # noqa: E402
-from md2.model import Networks  # noqa: E402
-from md2.prediction import Pose, Prediction  # noqa: E402
+from md2.model import Networks, Pose, Prediction  # noqa: E402
 from md2.training.precision import Switches  # noqa: E402
 
 MODES: dict[str, tuple[list[int], bool]] = {

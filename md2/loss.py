@@ -1,22 +1,18 @@
-"""The self-supervised loss: per-pixel reprojection error over the sources, and edge-aware smoothness.
+"""The self-supervised loss, as the paper has it: Godard et al., "Digging Into Self-Supervised Monocular Depth
+Estimation", ICCV 2019, section 3. The options are those of its official implementation.
 
     loss = ReprojectionLoss(config.loss, config.model)
     loss(batch, prediction, noise=generator).total.backward()
 
-`reprojection_loss` is the same with everything given from outside: image pyramids, intrinsics, noise.
-
-Source: Godard et al., ICCV 2019, section 3; the options are the ones of its official implementation. What
-does not depend on the scale is computed once: the unwarped sources' error, the target's window statistics,
-the stacking of the sources. `reprojection.py` does the rest. Everything is float32 (or
-float64, if the inputs are), whatever autocast is on.
+`Reprojection` below is the method in plain operators. Training runs `photometric.reprojection.Reprojection`, which
+computes the same in fewer passes over memory; the tests hold the two to equal values and gradients. `fast=False` is
+the switch. All of it is float32 (float64 if the inputs are), whatever autocast says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +20,14 @@ from torch import Tensor
 
 from md2.config import LossConfig, ModelConfig
 from md2.data.batch import Batch, Offset
-from md2.geometry import disparity_to_depth, scale_intrinsics
-from md2.photometric.reprojection import PixelMap, Rule, Views, pixel_map, planar, reproject, unwarped_error
-from md2.photometric.ssim import Target
-from md2.prediction import Prediction
+from md2.geometry import disparity_to_depth, scale_intrinsics, warp
+from md2.model import Prediction
+from md2.photometric import reprojection
+from md2.photometric.ssim import C1, C2, SSIM_WEIGHT
 
 Pyramids = Mapping[Offset, Mapping[int, Tensor]]
 """Offset -> level s -> image (B, 3, H / 2^s, W / 2^s) in [0, 1]."""
-
 Noise = torch.Generator | Tensor | Mapping[int, Tensor] | None
-"""Where ties between auto-mask and reprojection are broken, see `reprojection_loss`."""
 
 NOISE_SCALE = 1e-5
 MASK_WEIGHT = 0.2
@@ -41,14 +35,14 @@ MASK_WEIGHT = 0.2
 
 @dataclass(frozen=True)
 class Panels:
-    """What one scale's loss looked at, without gradients.
+    """What one scale's loss compared, without gradients.
 
     Attributes:
         warped: source -> (B, 3, h, w), the source as seen from the target.
-        error: (B, 1, h, w), what the mean was taken over: the minimum over sources (and unwarped sources).
-        automask: (B, 1, h, w) bool, true where a warped source won over all unwarped ones and the pixel
-            counts. None with `disable_automasking`.
-        mask: (B, sources, h, w), the predictive mask, what each source's error was multiplied with; in [0, 1], or None.
+        error: (B, 1, h, w), the error that the mean is taken over.
+        automask: (B, 1, h, w) bool, true where a warped source fits better than every unwarped one, which is where
+            the pixel counts. None with `disable_automasking`.
+        mask: (B, sources, h, w) in [0, 1], the predictive mask, or None.
     """
 
     warped: dict[Offset, Tensor]
@@ -61,8 +55,8 @@ class Panels:
 class LossOutput:
     """Attributes:
     total: scalar, the mean of `per_scale`.
-    per_scale: scale -> scalar: reprojection, plus the mask's cross-entropy, plus weighted smoothness.
-    panels: scale -> panels, empty unless asked for.
+    per_scale: scale -> scalar: reprojection, mask's cross-entropy and weighted smoothness.
+    panels: scale -> panels; empty unless asked for.
     """
 
     total: Tensor
@@ -71,11 +65,10 @@ class LossOutput:
 
 
 def image_pyramid(images: Mapping[Offset, Tensor], scales: Iterable[int], v1_multiscale: bool = False) -> Pyramids:
-    """Images (B, 3, H, W) and their halvings, each the mean of 2x2 pixels of the level before.
+    """Images (B, 3, H, W) and their halvings, each pixel the mean of 2x2 of the level before.
 
-    Level 0 of every image, and the levels in `scales` of the target, for smoothness; with `v1_multiscale`
-    of every image. (The official implementation resizes on the CPU with Pillow's antialiasing filter; to
-    compare numbers with it, give the loss its images.)
+    Level 0 of every image, and the levels in `scales` of the target, for smoothness; with `v1_multiscale` of every
+    image. (The official implementation resizes with Pillow's antialiasing filter.)
     """
     wanted = {0, *scales}
     pyramids: dict[Offset, dict[int, Tensor]] = {}
@@ -85,6 +78,26 @@ def image_pyramid(images: Mapping[Offset, Tensor], scales: Iterable[int], v1_mul
             levels[level] = F.avg_pool2d(levels[level - 1], 2)
         pyramids[offset] = {level: levels[level] for level in levels if level in wanted}
     return pyramids
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity of images (B, 3, H, W) with 3x3 mean windows, reflected at the border; in [-1, 1]."""
+    x, y = (F.pad(image, (1, 1, 1, 1), mode="reflect") for image in (x, y))
+    mean_x, mean_y = F.avg_pool2d(x, 3, 1), F.avg_pool2d(y, 3, 1)
+    variance_x = F.avg_pool2d(x**2, 3, 1) - mean_x**2
+    variance_y = F.avg_pool2d(y**2, 3, 1) - mean_y**2
+    covariance = F.avg_pool2d(x * y, 3, 1) - mean_x * mean_y
+    similar = (2 * mean_x * mean_y + C1) * (2 * covariance + C2)
+    return similar / ((mean_x**2 + mean_y**2 + C1) * (variance_x + variance_y + C2))
+
+
+def photometric_error(image: Tensor, target: Tensor, no_ssim: bool = False) -> Tensor:
+    """pe = 0.85 (1 - SSIM) / 2 + 0.15 |image - target|, the mean over colours: (B, 1, H, W)."""
+    difference = (target - image).abs().mean(dim=1, keepdim=True)
+    if no_ssim:
+        return difference
+    dissimilar = ((1 - ssim(image, target)) / 2).clamp(0, 1).mean(dim=1, keepdim=True)
+    return SSIM_WEIGHT * dissimilar + (1 - SSIM_WEIGHT) * difference
 
 
 def smoothness(disparity: Tensor, image: Tensor) -> Tensor:
@@ -102,15 +115,47 @@ def smoothness(disparity: Tensor, image: Tensor) -> Tensor:
     return terms[0] + terms[1]
 
 
-class _Level(NamedTuple):
-    """All that one resolution's reprojection needs and that no disparity scale changes."""
+class Reprojection:
+    """Compares the target (B, 3, H, W) of one resolution with its sources (B, N, 3, H, W)."""
 
-    views: Views
-    K: Tensor
-    identity: Tensor | None
-    """(B, N, h, w), error of the unwarped sources, or (B, 1, h, w) with avg_reprojection."""
-    maps: PixelMap | None
-    """Where the sources are; None if that hangs on each scale's depth (posecnn)."""
+    def __init__(self, target: Tensor, sources: Tensor, config: LossConfig) -> None:
+        self.target, self.sources, self.config = target, sources.unbind(1), config
+
+    def _errors(self, images: Iterable[Tensor]) -> Tensor:
+        return torch.cat([photometric_error(image, self.target, self.config.no_ssim) for image in images], dim=1)
+
+    def identity_errors(self) -> Tensor:
+        """Errors of the sources as they are, not warped: (B, N, H, W)."""
+        return self._errors(self.sources)
+
+    def __call__(
+        self, depth: Tensor, K: Tensor, transforms: Tensor, identity: Tensor | None, mask: Tensor | None, panels: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The mean error of the sources warped into the target, differentiable in depth, transforms and mask.
+
+        Args:
+            depth: (B, 1, H, W) of the target.
+            K: (B, 3, 3) at this resolution.
+            transforms: (B, N, 4, 4), target camera to each source's.
+            identity: (B, 1, H, W), the least identity error, for auto-masking; None without.
+            mask: (B, N, H, W), predictive mask; None without.
+            panels: return the warped images too.
+
+        Returns:
+            The mean, the error (B, 1, H, W), the auto-mask (B, 1, H, W), the warped images (B, N, 3, H, W).
+        """
+        pairs = zip(self.sources, transforms.unbind(1), strict=True)
+        warped = [warp(source, depth, K, transform) for source, transform in pairs]
+        errors = self._errors(warped)
+        if mask is not None:
+            errors = errors * mask
+        average = self.config.avg_reprojection
+        error = errors.mean(dim=1, keepdim=True) if average else errors.amin(dim=1, keepdim=True)  # equation 4
+        automask = None
+        if identity is not None:
+            automask = ~(error >= identity)  # equation 5; not `<`: an error of NaN must reach the loss
+            error = torch.where(automask, error, identity)
+        return error.mean(), error.detach(), automask, torch.stack(warped, dim=1).detach() if panels else None
 
 
 def reprojection_loss(
@@ -124,47 +169,83 @@ def reprojection_loss(
     max_depth: float = 100.0,
     noise: Noise = None,
     panels: bool = False,
+    fast: bool = True,
 ) -> LossOutput:
-    """The loss of one batch. The scales are the prediction's; the sources its poses', then the stereo partner if there.
+    """The loss of one batch: minimum reprojection error, auto-mask and smoothness, averaged over the scales.
 
     Args:
-        prediction: the networks' outputs. Each temporal source needs a pose, "s" the `stereo` transform.
-        pyramids: images; `image_pyramid` says which levels are needed.
-        intrinsics: (B, 3, 3) at level 0 (`v1_multiscale` derives the others by `scale_intrinsics`), or
-            level -> (B, 3, 3).
-        stereo: (B, 4, 4), target-camera to partner; only with the source "s".
+        prediction: the networks' outputs. Its disparities set the scales, its poses the temporal sources.
+        pyramids: images, as from `image_pyramid`; the stereo partner "s" is a source if it is among them.
+        intrinsics: (B, 3, 3) at level 0, or level -> (B, 3, 3).
+        stereo: (B, 4, 4), target camera to partner; needed with the source "s".
         config: the options.
-        min_depth, max_depth: range of depth that disparity 1 and 0 stand for.
-        noise: standard normal numbers, times 1e-5, are added to the error of the unwarped sources, so
-            that they do not always win where nothing differs. Drawn from a generator (one draw for all
-            scales of a resolution), or given: (B, N, H, W) for all scales or scale -> (B, N, h, w), N the
-            number of sources, 1 with avg_reprojection. None: none.
+        min_depth, max_depth: depth at disparity 1 and 0.
+        noise: standard normal numbers; times 1e-5 they break ties between warped and unwarped sources. A generator
+            (one draw for all scales of a resolution), (B, N, H, W) for all scales or scale -> (B, N, h, w); N is the
+            number of sources, 1 with `avg_reprojection`. None: no noise.
         panels: also return images to look at.
+        fast: the engine of `md2/photometric/`; False: `Reprojection` above.
+
+    Raises:
+        ValueError: no source, or no transform for the stereo partner.
     """
-    pose_sources = [offset for offset in prediction.poses if offset in pyramids]
-    sources: list[Offset] = [*pose_sources, "s"] if "s" in pyramids else pose_sources
+    sources: list[Offset] = [offset for offset in (*prediction.poses, "s") if offset in pyramids]
     if not sources:
         raise ValueError("no source to reproject: the pyramids hold neither a posed frame nor the stereo partner")
-    context = _Context(prediction, pyramids, intrinsics, stereo, sources, config, (min_depth, max_depth), panels)
-    with torch.autocast(next(iter(prediction.disparities.values())).device.type, enabled=False):
-        levels = {size: context.level(size) for size in ({*prediction.disparities} if config.v1_multiscale else {0})}
-        if isinstance(noise, torch.Generator):
-            drawn = {size: _draw(level, noise) for size, level in sorted(levels.items())}
-            noise = {scale: drawn[scale if config.v1_multiscale else 0] for scale in prediction.disparities}
+    if "s" in sources and stereo is None:
+        raise ValueError('the source "s" needs the stereo transform')
+    engine = reprojection.Reprojection if fast else Reprojection
+    relative = any(pose.relative for pose in prediction.poses.values())
+
+    def transforms(depth: Tensor | None) -> Tensor:
+        found = [stereo if s == "s" else prediction.poses[s].transform(depth) for s in sources]
+        return torch.stack([_full(transform) for transform in found if transform is not None], dim=1)
+
+    with torch.autocast(prediction.tensors()[0].device.type, enabled=False):
+        compare, K = {}, {}
+        identity: dict[int, Tensor] = {}
+        for level in sorted(prediction.disparities) if config.v1_multiscale else [0]:
+            K[level] = intrinsics[level] if isinstance(intrinsics, Mapping) else scale_intrinsics(intrinsics, level)
+            images = torch.stack([_full(pyramids[source][level]) for source in sources], dim=1)
+            compare[level] = engine(_full(pyramids[0][level]), images, config)
+            if not config.disable_automasking:
+                scales = [level] if config.v1_multiscale else [*prediction.disparities]
+                identity |= _least_identity(compare[level].identity_errors(), scales, noise, config.avg_reprojection)
+        fixed = None if relative else transforms(None)
         per_scale, looks = {}, {}
         for scale, disparity in prediction.disparities.items():
-            given = noise[scale] if isinstance(noise, Mapping) else noise
-            loss, look = context.scale_loss(scale, levels[scale if config.v1_multiscale else 0], given)
+            level = scale if config.v1_multiscale else 0
+            size = pyramids[0][level].shape[2:]
+            depth = disparity_to_depth(_resize(_full(disparity), size), min_depth, max_depth)
+            T = transforms(depth) if fixed is None else fixed
+            mask = _resize(_full(prediction.masks[scale]), size) if config.predictive_mask else None
+            loss, error, automask, warped = compare[level](depth, _full(K[level]), T, identity.get(scale), mask, panels)
+            if mask is not None:
+                loss = loss + MASK_WEIGHT * F.binary_cross_entropy(mask, torch.ones_like(mask))
             smooth = smoothness(_full(disparity), pyramids[0][scale])
             per_scale[scale] = loss + config.disparity_smoothness / 2**scale * smooth
-            if look is not None:
-                looks[scale] = look
+            if warped is not None:
+                by_source = dict(zip(sources, warped.unbind(1), strict=True))
+                looks[scale] = Panels(by_source, error, automask, None if mask is None else mask.detach())
         total = torch.stack(list(per_scale.values())).mean()
     return LossOutput(total, per_scale, looks)
 
 
+def _least_identity(errors: Tensor, scales: list[int], noise: Noise, average: bool) -> dict[int, Tensor]:
+    """Scale -> (B, 1, h, w), the least of a resolution's identity errors (B, N, h, w), ties broken by noise."""
+    if average:
+        errors = errors.mean(dim=1, keepdim=True)
+    if isinstance(noise, Mapping):
+        return {scale: (errors + NOISE_SCALE * noise[scale]).amin(dim=1, keepdim=True) for scale in scales}
+    if isinstance(noise, torch.Generator):
+        # On the generator's device, so that a seed gives the same numbers everywhere.
+        noise = torch.randn(errors.shape, generator=noise, device=noise.device).to(errors.device)
+    least = (errors if noise is None else errors + NOISE_SCALE * noise).amin(dim=1, keepdim=True)
+    return dict.fromkeys(scales, least)
+
+
 class ReprojectionLoss:
-    """`reprojection_loss` on batches, with a run's options."""
+    """`reprojection_loss` of batches, with a run's options."""
 
     def __init__(self, config: LossConfig, model: ModelConfig) -> None:
         self.config, self.min_depth, self.max_depth = config, model.min_depth, model.max_depth
@@ -174,10 +255,15 @@ class ReprojectionLoss:
     ) -> LossOutput:
         """The loss of one batch; `noise` and `panels` as in `reprojection_loss`.
 
-        NaN, and no panels, where a prediction is not finite on the CPU.
+        A prediction on the CPU that is not finite gives NaN and no panels: torch's CPU sampler would turn a NaN
+        coordinate into a wild index and end in a segmentation fault. A GPU's sampler checks its bounds, and asking
+        there would make the host wait.
         """
-        if not _usable(prediction):
-            return _not_finite(prediction)
+        tensors = prediction.tensors()
+        if tensors[0].device.type == "cpu" and not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            # It depends on every output, so that backward reaches each parameter on each rank.
+            nan = torch.stack([tensor.float().sum() for tensor in tensors]).sum() * torch.nan
+            return LossOutput(nan, dict.fromkeys(prediction.disparities, nan), {})
         pyramids = image_pyramid(batch.images, prediction.disparities, self.config.v1_multiscale)
         return reprojection_loss(
             prediction,
@@ -192,108 +278,10 @@ class ReprojectionLoss:
         )
 
 
-def _usable(prediction: Prediction) -> bool:
-    """Whether the sampler can take the prediction.
-
-    torch's CPU grid_sample turns a NaN coordinate into a wild index, and its backward pass writes there:
-    a diverged run would end in a segmentation fault. On the GPU it is bounds-checked, and asking would
-    make the host wait.
-    """
-    tensors = prediction.tensors()
-    return tensors[0].device.type != "cpu" or all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-def _not_finite(prediction: Prediction) -> LossOutput:
-    """A loss of NaN that still hangs on every output, so that backward reaches each parameter on each rank."""
-    nan = torch.stack([tensor.float().sum() for tensor in prediction.tensors()]).sum() * torch.nan
-    return LossOutput(nan, dict.fromkeys(prediction.disparities, nan), {})
-
-
-def _draw(level: _Level, generator: torch.Generator) -> Tensor:
-    """One tie-break draw for a resolution; on the generator's device, so that a seed means one thing."""
-    if level.identity is None:
-        return level.K.new_zeros(())
-    draw = torch.randn(level.identity.shape, generator=generator, device=generator.device)
-    return draw.to(level.identity.device)
-
-
-@dataclass(frozen=True)
-class _Context:
-    """The arguments of `reprojection_loss`, for the steps below."""
-
-    prediction: Prediction
-    pyramids: Pyramids
-    intrinsics: Tensor | Mapping[int, Tensor]
-    stereo: Tensor | None
-    sources: list[Offset]
-    config: LossConfig
-    depths: tuple[float, float]
-    panels: bool
-
-    def level(self, size: int) -> _Level:
-        if isinstance(self.intrinsics, Tensor):
-            K = scale_intrinsics(self.intrinsics, size) if size else self.intrinsics
-        else:
-            K = self.intrinsics[size]
-        target = Target.of(planar(_full(self.pyramids[0][size])))
-        images = planar(torch.stack([_full(self.pyramids[source][size]) for source in self.sources], dim=1))
-        identity = None
-        if not self.config.disable_automasking:
-            identity = unwarped_error(images, target, self.config.no_ssim)
-            if self.config.avg_reprojection:
-                identity = identity.mean(dim=1, keepdim=True)
-        K, views = _full(K), Views(target, images)
-        maps = None if self.fixed is None else pixel_map(K, self.fixed, _size(images))
-        return _Level(views, K, identity, maps)
-
-    def scale_loss(self, scale: int, level: _Level, noise: Tensor | None) -> tuple[Tensor, Panels | None]:
-        """Reprojection part of one scale's loss."""
-        height, width = _size(level.views.sources)
-        depth = disparity_to_depth(_resize(_full(self.prediction.disparities[scale]), height, width), *self.depths)
-        maps = level.maps or pixel_map(level.K, self.transforms(depth), (height, width))
-        unwarped = None
-        if level.identity is not None:
-            identity = level.identity if noise is None else level.identity + NOISE_SCALE * noise
-            unwarped = identity.amin(dim=1, keepdim=True)
-        mask, entropy = None, depth.new_zeros(())
-        if self.config.predictive_mask:
-            mask = _resize(_full(self.prediction.masks[scale]), height, width)
-            entropy = F.binary_cross_entropy(mask, torch.ones_like(mask))
-        rule = Rule(self.config.no_ssim, self.config.avg_reprojection)
-        outcome = reproject(level.views, depth, maps, rule, unwarped=unwarped, mask=mask, keep_warped=self.panels)
-        look = None
-        if outcome.warped is not None:
-            warped = dict(zip(self.sources, outcome.warped.unbind(1), strict=True))
-            look = Panels(warped, outcome.error, outcome.automask, None if mask is None else mask.detach())
-        return outcome.loss + MASK_WEIGHT * entropy, look
-
-    @cached_property
-    def fixed(self) -> Tensor | None:
-        """The transforms, if no pose is relative to the depth."""
-        relative = any(self.prediction.poses[source].relative for source in self.sources if source != "s")
-        return None if relative else self.transforms(None)
-
-    def transforms(self, depth: Tensor | None) -> Tensor:
-        """(B, N, 4, 4), target camera to each source's."""
-        return torch.stack([self.transform(source, depth) for source in self.sources], dim=1)
-
-    def transform(self, source: Offset, depth: Tensor | None) -> Tensor:
-        if source != "s":
-            return _full(self.prediction.poses[source].transform(depth))
-        if self.stereo is None:
-            raise ValueError('the source "s" needs the stereo transform')
-        return _full(self.stereo)
-
-
-def _size(images: Tensor) -> tuple[int, int]:
-    """Height and width."""
-    return images.shape[-2], images.shape[-1]
-
-
-def _resize(maps: Tensor, height: int, width: int) -> Tensor:
-    if maps.shape[2:] == (height, width):
+def _resize(maps: Tensor, size: torch.Size) -> Tensor:
+    if maps.shape[2:] == size:
         return maps
-    return F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def _full(values: Tensor) -> Tensor:

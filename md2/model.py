@@ -1,4 +1,4 @@
-"""All networks of a run as one module: images in, `Prediction` out.
+"""The networks of a run as one module: images in, `Prediction` out.
 
     networks = Networks(config.model, config.data, config.loss)
     prediction = networks(batch.augmented)
@@ -10,38 +10,86 @@ The children are named as official checkpoint files are: `encoder`, `depth`, `po
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from md2.config import DataConfig, LossConfig, ModelConfig
 from md2.data.batch import Offset
+from md2.geometry import transform_from_axis_angle
 from md2.networks.decoder import DepthDecoder
 from md2.networks.pose import PoseCNN, PoseDecoder
 from md2.networks.resnet import ResNetEncoder
 from md2.networks.states import load_states
-from md2.prediction import Pose, Prediction
 
-__all__ = ["Networks", "Pose", "Prediction"]
+
+@dataclass(frozen=True)
+class Pose:
+    """Motion between the target and one source frame, as the pose network predicts it.
+
+    Attributes:
+        axis_angle: (B, 3) radians.
+        translation: (B, 3) in the depth's unit, or relative to the depth.
+        invert: the transform is the inverse of the motion: the network saw (source, target), in temporal order.
+        relative: posecnn only (Wang et al., "Learning Depth from Monocular Videos using Direct Methods", CVPR
+            2018): the translation is multiplied by the mean inverse depth of the image.
+    """
+
+    axis_angle: Tensor
+    translation: Tensor
+    invert: bool = False
+    relative: bool = False
+
+    def transform(self, depth: Tensor | None = None) -> Tensor:
+        """(B, 4, 4), takes points in target-camera coordinates to the source's.
+
+        `depth` (B, 1, H, W) of the target scales the translation of a `relative` pose; without it that stays as it is.
+        """
+        translation = self.translation
+        if self.relative and depth is not None:
+            translation = translation * depth.reciprocal().mean(dim=(2, 3))
+        return transform_from_axis_angle(self.axis_angle, translation, self.invert)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Outputs of the networks for one batch.
+
+    Attributes:
+        disparities: scale s -> (B, 1, H / 2^s, W / 2^s), sigmoid, in (0, 1).
+        poses: temporal source offset -> pose. The stereo partner has none, since its transform is known.
+        masks: scale s -> (B, sources, H / 2^s, W / 2^s) in (0, 1), one channel per source in the order of
+            the configuration, the stereo partner last. Empty unless `predictive_mask`.
+    """
+
+    disparities: dict[int, Tensor]
+    poses: dict[Offset, Pose] = field(default_factory=dict)
+    masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in it."""
+        motions = [part for pose in self.poses.values() for part in (pose.axis_angle, pose.translation)]
+        return [*self.disparities.values(), *motions, *self.masks.values()]
 
 
 class Networks(nn.Module):
-    """Depth, pose and mask networks as the configuration asks for.
+    """Depth, pose and mask networks as configured.
 
-    With frames [0] and stereo there is no pose network: the stereo transform is known.
+    Frames [0] with stereo need no pose network, since the stereo transform is known.
 
-    Frames enter the pose network as the official implementation has them. `pairs`: target and one source in
-    temporal order, the transform inverted for negative offsets. `all`: every temporal frame at once in the
-    order of `frames`, one motion per source, none inverted.
+    Frames enter the pose network as in the official implementation. `pairs`: target and one source in temporal
+    order, the transform inverted for negative offsets. `all`: every temporal frame at once in the order of
+    `frames`, one motion per source, none inverted.
 
-    All pairs go through the pose network as one batch, while the official implementation runs one after the
-    other. With frozen batch norm (and at inference) that is the same function. In training it means that
-    the batch statistics are taken over all pairs together, and the running ones updated once per step.
+    All pairs form one batch of the pose network; the official implementation runs them one after the other. With
+    batch norm's running statistics (inference) the two are the same function. In training, batch statistics are
+    taken over all pairs together, and the running ones are updated once per step.
 
     Args:
         model: which networks.
-        data: its `frames` and `stereo` say which source images there are.
-        loss: its `predictive_mask` adds the mask decoder.
+        data: `frames` and `stereo` set the source images.
+        loss: `predictive_mask` adds the mask decoder.
     """
 
     def __init__(self, model: ModelConfig, data: DataConfig, loss: LossConfig) -> None:
@@ -73,7 +121,7 @@ class Networks(nn.Module):
     def forward(self, augmented: Mapping[Offset, Tensor]) -> Prediction:
         """Offset -> images (B, 3, H, W) in [0, 1], H and W multiples of 32.
 
-        The target and all temporal sources are needed; the stereo partner is not looked at.
+        The target and all temporal sources are needed; the stereo partner is ignored.
         """
         features: dict[Offset, list[Tensor]]
         if self.temporal and self.pose_network == "shared":
@@ -99,7 +147,7 @@ class Networks(nn.Module):
         return {name: child.state_dict() for name, child in self.named_children()}
 
     def load_networks(self, states: Mapping[str, Mapping[str, Tensor]], where: str = "checkpoint") -> None:
-        """Take over the state dicts of exactly these sub-networks; `where` goes into the message.
+        """Load the state dicts of exactly these sub-networks; `where` goes into the message.
 
         Raises:
             InputError: a sub-network or key is missing or extra, or a shape differs; all by name.
@@ -117,7 +165,7 @@ class Networks(nn.Module):
             return {}
         relative = self.pose_network == "posecnn"
         if self.pairs:
-            # (first, second) in time: one row per source, stacked along the batch.
+            # (first, second) in time; the sources are stacked along the batch.
             order = [(offset, 0) if offset < 0 else (0, offset) for offset in self.temporal]
             motions = self._motions(images, features, order).chunk(len(self.temporal))
             rows = [(offset, motion[:, 0], offset < 0) for offset, motion in zip(self.temporal, motions, strict=True)]

@@ -36,9 +36,8 @@ LAYERS = {
     "md2": [
         "md2.config md2.geometry md2.visualize",
         "md2.zoo md2.distributed md2.networks md2.checkpoint md2.data",
-        "md2.prediction md2.photometric md2.pipeline",
-        "md2.model md2.loss",
-        "md2.weights",
+        "md2.model md2.photometric md2.pipeline",
+        "md2.loss md2.weights",
         "md2.inference",
         "md2.evaluation",
         "md2.training",

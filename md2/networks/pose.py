@@ -1,6 +1,6 @@
 """The pose networks: a decoder on ResNet features, and the plain convolutional one of Zhou et al. (CVPR 2017).
 
-Both give, for each of n motions, an axis-angle vector and a translation, as (B, n, 6) times 0.01: training
+Both predict an axis-angle vector and a translation for each of n motions, as (B, n, 6) times 0.01, so that training
 starts from almost no motion.
 """
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from md2.networks.outputs import output_layer
+from md2.networks.decoder import full_precision
 
 OUTPUT_SCALE = 0.01
 
@@ -27,7 +27,7 @@ class PoseDecoder(nn.Module):
 
     Args:
         channels: the encoder's five channel counts.
-        inputs: feature maps that are stacked (1 behind a pose encoder, the number of frames with `shared`).
+        inputs: feature maps that are stacked (1 after a pose encoder, the number of frames with `shared`).
         motions: motions predicted.
     """
 
@@ -47,7 +47,7 @@ class PoseDecoder(nn.Module):
         squeeze, first, second, last = self.net
         x = torch.cat([F.relu(squeeze(feature)) for feature in features], dim=1)
         x = F.relu(second(F.relu(first(x))))
-        return _motions(output_layer(last, x))
+        return _motions(full_precision(last, x))
 
 
 class PoseCNN(nn.Module):
@@ -70,4 +70,4 @@ class PoseCNN(nn.Module):
         """(B, 3 * images, H, W) in [0, 1] -> (B, images - 1, 6)."""
         for conv in self.net:
             x = F.relu(conv(x))
-        return _motions(output_layer(self.pose_conv, x))
+        return _motions(full_precision(self.pose_conv, x))

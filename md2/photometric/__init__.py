@@ -1,1 +1,1 @@
-"""The fast engine of `md2/loss.py`: SSIM, reprojection, Triton kernels."""
+"""The fast engine of `md2/loss.py`: photometric error, reprojection, Triton kernels."""

@@ -1,13 +1,13 @@
-"""The loss's inner loops as three Triton kernels, for NVIDIA GPUs: warp, error, gradient.
+"""The loss's inner loops as four Triton kernels for NVIDIA GPUs: warp, error, choose, gradient.
 
-They compute what `reprojection.Eager` computes, with the same formulas, but without writing every intermediate
-map to memory: about 30 numbers per pixel and source cross the bus where plain operators move some 200, and three
-launches replace a hundred. Sums over pixels are taken per block and then by torch, without atomics, so that
-equal inputs give equal bits. Imported only where Triton is (CUDA builds of torch bring it); `TRITON_INTERPRET=1`
-runs them on a CPU, as the tests do.
+They compute what `reprojection.Eager` does, with the same formulas, without writing every intermediate map to memory:
+about 30 numbers per pixel and source cross the bus instead of some 200, and four launches replace a hundred. Sums
+over pixels are taken per block and then by torch, without atomics, so equal inputs give equal bits. CUDA builds of
+torch bring Triton; `TRITON_INTERPRET=1` runs the kernels on a CPU, as the tests do.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped,untyped-decorator,no-untyped-def,no-untyped-call"
+# ruff: noqa: PLR0124  # a number that differs from itself is NaN
 
 from __future__ import annotations
 
@@ -40,7 +40,12 @@ def _place(maps, depth, source, x, y, pixel, valid, N, H, W):
 
 @triton.jit
 def _taps(u, v, H, W):
-    """Offsets of the four pixels around a place in pixels, border repeated, and the place within them."""
+    """Offsets of the four pixels around a place in pixels, border repeated, and the place within them.
+
+    A place of NaN becomes 0 here: what reads the pixels puts NaN back.
+    """
+    u = tl.where(u == u, u, 0.0)
+    v = tl.where(v == v, v, 0.0)
     u = tl.minimum(tl.maximum(u, 0.0), W - 1.0)
     v = tl.minimum(tl.maximum(v, 0.0), H - 1.0)
     left = tl.floor(u)
@@ -54,6 +59,7 @@ def _taps(u, v, H, W):
 
 @triton.jit
 def _warp(images, depth, maps, out, N, H, W, BLOCK: tl.constexpr):
+    """Warped sources; NaN where a place is NaN."""
     source = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = pixel < H * W
@@ -65,7 +71,8 @@ def _warp(images, depth, maps, out, N, H, W, BLOCK: tl.constexpr):
         plane = (source * 3 + channel) * H * W
         top = tl.load(images + plane + a, mask=valid) * (1 - fx) + tl.load(images + plane + b, mask=valid) * fx
         bottom = tl.load(images + plane + c, mask=valid) * (1 - fx) + tl.load(images + plane + d, mask=valid) * fx
-        tl.store(out + plane + pixel, top * (1 - fy) + bottom * fy, mask=valid)
+        value = top * (1 - fy) + bottom * fy
+        tl.store(out + plane + pixel, tl.where((gx == gx) & (gy == gy), value, float("nan")), mask=valid)
 
 
 @triton.jit
@@ -133,6 +140,62 @@ def _error(
     if SSIM:
         error = (1 - WEIGHT) * error + WEIGHT / 2 - WEIGHT / 2 * (similarity / 3)
     tl.store(errors + source * H * W + pixel, error, mask=valid)
+
+
+@triton.jit
+def _choose(
+    errors,
+    mask,
+    identity,
+    weights,
+    error,
+    automask,
+    by_mask,
+    N,
+    H,
+    W,
+    AVERAGE: tl.constexpr,
+    MASKED: tl.constexpr,
+    IDENTITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`reprojection.choose` for one sample of the batch."""
+    sample = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = pixel < H * W
+    first = sample * N * H * W + pixel
+    best = tl.load(errors + first, mask=valid, other=0.0)
+    if MASKED:
+        best *= tl.load(mask + first, mask=valid, other=0.0)
+    winner = tl.zeros([BLOCK], tl.int32)
+    for source in range(1, N):
+        one = tl.load(errors + first + source * H * W, mask=valid, other=0.0)
+        if MASKED:
+            one *= tl.load(mask + first + source * H * W, mask=valid, other=0.0)
+        if AVERAGE:
+            best += one
+        else:
+            # NaN wins over every number, as in torch.
+            less = (one < best) | ((one != one) & (best == best))
+            winner = tl.where(less, source, winner)
+            best = tl.where(less, one, best)
+    if AVERAGE:
+        best = best / N
+    counts = tl.full([BLOCK], 1.0, tl.float32)
+    if IDENTITY:
+        unmoved = tl.load(identity + sample * H * W + pixel, mask=valid, other=0.0)
+        chosen = (best >= unmoved) == 0  # true for NaN too
+        tl.store(automask + sample * H * W + pixel, chosen.to(tl.uint8), mask=valid)
+        counts = tl.where(chosen, 1.0, 0.0)
+        best = tl.where(chosen, best, unmoved)
+    tl.store(error + sample * H * W + pixel, best, mask=valid)
+    for source in range(N):
+        here = first + source * H * W
+        weight = counts / N if AVERAGE else tl.where(winner == source, counts, 0.0)
+        if MASKED:
+            tl.store(by_mask + here, weight * tl.load(errors + here, mask=valid, other=0.0), mask=valid)
+            weight *= tl.load(mask + here, mask=valid, other=0.0)
+        tl.store(weights + here, weight, mask=valid)
 
 
 @triton.jit
@@ -230,10 +293,10 @@ def _store_row(out, p, d, x, y):
     tl.store(out + 3, tl.sum(p, axis=0))
 
 
-def _launch(kernel: Any, images: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Run for every block of pixels of every source of (B, N, 3, H, W)."""
+def _launch(kernel: Any, images: Tensor, *arguments: Any, per_sample: bool = False, **constants: Any) -> None:
+    """Run for every block of pixels of every source (or sample) of (B, N, 3, H, W)."""
     batch, sources, _, height, width = images.shape
-    grid = (triton.cdiv(height * width, BLOCK), batch * sources)
+    grid = (triton.cdiv(height * width, BLOCK), batch if per_sample else batch * sources)
     with torch.cuda.device_of(images):
         kernel[grid](
             *arguments, sources, height, width, **constants, BLOCK=BLOCK, num_warps=_WARPS, enable_fp_fusion=True
@@ -284,19 +347,18 @@ class Fused:
         images: sources, (b, N, 3, H, W) float32.
         no_ssim: L1 alone.
         gradients: whether `gradient` will be called.
-        spare: not used; nothing here is kept from piece to piece.
+        workers: not used; nothing here is kept from piece to piece.
     """
 
     def __init__(
-        self, target: Target, images: Tensor, no_ssim: bool, gradients: bool, spare: list[Any] | None = None
+        self, target: Target, images: Tensor, no_ssim: bool, gradients: bool, workers: list[Any] | None = None
     ) -> None:
         self.target, self.images = target, images.contiguous()
         self.no_ssim, self.gradients = no_ssim, gradients
 
-    def warp(self, depth: Tensor, homographies: Tensor, epipoles: Tensor) -> Tensor:
+    def warp(self, depth: Tensor, maps: Tensor) -> Tensor:
         """Depth (b, 1, H, W) and the pixel map -> warped sources (b, N, 3, H, W)."""
-        self.depth = depth.contiguous()
-        self.maps = torch.cat([homographies, epipoles.unsqueeze(-1)], dim=-1).contiguous()
+        self.depth, self.maps = depth.contiguous(), maps.contiguous()
         self.warped = torch.empty_like(self.images)
         _launch(_warp, self.images, self.images, self.depth, self.maps, self.warped)
         return self.warped
@@ -306,8 +368,33 @@ class Fused:
         errors, self.slopes = _errors(self.warped, self.target, self.no_ssim, self.gradients)
         return errors
 
-    def gradient(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients by depth, homographies and epipoles of the sum of weights (b, N, H, W) times error."""
+    def choose(
+        self, errors: Tensor, mask: Tensor | None, identity: Tensor | None, average: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """As `reprojection.choose`."""
+        batch, _, height, width = errors.shape
+        weights, error = torch.empty_like(errors), errors.new_empty(batch, 1, height, width)
+        automask = None if identity is None else torch.empty_like(error, dtype=torch.bool)
+        by_mask = None if mask is None else torch.empty_like(errors)
+        _launch(
+            _choose,
+            self.images,
+            errors,
+            errors if mask is None else mask.contiguous(),
+            errors if identity is None else identity.contiguous(),
+            weights,
+            error,
+            error if automask is None else automask.view(torch.uint8),
+            error if by_mask is None else by_mask,
+            per_sample=True,
+            AVERAGE=average,
+            MASKED=mask is not None,
+            IDENTITY=identity is not None,
+        )
+        return weights, error, automask, by_mask
+
+    def gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients by depth and pixel map of the sum of weights (b, N, H, W) times error."""
         batch, sources, _, height, width = self.images.shape
         by_depth = torch.empty_like(weights, memory_format=torch.contiguous_format)
         blocks = triton.cdiv(height * width, BLOCK)
@@ -326,5 +413,4 @@ class Fused:
             WEIGHT=SSIM_WEIGHT,
             SSIM=not self.no_ssim,
         )
-        by_maps = sums.sum(dim=2)
-        return by_depth.sum(dim=1, keepdim=True), by_maps[..., :3], by_maps[..., 3]
+        return by_depth.sum(dim=1, keepdim=True), sums.sum(dim=2)

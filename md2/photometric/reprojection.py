@@ -1,101 +1,65 @@
-"""Warping, photometric error and the minimum over sources as one differentiable step.
+"""The fast engine of the loss: warping, photometric error and the minimum over sources in one differentiable step.
 
-The mean of a minimum is linear in what it selects, so the gradient is known as soon as the errors are: it is
-taken at once, a piece of the batch at a time while the piece is in the cache, and nothing but the gradient
-itself waits for the backward pass. Memory does not grow with scales or sources.
+It computes what `md2.loss.Reprojection` does. The mean of a minimum is linear in the errors that it selects, so the
+gradient is known as soon as the errors are. It is computed at once, on a CPU for one sample at a time while that is
+in the cache, and only the gradient is kept for the backward pass: memory does not grow with the number of sources.
 
-The chain, per source, for a target pixel (x, y) with depth d (equation 2 of the ICCV 2019 paper): a point's image
-in the source is q d + p with q = K R K^-1 (x, y, 1)^T, affine in the pixel, and p = K t; divided by its third
-coordinate (+ 1e-7) it is the place to sample.
+For a target pixel (x, y) of depth d (equation 2 of the ICCV 2019 paper), a source sees the point at q d + p, where
+q = K R K^-1 (x, y, 1)^T and p = K t. Divided by the third coordinate (+ 1e-7) this is the place to sample.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from md2.config import LossConfig
 from md2.geometry import EPSILON, pixel_axes
 from md2.photometric.ssim import Photometric, Target, photometric_error, piece_size
 
 
-class Views(NamedTuple):
-    """The images of one resolution: the target, and all sources (B, N, 3, H, W)."""
+class Reprojection:
+    """Compares the target (B, 3, H, W) of one resolution with its sources (B, N, 3, H, W).
 
-    target: Target
-    sources: Tensor
-
-
-class PixelMap(NamedTuple):
-    """Pixel (x, y) and depth d -> q d + p with q = homography (x, y, 1)^T, p the epipole.
-
-    The first two numbers over the third are the place in the source, in [-1, 1].
+    Same arguments and results as `md2.loss.Reprojection`; differentiable once.
     """
 
-    homographies: Tensor
-    """(B, N, 3, 3)"""
-    epipoles: Tensor
-    """(B, N, 3)"""
+    def __init__(self, target: Tensor, sources: Tensor, config: LossConfig) -> None:
+        if has_kernels(sources):
+            # The networks' images are channels_last; the kernels read one colour behind the other, at every scale.
+            target, sources = target.contiguous(), sources.contiguous()
+        self.target, self.sources = Target.of(target), sources
+        self.no_ssim, self.average = config.no_ssim, config.avg_reprojection
+        self.size = (sources.shape[-2], sources.shape[-1])
+        self._mapped: tuple[Tensor, Tensor] | None = None
+
+    def identity_errors(self) -> Tensor:
+        """Errors of the sources as they are, not warped: (B, N, H, W), without gradients."""
+        if has_kernels(self.sources):
+            from md2.photometric import kernels
+
+            return kernels.photometric_error(self.sources, self.target, self.no_ssim)
+        return photometric_error(self.sources, self.target, self.no_ssim)
+
+    def __call__(
+        self, depth: Tensor, K: Tensor, transforms: Tensor, identity: Tensor | None, mask: Tensor | None, panels: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Mean error, error (B, 1, H, W), auto-mask (B, 1, H, W) and warped images (B, N, 3, H, W)."""
+        if self._mapped is None or self._mapped[0] is not transforms:  # the same for all scales, unless posecnn's
+            self._mapped = transforms, pixel_map(K, transforms, self.size)
+        maps = self._mapped[1].to(depth)
+        return _Reproject.apply(depth, maps, mask, identity, self, panels)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class Rule(NamedTuple):
-    """How errors become the loss; names as in the configuration."""
-
-    no_ssim: bool = False
-    average: bool = False
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Attributes:
-    loss: scalar, the mean of `error`.
-    error: (B, 1, H, W), after the minimum (or the mean) over the sources and the auto-mask.
-    automask: (B, 1, H, W) bool, where a warped source won; None without `unwarped`.
-    warped: (B, N, 3, H, W) if asked for.
-    """
-
-    loss: Tensor
-    error: Tensor
-    automask: Tensor | None
-    warped: Tensor | None
-
-
-def reproject(
-    views: Views,
-    depth: Tensor,
-    maps: PixelMap,
-    rule: Rule,
-    *,
-    unwarped: Tensor | None = None,
-    mask: Tensor | None = None,
-    keep_warped: bool = False,
-) -> Outcome:
-    """Mean photometric error of the sources warped into the target. Differentiable (once) in depth, maps, mask.
-
-    Args:
-        views: images.
-        depth: (B, 1, H, W) of the target.
-        maps: where each target pixel lies in each source, from `pixel_map`.
-        rule: options.
-        unwarped: (B, 1, H, W), error of the best unwarped source; pixels that it fits better do not count.
-        mask: (B, N, H, W), factor on each source's error.
-        keep_warped: also return the warped images.
-    """
-    loss, error, automask, warped = _Reproject.apply(  # type: ignore[no-untyped-call]
-        depth, maps.homographies.to(depth), maps.epipoles.to(depth), mask, unwarped, views, rule, keep_warped
-    )
-    return Outcome(loss, error, automask if unwarped is not None else None, warped if keep_warped else None)
-
-
-def pixel_map(K: Tensor, transforms: Tensor, size: tuple[int, int]) -> PixelMap:
-    """The map of each source for images of a size.
+def pixel_map(K: Tensor, transforms: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, N, 3, 4): takes (d x, d y, d, 1) of a target pixel to its place in each source, in [-1, 1] after division.
 
     Computed in float64, since the elements differ by orders of magnitude and every pixel shares their rounding.
 
@@ -105,120 +69,87 @@ def pixel_map(K: Tensor, transforms: Tensor, size: tuple[int, int]) -> PixelMap:
         size: height and width.
     """
     height, width = size
-    K = K.double().unsqueeze(1)
-    T = transforms.double()
+    K, T = K.double().unsqueeze(1), transforms.double()
     inverse, _ = torch.linalg.inv_ex(K)
-
-    def to_grid(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        # No matrix of constants: on a GPU making one waits for all that runs there.
-        rows = torch.stack([x * (2 / (width - 1)) - z, y * (2 / (height - 1)) - z, z], dim=-2)
-        return rows.to(transforms.dtype)
-
-    homographies = to_grid(*(K @ T[..., :3, :3] @ inverse).unbind(-2))
-    x, y, z = (K @ T[..., :3, 3:]).unbind(-2)
-    return PixelMap(homographies, to_grid(x, y, z + EPSILON).squeeze(-1))
+    x, y, z = torch.cat([K @ T[..., :3, :3] @ inverse, K @ T[..., :3, 3:]], dim=-1).unbind(-2)
+    z = torch.cat([z[..., :3], z[..., 3:] + EPSILON], dim=-1)
+    # No matrix of constants: making one on a GPU waits for all that runs there.
+    return torch.stack([x * (2 / (width - 1)) - z, y * (2 / (height - 1)) - z, z], dim=-2).to(transforms.dtype)
 
 
 class _Reproject(torch.autograd.Function):
-    """Loss and, at the same time, its gradients by depth, homographies, epipoles and mask."""
+    """The loss and, at the same time, its gradients by depth, maps and mask."""
 
     @staticmethod
     def forward(
         ctx: Any,
         depth: Tensor,
-        homographies: Tensor,
-        epipoles: Tensor,
+        maps: Tensor,
         mask: Tensor | None,
-        unwarped: Tensor | None,
-        views: Views,
-        rule: Rule,
-        keep_warped: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        identity: Tensor | None,
+        views: Reprojection,
+        panels: bool,
+    ) -> tuple[Tensor | None, ...]:
         gradients = any(ctx.needs_input_grad)
-        run = _Run(views, rule, gradients, keep_warped)
-        for first in range(0, depth.shape[0], run.samples):
-            piece = slice(first, first + run.samples)
-            run.piece(
-                piece,
-                depth[piece],
-                homographies[piece],
-                epipoles[piece],
-                None if mask is None else mask[piece],
-                None if unwarped is None else unwarped[piece],
-            )
-        error = torch.cat(run.error)
-        automask = torch.cat(run.automask) if unwarped is not None else error.new_empty(0, dtype=torch.bool)
-        warped = torch.cat(run.warped) if keep_warped else error.new_empty(0)
-        ctx.mark_non_differentiable(error, automask, warped)
-        ctx.masked = mask is not None
+        samples, _ = piece_size(views.sources)
+        engine_of = _engine(views.sources)
+        workers: list[Photometric] = []
+        pieces = []
+        for first in range(0, depth.shape[0], samples):
+            rows = slice(first, first + samples)
+            masked = None if mask is None else mask[rows]
+            compared = None if identity is None else identity[rows]
+            images = views.sources[rows]
+            engine = engine_of(views.target.samples(rows), images, views.no_ssim, gradients, workers)
+            warped = engine.warp(depth[rows], maps[rows])
+            weights, *found = engine.choose(engine.error(), masked, compared, views.average)
+            pieces.append((*found, warped if panels else None, *(engine.gradient(weights) if gradients else ())))
+        error, automask, by_mask, warped, *grads = (_joined(parts) for parts in zip(*pieces, strict=True))
+        ctx.mark_non_differentiable(*(kept for kept in (error, automask, warped) if kept is not None))
         if gradients:
-            ctx.save_for_backward(*(torch.cat(parts) for parts in run.gradients if parts))
+            grads.append(by_mask)
+            ctx.factor = 1 / error.numel()
+            ctx.save_for_backward(*grads)
         return error.mean(), error, automask, warped
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        by_depth, by_homographies, by_epipoles, *by_mask = (grad * grad_loss for grad in ctx.saved_tensors)
-        return by_depth, by_homographies, by_epipoles, by_mask[0] if ctx.masked else None, None, None, None, None
+        factor = grad_loss * ctx.factor
+        by_depth, by_maps, by_mask = (None if grad is None else grad * factor for grad in ctx.saved_tensors)
+        return by_depth, by_maps, by_mask, None, None, None
 
 
-class _Run:
-    """One forward pass over the pieces of a batch; collects results and gradients."""
+def _joined(parts: tuple[Any, ...]) -> Any:
+    """A batch from its pieces; one piece is not copied."""
+    return parts[0] if parts[0] is None or len(parts) == 1 else torch.cat(parts)
 
-    def __init__(self, views: Views, rule: Rule, gradients: bool, keep_warped: bool) -> None:
-        self.views, self.rule = views, rule
-        self.wants_gradients, self.keep_warped = gradients, keep_warped
-        images = views.sources
-        self.pixels = images.shape[0] * images.shape[-2] * images.shape[-1]
-        self.samples, _ = piece_size(images)
-        self.engine = _engine(images)
-        self.spare: list[Photometric] = []
-        self.error: list[Tensor] = []
-        self.automask: list[Tensor] = []
-        self.warped: list[Tensor] = []
-        self.gradients: tuple[list[Tensor], ...] = ([], [], [], [])
-        """By depth, homographies, epipoles, mask."""
 
-    def piece(
-        self,
-        samples: slice,
-        depth: Tensor,
-        homographies: Tensor,
-        epipoles: Tensor,
-        mask: Tensor | None,
-        unwarped: Tensor | None,
-    ) -> None:
-        """Some samples: b of them, all their sources."""
-        target, images = self.views.target.samples(samples), self.views.sources[samples]
-        engine = self.engine(target, images, self.rule.no_ssim, self.wants_gradients, self.spare)
-        warped = engine.warp(depth, homographies, epipoles)
-        weights = self._choose(engine.error(), mask, unwarped)
-        if self.keep_warped:
-            self.warped.append(warped)
-        if self.wants_gradients:
-            for collected, gradient in zip(self.gradients, engine.gradient(weights), strict=False):
-                collected.append(gradient)
+def choose(
+    errors: Tensor, mask: Tensor | None, identity: Tensor | None, average: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The error that counts at each pixel, from the sources' errors (b, N, H, W).
 
-    def _choose(self, errors: Tensor, mask: Tensor | None, unwarped: Tensor | None) -> Tensor:
-        """Record the error that counts at each pixel; weights (b, n, H, W) of the sources' errors in the loss."""
-        masked = errors if mask is None else errors * mask
-        if self.rule.average:
-            error = masked.mean(dim=1, keepdim=True)
-            weights = torch.full_like(errors, 1 / (errors.shape[1] * self.pixels))
-        else:
-            error, winner = masked.min(dim=1, keepdim=True)
-            weights = torch.zeros_like(errors).scatter_(1, winner, 1 / self.pixels)
-        if unwarped is not None:
-            # Not `error < unwarped`: an error that is NaN must come through, or a broken step would look whole.
-            automask = (error >= unwarped).logical_not_()
-            self.automask.append(automask)
-            weights.mul_(automask)
-            error = torch.where(automask, error, unwarped)
-        self.error.append(error)
-        if mask is not None:
-            self.gradients[3].append(weights * errors)
-            weights = weights * mask
-        return weights
+    Returns:
+        Derivatives (b, N, H, W) of the sum of errors by each source's error, the error (b, 1, H, W), the auto-mask,
+        and the derivatives (b, N, H, W) by the mask.
+    """
+    masked = errors if mask is None else errors * mask
+    if average:
+        error = masked.mean(dim=1, keepdim=True)
+        weights = torch.full_like(errors, 1 / errors.shape[1])
+    else:
+        error, winner = masked.min(dim=1, keepdim=True)
+        weights = torch.zeros_like(errors).scatter_(1, winner, 1)
+    automask = None
+    if identity is not None:
+        # Not `error < identity`: an error of NaN must reach the loss, or a broken step would look whole.
+        automask = (error >= identity).logical_not_()
+        weights.mul_(automask)
+        error = torch.where(automask, error, identity)
+    if mask is None:
+        return weights, error, automask, None
+    return weights * mask, error, automask, weights * errors
 
 
 class Eager:
@@ -229,27 +160,29 @@ class Eager:
         images: sources, (b, N, 3, H, W).
         no_ssim: L1 alone.
         gradients: whether `gradient` will be called.
-        spare: workers of an earlier piece of the same shape, to be used again.
+        workers: those of an earlier piece of the same shape, used again; empty at first.
     """
 
+    choose = staticmethod(choose)
+
     def __init__(
-        self, target: Target, images: Tensor, no_ssim: bool, gradients: bool, spare: list[Photometric] | None = None
+        self, target: Target, images: Tensor, no_ssim: bool, gradients: bool, workers: list[Photometric]
     ) -> None:
         self.target, self.images, self.gradients = target, images, gradients
         self.x, self.y = pixel_axes(images.shape[-2], images.shape[-1], images)
         _, group = piece_size(images)
         self.groups = [slice(first, first + group) for first in range(0, images.shape[1], group)]
-        self.workers = [] if spare is None else spare
-        if not self.workers:
+        self.workers = workers
+        if not workers:
             shapes = [images[:, part].shape for part in self.groups]
             self.workers += [Photometric(shape, images, no_ssim, gradients) for shape in shapes]
 
-    def warp(self, depth: Tensor, homographies: Tensor, epipoles: Tensor) -> Tensor:
+    def warp(self, depth: Tensor, maps: Tensor) -> Tensor:
         """Depth (b, 1, H, W) and the pixel map -> warped sources (b, N, 3, H, W)."""
         self.depth = depth
-        along_x, along_y, constant = homographies.unsqueeze(-2).unsqueeze(-2).unbind(-1)
+        along_x, along_y, constant, epipole = maps.unsqueeze(-2).unsqueeze(-2).unbind(-1)
         self.directions = along_x * self.x + (along_y * self.y + constant)
-        points = torch.addcmul(epipoles[..., None, None], self.directions, depth.unsqueeze(1))
+        points = torch.addcmul(epipole, self.directions, depth.unsqueeze(1))
         self.z = points[:, :, 2]
         self.grid = torch.empty(*self.z.shape, 2, dtype=self.z.dtype, device=self.z.device)
         for axis in (0, 1):
@@ -267,8 +200,8 @@ class Eager:
         workers = zip(self.groups, self.workers, strict=True)
         return torch.cat([worker.error(self.warped[:, part], self.target) for part, worker in workers], dim=1)
 
-    def gradient(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients by depth, homographies and epipoles of the sum of weights (b, N, H, W) times error."""
+    def gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients by depth and pixel map of the sum of weights (b, N, H, W) times error."""
         by_image = torch.empty_like(self.warped)
         for part, worker in zip(self.groups, self.workers, strict=True):
             by_image[:, part] = worker.gradient(self.warped[:, part], self.target, weights[:, part])
@@ -283,17 +216,8 @@ class Eager:
         by_epipoles = by_points.sum(dim=(3, 4))
         by_directions = by_points.mul_(self.depth.unsqueeze(1))
         columns, rows = by_directions.sum(dim=3), by_directions.sum(dim=4)
-        parts = [(columns * self.x).sum(-1), (rows * self.y[:, 0]).sum(-1), rows.sum(-1)]
-        return by_depth, torch.stack(parts, dim=-1), by_epipoles
-
-
-def unwarped_error(images: Tensor, target: Target, no_ssim: bool) -> Tensor:
-    """Photometric error (B, N, H, W) of images (B, N, 3, H, W) as they are, without gradients."""
-    if has_kernels(images):
-        from md2.photometric import kernels
-
-        return kernels.photometric_error(images, target, no_ssim)
-    return photometric_error(images, target, no_ssim)
+        parts = [(columns * self.x).sum(-1), (rows * self.y[:, 0]).sum(-1), rows.sum(-1), by_epipoles]
+        return by_depth, torch.stack(parts, dim=-1)
 
 
 def has_kernels(images: Tensor) -> bool:
@@ -303,10 +227,10 @@ def has_kernels(images: Tensor) -> bool:
 
 @cache
 def _kernels_run(device: torch.device) -> bool:
-    """Whether Triton is installed and works; a warning if it is and does not.
+    """Whether Triton is installed and works; warns if it is installed and fails.
 
-    It compiles what launches a kernel with the machine's C compiler and Python's headers, which machines made for
-    running programs often lack.
+    Triton compiles a launcher for each kernel with the machine's C compiler and Python's headers, which machines that
+    only run programs often lack. Memory that has run out says nothing about the kernels: that error passes through.
     """
     if importlib.util.find_spec("triton") is None:
         return False
@@ -314,24 +238,18 @@ def _kernels_run(device: torch.device) -> bool:
         from md2.photometric import kernels
 
         kernels.try_out(device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of compilers, drivers and Triton itself
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         warnings.warn(
-            f"the loss's Triton kernels do not run here, plain operators take several times as long and much more "
-            f"memory: {type(error).__name__}: {reason}",
+            f"the loss's Triton kernels do not run here; plain operators replace them, several times slower and with "
+            f"much more memory: {type(error).__name__}: {reason}",
             RuntimeWarning,
             stacklevel=2,
         )
         return False
     return True
-
-
-def planar(images: Tensor) -> Tensor:
-    """Images (..., 3, H, W) as the engine reads them again and again: for the kernels, one colour behind the other.
-
-    Images for the networks are channels_last, and so are their stack and all that is computed from them.
-    """
-    return images.contiguous() if has_kernels(images) else images
 
 
 def _engine(images: Tensor) -> Any:

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from md2.data.batch import Batch
 from md2.loss import LossOutput
-from md2.prediction import Prediction
+from md2.model import Prediction
 from md2.visualize import color_disparity
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]

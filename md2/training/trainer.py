@@ -28,9 +28,8 @@ from md2.config import Config
 from md2.data.batch import Batch
 from md2.distributed import Ranks
 from md2.loss import LossOutput, ReprojectionLoss
-from md2.model import Networks
+from md2.model import Networks, Prediction
 from md2.pipeline import Loader, resize_warning
-from md2.prediction import Prediction
 from md2.training.loggers import check_sinks, open_sinks
 from md2.training.panels import panel
 from md2.training.precision import FiniteBuffers, FiniteGuard, Switches

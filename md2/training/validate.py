@@ -14,8 +14,7 @@ from md2.distributed import Ranks
 from md2.evaluation.metrics import METRICS, evaluate_batch
 from md2.geometry import disparity_to_depth
 from md2.loss import ReprojectionLoss
-from md2.model import Networks
-from md2.prediction import Prediction
+from md2.model import Networks, Prediction
 from md2.training.panels import panel
 from md2.training.precision import Switches
 

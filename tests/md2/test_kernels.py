@@ -14,9 +14,9 @@ import torch
 from md2.config import LossConfig
 from md2.data.batch import Offset
 from md2.loss import LossOutput, reprojection_loss
+from md2.model import Pose, Prediction
 from md2.photometric import reprojection
 from md2.photometric.ssim import Target, photometric_error
-from md2.prediction import Pose, Prediction
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="Triton is not installed: it has no wheel for this platform")
@@ -38,7 +38,7 @@ def scene(size: tuple[int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Ten
     return target, sources, depth, torch.stack(poses, dim=1)
 
 
-def pixel_map(size: tuple[int, int], transforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pixel_map(size: tuple[int, int], transforms: torch.Tensor) -> torch.Tensor:
     height, width = size
     K = torch.tensor([[0.8 * width, 0, 0.5 * width], [0, 0.9 * height, 0.5 * height], [0, 0, 1]]).expand(2, 3, 3)
     return reprojection.pixel_map(K, transforms, size)
@@ -49,7 +49,7 @@ def pixel_map(size: tuple[int, int], transforms: torch.Tensor) -> tuple[torch.Te
 def test_kernels_equal_plain_operators(size: tuple[int, int], no_ssim: bool) -> None:
     image, sources, depth, transforms = scene(size)
     target = Target.of(image)
-    places = (depth, *pixel_map(size, transforms))
+    places = (depth, pixel_map(size, transforms))
     weights = torch.rand(2, 2, *size) * (torch.rand(2, 2, *size) > 0.3)
     there = Target.of(image.to(DEVICE))
     torch.testing.assert_close(
@@ -65,11 +65,9 @@ def test_kernels_equal_plain_operators(size: tuple[int, int], no_ssim: bool) -> 
     plain = []
     for i in range(2):
         rows = slice(i, i + 1)
-        engine = reprojection.Eager(target.samples(rows), sources[rows], no_ssim, True)
+        engine = reprojection.Eager(target.samples(rows), sources[rows], no_ssim, True, [])
         plain.append((engine.warp(*(p[rows] for p in places)), engine.error(), *engine.gradient(weights[rows])))
-    for name, one, parts in zip(
-        ("warped", "error", "depth", "maps", "epipoles"), found, zip(*plain, strict=True), strict=True
-    ):
+    for name, one, parts in zip(("warped", "error", "depth", "maps"), found, zip(*plain, strict=True), strict=True):
         other = torch.cat(parts)
         scale = other.abs().max().item()
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5 * max(scale, 1), msg=lambda m, n=name: f"{n}: {m}")
@@ -79,10 +77,10 @@ def test_at_the_last_row_and_column_nothing_beyond_them_is_read() -> None:
     """The taps beside the last pixel would be the next row's and channel's; at a weight of 0 NaN shows them."""
     images = torch.full((1, 2, 3, 4, 6), torch.nan)
     images[..., -1, -1] = torch.arange(6.0).view(1, 2, 3) / 6
-    depth, beyond = torch.ones(1, 1, 4, 6), torch.zeros(1, 2, 3, 3)
+    depth, beyond = torch.ones(1, 1, 4, 6), torch.zeros(1, 2, 3, 4)
     beyond[..., 2] = torch.tensor([2.0, 2, 1])  # every pixel's place, beyond the lower right corner
     fused = kernels.Fused(Target.of(torch.rand(1, 3, 4, 6, device=DEVICE)), images.to(DEVICE), True, True)
-    warped = fused.warp(depth.to(DEVICE), beyond.to(DEVICE), torch.zeros(1, 2, 3, device=DEVICE)).cpu()
+    warped = fused.warp(depth.to(DEVICE), beyond.to(DEVICE)).cpu()
     assert torch.equal(warped, images[..., -1:, -1:].expand(1, 2, 3, 4, 6))
     fused.error()
     assert all(
@@ -95,12 +93,54 @@ def test_where_an_image_equals_the_target_l1_has_no_slope() -> None:
     """As in the plain operators; an unmoved camera, at a size whose places in [-1, 1] are exact."""
     image = torch.rand(1, 3, 5, 9, generator=torch.Generator().manual_seed(0))
     fused = kernels.Fused(Target.of(image.to(DEVICE)), image[:, None].to(DEVICE), True, True)
-    unmoved = torch.tensor([[2 / 8, 0, -1], [0, 2 / 4, -1], [0, 0, 1]], device=DEVICE)[None, None]
-    warped = fused.warp(torch.ones(1, 1, 5, 9, device=DEVICE), unmoved, torch.zeros(1, 1, 3, device=DEVICE))
+    unmoved = torch.tensor([[2 / 8, 0, -1, 0], [0, 2 / 4, -1, 0], [0, 0, 1, 0]], device=DEVICE)[None, None]
+    warped = fused.warp(torch.ones(1, 1, 5, 9, device=DEVICE), unmoved)
     assert torch.equal(warped[:, 0].cpu(), image)
     fused.error()
     for gradient in fused.gradient(torch.ones(1, 1, 5, 9, device=DEVICE)):
         assert not gradient.any()
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("with_identity", [False, True])
+def test_the_kernel_chooses_as_plain_operators_do(average: bool, with_mask: bool, with_identity: bool) -> None:
+    """Over ties, and over NaN in one source, in all of them, and in the identity error."""
+    generator = torch.Generator().manual_seed(0)
+    errors = torch.rand(2, 3, 19, 31, generator=generator)
+    errors[0, 1, 4] = errors[0, 0, 4]
+    errors[0, 2, 5, :9] = errors[1, :, 6, 20:] = torch.nan
+    mask = torch.rand(2, 3, 19, 31, generator=generator) if with_mask else None
+    identity = 0.5 * torch.rand(2, 1, 19, 31, generator=generator) if with_identity else None
+    if identity is not None:
+        identity[1, 0, 7, 3] = torch.nan
+    image = torch.zeros(2, 3, 19, 31, device=DEVICE)
+    fused = kernels.Fused(Target.of(image), image[:, None].expand(2, 3, 3, 19, 31), True, True)
+    there = [None if part is None else part.to(DEVICE) for part in (errors, mask, identity)]
+    found = fused.choose(*there, average)
+    expected = reprojection.choose(errors, mask, identity, average)
+    for name, one, other in zip(("weights", "error", "automask", "by_mask"), found, expected, strict=True):
+        if other is None:
+            assert one is None, name
+        else:
+            torch.testing.assert_close(one.cpu(), other, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("broken", ["map", "depth"])
+def test_a_place_that_is_nan_gives_a_loss_of_nan(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minimum and maximum turn NaN into the border's coordinate: a diverged run would look whole."""
+    image, sources, depth, transforms = scene((9, 14))
+    (transforms[0, 1] if broken == "map" else depth[1, 0, 3])[...] = torch.nan
+    monkeypatch.setattr(reprojection, "has_kernels", lambda images: True)
+    monkeypatch.setattr(reprojection, "piece_size", lambda images: tuple(images.shape[:2]))
+    K = torch.tensor([[11.0, 0, 7], [0, 8.0, 4.5], [0, 0, 1]]).expand(2, 3, 3)
+    for config in (LossConfig(), LossConfig(no_ssim=True), LossConfig(avg_reprojection=True)):
+        views = reprojection.Reprojection(image.to(DEVICE), sources.to(DEVICE), config)
+        places = (depth.to(DEVICE), K.to(DEVICE), transforms.to(DEVICE))
+        loss, error, _, _ = views(*places, identity=None, mask=None, panels=False)
+        assert loss.isnan() and error.isnan().any()
+        assert error.isnan().all(dim=0).any() == (broken == "never")
+        assert error[0 if broken == "depth" else 1].isfinite().all()
 
 
 def test_rounding_makes_no_error_of_equal_images_negative() -> None:
@@ -175,6 +215,23 @@ def test_what_all_scales_share_is_laid_out_once(monkeypatch: pytest.MonkeyPatch)
     assert len({tuple(part.data_ptr() for part in parts) for parts in launched}) == 1
 
 
+def test_memory_that_has_run_out_says_nothing_about_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised, and the next call tries again."""
+
+    def full(device: torch.device) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    reprojection._kernels_run.cache_clear()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(kernels, "try_out", full)
+            with pytest.raises(torch.OutOfMemoryError):
+                reprojection._kernels_run(torch.device(DEVICE))
+        assert reprojection._kernels_run(torch.device(DEVICE))
+    finally:
+        reprojection._kernels_run.cache_clear()
+
+
 def test_where_triton_does_not_work_plain_operators_do_and_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(device: torch.device) -> None:
         raise RuntimeError("Failed to find C compiler.\nSet CC.")
@@ -224,8 +281,9 @@ from md2.photometric.ssim import Target
 for sources, no_ssim in ((1, False), (2, False), (2, True)):
     images = torch.zeros(2, sources, 3, 12, 20)
     engine = kernels.Fused(Target.of(images[:, 0]), images, no_ssim, True)
-    engine.warp(torch.ones(2, 1, 12, 20), torch.zeros(2, sources, 3, 3), torch.zeros(2, sources, 3))
-    engine.error()
+    engine.warp(torch.ones(2, 1, 12, 20), torch.zeros(2, sources, 3, 4))
+    errors = engine.error()
+    engine.choose(errors, errors if no_ssim else None, None if no_ssim else errors[:, :1], no_ssim)
     engine.gradient(torch.zeros(2, sources, 12, 20))
 kernels.try_out(torch.device("cpu"))
 """
@@ -248,8 +306,8 @@ def test_kernels_compile_for_a_gpu_without_one(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, _, _ in lines] == [*(["_warp", "_error", "_gradient"] * 3), "_error"]
-    assert all(int(size) > 5000 and int(warps) == kernels._WARPS for _, size, warps in lines)
+    assert [name for name, _, _ in lines] == [*(["_warp", "_error", "_choose", "_gradient"] * 3), "_error"]
+    assert all(int(size) > 3000 and int(warps) == kernels._WARPS for _, size, warps in lines)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from md2.config import LossConfig, ModelConfig
 from md2.data.batch import Batch, Offset
 from md2.geometry import disparity_to_depth
 from md2.loss import LossOutput, ReprojectionLoss, image_pyramid, reprojection_loss, smoothness
-from md2.prediction import Pose, Prediction
+from md2.model import Pose, Prediction
 
 HEIGHT, WIDTH, BATCH = 16, 40, 2
 MONO: list[Offset] = [-1, 1]
@@ -76,7 +76,11 @@ def as_prediction(scenes: list[naive.Scene], masks: bool, dtype: torch.dtype) ->
 
 
 def run(
-    scenes: list[naive.Scene], config: LossConfig, dtype: torch.dtype = torch.float64, panels: bool = False
+    scenes: list[naive.Scene],
+    config: LossConfig,
+    dtype: torch.dtype = torch.float64,
+    panels: bool = False,
+    fast: bool = True,
 ) -> LossOutput:
     """md2's loss on the scenes, everything given: pyramids, intrinsics per level, noise."""
     first = scenes[0]
@@ -85,7 +89,7 @@ def run(
     stereo = tensor([x.stereo for x in scenes if x.stereo is not None], dtype) if first.stereo is not None else None
     noise = {s: tensor([x.noise[s] for x in scenes], dtype) for s in first.noise} if first.noise else None
     prediction = as_prediction(scenes, config.predictive_mask, dtype)
-    return reprojection_loss(prediction, pyramids, intrinsics, stereo, config, noise=noise, panels=panels)
+    return reprojection_loss(prediction, pyramids, intrinsics, stereo, config, noise=noise, panels=panels, fast=fast)
 
 
 MASKED = {"disable_automasking": True, "predictive_mask": True}
@@ -136,6 +140,9 @@ def test_loss_equals_reference(case: str) -> None:
     found = run(scenes, LossConfig(**options))
     assert found.total.item() == pytest.approx(expected, rel=1e-6)
     assert {s: value.item() for s, value in found.per_scale.items()} == pytest.approx(expected_scales, rel=1e-6)
+    readable = run(scenes, LossConfig(**options), fast=False)
+    assert readable.total.item() == pytest.approx(expected, rel=1e-6)
+    assert {s: value.item() for s, value in readable.per_scale.items()} == pytest.approx(expected_scales, rel=1e-6)
     single = run(scenes, LossConfig(**options), torch.float32)
     assert single.total.item() == pytest.approx(expected, rel=1e-5)
 
@@ -143,7 +150,8 @@ def test_loss_equals_reference(case: str) -> None:
 def test_posecnn_translation_is_relative_to_the_depth() -> None:
     scenes = make_scenes(MONO, [0, 1], relative=True)
     expected, _ = naive.loss(scenes, naive.Options())
-    assert run(scenes, LossConfig()).total.item() == pytest.approx(expected, rel=1e-6)
+    for fast in (True, False):
+        assert run(scenes, LossConfig(), fast=fast).total.item() == pytest.approx(expected, rel=1e-6)
     for scene in scenes:
         scene.relative = False
     assert run(scenes, LossConfig()).total.item() != pytest.approx(expected, rel=1e-4)
@@ -270,11 +278,12 @@ def test_generator_gives_repeatable_noise_for_all_scales() -> None:
     assert total(None) != total(drawn)
 
 
-def test_panels_hold_warped_images_errors_and_mask() -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_panels_hold_warped_images_errors_and_mask(fast: bool) -> None:
     scenes = make_scenes(BOTH, [0, 1])
     for scene in scenes:
         scene.noise = {}
-    output = run(scenes, LossConfig(disparity_smoothness=0.0), panels=True)
+    output = run(scenes, LossConfig(disparity_smoothness=0.0), panels=True, fast=fast)
     assert not run(scenes, LossConfig()).panels
     panel = output.panels[1]
     scene = scenes[1]
@@ -364,7 +373,8 @@ def test_nan_in_a_source_or_disparity_reaches_the_loss() -> None:
     """The auto-mask must not hide a broken step behind an unwarped source that still fits."""
     scenes = make_scenes(MONO, [0])
     scenes[0].disparities[0][3, 5] = np.nan
-    assert np.isnan(run(scenes, LossConfig(disparity_smoothness=0.0)).total.item())
+    for fast in (True, False):
+        assert np.isnan(run(scenes, LossConfig(disparity_smoothness=0.0), fast=fast).total.item())
     scenes = make_scenes(MONO, [0])
     scenes[1].images[1][0][:] = np.nan
     assert np.isnan(run(scenes, LossConfig(disparity_smoothness=0.0)).total.item())

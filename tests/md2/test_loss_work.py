@@ -16,9 +16,8 @@ from bench import reference
 from md2.config import DataConfig, LossConfig, ModelConfig
 from md2.data.batch import Offset
 from md2.loss import image_pyramid, reprojection_loss
-from md2.model import Networks
+from md2.model import Networks, Pose, Prediction
 from md2.photometric import ssim
-from md2.prediction import Pose, Prediction
 
 BATCH, SOURCES, SCALES = 2, 3, 4
 
@@ -54,7 +53,10 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "default")
 @pytest.mark.parametrize("sources", [[-1, 1], ["s"], [-1, 1, "s"], [-2, -1, 1, "s"]], ids=str)
 def test_loss_and_gradients_equal_the_baselines_with_every_option(sources: list[Offset], options: Any) -> None:
-    """By every output of the networks, float64, with places beyond the border and poses of both kinds."""
+    """The readable loss and the fast one, by every output of the networks, in float64.
+
+    With places beyond the border and poses of both kinds.
+    """
     config, generator = LossConfig(**options), torch.Generator().manual_seed(4)
 
     def rand(*shape: int) -> torch.Tensor:
@@ -75,26 +77,28 @@ def test_loss_and_gradients_equal_the_baselines_with_every_option(sources: list[
     stereo[:, 0, 3] = 0.1
     partner = stereo if "s" in sources else None
     results = []
-    for ours in (True, False):
+    for engine in ("fast", "readable", "baseline"):
         own = {name: value.clone().requires_grad_() for name, value in leaves.items()}
         prediction = Prediction(
             {s: own[f"disparity {s}"] for s in sizes},
             {o: Pose(own[f"angle {o}"], own[f"move {o}"], o < 0, relative=o == -2) for o in posed},
             {s: own[f"mask {s}"] for s in sizes} if config.predictive_mask else {},
         )
-        if ours:
-            total = reprojection_loss(prediction, pyramids, K, partner, config, noise=noise).total
+        if engine != "baseline":
+            fast = engine == "fast"
+            total = reprojection_loss(prediction, pyramids, K, partner, config, noise=noise, fast=fast).total
         else:
             total = reference.loss(prediction, pyramids, K, partner, noise, config)
         total.backward()
         results.append((total.item(), {name: leaf.grad for name, leaf in own.items() if leaf.grad is not None}))
-    (total, grads), (expected, expected_grads) = results
-    assert total == pytest.approx(expected, rel=1e-9)
-    assert grads.keys() == expected_grads.keys()
-    assert len(grads) == SCALES * (2 if config.predictive_mask else 1) + 2 * len(posed)
-    for name, grad in grads.items():
-        assert (grad - expected_grads[name]).norm() <= 1e-7 * expected_grads[name].norm(), name
-        assert expected_grads[name].norm() > 0
+    *ours, (expected, expected_grads) = results
+    assert len(expected_grads) == SCALES * (2 if config.predictive_mask else 1) + 2 * len(posed)
+    for total, grads in ours:
+        assert total == pytest.approx(expected, rel=1e-9)
+        assert grads.keys() == expected_grads.keys()
+        for name, grad in grads.items():
+            assert (grad - expected_grads[name]).norm() <= 1e-7 * expected_grads[name].norm(), name
+            assert expected_grads[name].norm() > 0
 
 
 def test_the_check_notices_another_method(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from md2.config import DataConfig, LossConfig, ModelConfig
 from md2.data.batch import Offset
-from md2.model import Networks
+from md2.model import Networks, Pose
+from md2.networks.decoder import join_reflected
 from md2.networks.pose import PoseDecoder
 from md2.networks.resnet import ResNetEncoder
-from md2.prediction import Pose
 from shards.errors import InputError
 
 # Official checkpoint layout: parameters of the depth decoder, number -> (outputs, inputs).
@@ -330,3 +331,16 @@ def test_official_files_without_counters_or_classifier_are_whole() -> None:
     networks.load_networks(states)
     frames = images()
     assert torch.equal(networks(frames).disparities[0], other(frames).disparities[0])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(2, 3), (5, 4), (2, 2)])
+def test_joined_slices_pad_as_reflection_does(size: tuple[int, int], layout: torch.memory_format) -> None:
+    """As on a GPU: the same numbers and gradients as torch's own, in the memory format that came in."""
+    x = torch.rand(2, 3, *size, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    weights = torch.rand(2, 3, size[0] + 2, size[1] + 2, dtype=torch.float64)
+    joined, expected = join_reflected(x), F.pad(x, (1, 1, 1, 1), mode="reflect")
+    assert torch.equal(joined, expected)
+    assert joined.is_contiguous(memory_format=layout)
+    found, own = (torch.autograd.grad((padded * weights).sum(), x)[0] for padded in (joined, expected))
+    torch.testing.assert_close(found, own)

@@ -103,20 +103,21 @@ def test_a_training_step_stays_on_its_device(mode: str, engine: str, monkeypatch
     assert watched.operations > 500
     assert all(gradient is not None for gradient in gradients)
     assert finite.device == losses.total.device == META
-    # Unwarped errors of each resolution, and three kernels for each scale.
+    # Identity errors of each resolution, and four kernels for each scale.
     scales = len(config.model.scales)
-    unwarped = 0 if config.loss.disable_automasking else scales if config.loss.v1_multiscale else 1
-    assert len(launched) == (unwarped + 3 * scales if engine == "kernels" else 0)
+    identity = 0 if config.loss.disable_automasking else scales if config.loss.v1_multiscale else 1
+    assert len(launched) == (identity + 4 * scales if engine == "kernels" else 0)
 
 
 def watch_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Kernels that are not started; what they would read must be whole float32 tensors, one after another in memory."""
+    """Kernels that are not started; they get contiguous float32 tensors, and an auto-mask of bytes."""
     kernels = pytest.importorskip("md2.photometric.kernels", reason="Triton is not installed")
     launched: list[str] = []
 
     def launch(kernel: Any, images: torch.Tensor, *arguments: torch.Tensor, **constants: Any) -> None:
         for argument in arguments:
-            assert argument.dtype == torch.float32 and argument.is_contiguous() and argument.device == META
+            assert argument.dtype in (torch.float32, torch.uint8) and argument.is_contiguous()
+            assert argument.device == META
         launched.append(kernel.__name__ if hasattr(kernel, "__name__") else str(kernel))
 
     monkeypatch.setattr(kernels, "_launch", launch)

@@ -20,7 +20,7 @@ from md2.checkpoint import load_checkpoint
 from md2.data.batch import Offset
 from md2.distributed import Ranks
 from md2.loss import LossOutput
-from md2.prediction import Prediction
+from md2.model import Prediction
 from md2.report.build import _columns
 from md2.train import resume_run
 from md2.training.panels import panel

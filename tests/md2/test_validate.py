@@ -12,7 +12,7 @@ from md2.config import Config, load_config
 from md2.data.batch import Batch, Offset
 from md2.distributed import Ranks
 from md2.loss import LossOutput
-from md2.prediction import Prediction
+from md2.model import Prediction
 from md2.training.precision import Switches
 from md2.training.validate import validate
 
