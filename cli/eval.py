@@ -1,4 +1,4 @@
-"""`md2 eval`: the seven depth metrics of a model, or of saved disparities, over a dataset with ground truth."""
+"""`md2 eval`: the seven depth metrics of a model, or of saved predictions, over a dataset with ground truth."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
-from cli.console import console, errors, progress_bar
+from cli.console import console, errors, progress_bar, say, visible, warn
 from shards.errors import INCOMPLETE, UsageError
 
 if TYPE_CHECKING:
@@ -23,76 +23,100 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="[MODEL] DATASET",
-            help="MODEL: run, checkpoint or folder of Monodepth2 weights; none with --predictions. DATASET: packed, "
-            "or raw KITTI (folder or URL, as for md2 prep --raw) with --split.",
+            help="MODEL: run, checkpoint or folder of Monodepth2 weights; none with --predictions. DATASET: packed; "
+            "raw KITTI (folder or URL) with --split; the official gt_depths.npz with --predictions.",
         ),
     ],
     split: Annotated[
         str | None,
-        typer.Option(help="eigen, eigen_benchmark, a file, a folder: what to take of raw KITTI, or of PREDICTIONS."),
+        typer.Option(help="Lines to take of raw KITTI, or that --predictions follow: eigen ..., a file, a folder."),
     ] = None,
     splits: Annotated[Path | None, typer.Option(help="Folder that holds splits by name.")] = None,
     raw: Annotated[
-        list[str] | None, typer.Option(help="Where else raw KITTI lies, such as data_depth_annotated.zip's folder.")
+        list[str] | None,
+        typer.Option(help="Further location of raw KITTI, such as data_depth_annotated.zip's folder; repeatable."),
     ] = None,
-    part: Annotated[str | None, typer.Option(help="Part of the dataset (default: test, else val).")] = None,
+    part: Annotated[str | None, typer.Option(help="Part of the dataset to evaluate. (default: test, else val)")] = None,
     protocol: Annotated[
-        Literal["auto", "eigen", "eigen_benchmark"], typer.Option(help="auto: what belongs to the ground truth.")
+        Literal["auto", "eigen", "eigen_benchmark"],
+        typer.Option(help="Published protocol; auto: the one for the dataset's ground truth."),
     ] = "auto",
-    crop: Annotated[Literal["garg", "eigen", "none"] | None, typer.Option(help="Instead of the protocol's.")] = None,
-    min_depth: Annotated[float | None, typer.Option(help="Metres (default: 0.001).")] = None,
-    max_depth: Annotated[float | None, typer.Option(help="Metres (default: 80).")] = None,
+    crop: Annotated[
+        Literal["garg", "eigen", "none"] | None, typer.Option(help="Crop to use instead of the protocol's.")
+    ] = None,
+    min_depth: Annotated[
+        float | None, typer.Option(metavar="METRES", help="Least depth that counts. (default: 0.001)")
+    ] = None,
+    max_depth: Annotated[
+        float | None, typer.Option(metavar="METRES", help="Greatest depth that counts. (default: 80)")
+    ] = None,
     scaling: Annotated[
-        Literal["auto", "median", "metric"], typer.Option(help="auto: metric where the model knows its unit.")
+        Literal["auto", "median", "metric"], typer.Option(help="auto: metric if the model knows its unit, else median.")
     ] = "auto",
     scale: Annotated[
-        float | None, typer.Option(help="Metres per unit of prediction, e.g. 5.4 for disparities of other projects.")
+        float | None, typer.Option(metavar="METRES", help="Metres per unit of prediction, 5.4 for official stereo.")
     ] = None,
-    post_process: Annotated[bool, typer.Option("--post-process", help="Merge with the mirror image's.")] = False,
+    post_process: Annotated[
+        bool, typer.Option("--post-process", help="Average with the prediction for the mirrored image.")
+    ] = False,
     predictions: Annotated[
-        Path | None, typer.Option(help="Evaluate disparities (N, H, W) saved as .npy instead of a model.")
+        Path | None,
+        typer.Option(help="Evaluate saved predictions: .npy of disparities (N, H, W), or a folder of depth PNGs."),
     ] = None,
     save_predictions: Annotated[Path | None, typer.Option(help="Write the disparities to this .npy.")] = None,
-    save_png: Annotated[Path | None, typer.Option(help="Write 16-bit depth PNGs (as KITTI's benchmark) here.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything but the images as JSON.")] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write per-image metrics.")] = None,
+    save_png: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write 16-bit depth PNGs, as for KITTI's benchmark, to DIR.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers but the images' as JSON.")
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write the metrics of each image as CSV.")
+    ] = None,
     latex: Annotated[bool, typer.Option("--latex", help="Print the row in LaTeX too.")] = False,
-    sheet: Annotated[Path | None, typer.Option(help="Write a PNG of the worst and the best images.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a PNG of the worst and the best images.")
+    ] = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also measure a constant depth and the untrained network.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images.")] = None,
-    device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option()] = "auto",
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images in one pass.")] = 16,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N images only.")] = None,
+    device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
 ) -> None:
     """Evaluate depth as published: a table of the seven metrics."""
-    from md2.evaluation.run import EvalOptions, run_eval
-    from md2.evaluation.scores import to_latex
-    from md2.inference.predictor import load
-    from prep.evaluation import evaluation_part, is_packed, line_keys, pack_for_evaluation
+    from md2.inference.inputs import require_model
+    from prep.evaluation import EvaluationData, find_evaluation_data
     from prep.raw.splits import read_split
 
+    # Mistakes in the words are reported before PyTorch is imported.
     model, dataset = _model_and_dataset(paths, predictions)
+    if model is not None:
+        require_model(model)
     lists = read_split(split, splits) if split is not None else None
+    ground_truth_only = dataset.endswith(".npz")
+
+    from md2.evaluation.run import EvalOptions, measure, to_latex, write_results
+    from md2.inference.predictor import load
+
     predictor = load(model, device) if model is not None else None
-    with progress_bar("image") as bar:
-        left_out, called = 0, None
-        packed_already = is_packed(dataset)
-        if lists is None and not packed_already and Path(dataset).is_dir():
-            raise UsageError(f"{dataset}: no packed dataset there; of raw KITTI, name what to take: --split eigen")
-        if raw and packed_already:
-            raise UsageError(f"{dataset}: packed already; --raw goes with raw KITTI")
-        if lists is not None and not packed_already:
-            size = (predictor.width, predictor.height) if predictor is not None else (640, 192)
-            places = [dataset, *(raw or [])]
-            packed = pack_for_evaluation(places, lists, evaluation_part(lists, part), size, progress=_Packing(bar))
-            called = f"{lists.name} of {dataset}"
-            dataset, left_out = packed.url, len(packed.skipped)
+    with progress_bar("images") as bar:
+        data = EvaluationData(dataset)
+        if not ground_truth_only:
+            data = find_evaluation_data(
+                dataset,
+                lists,
+                part,
+                raw or [],
+                (predictor.width, predictor.height) if predictor is not None else (640, 192),
+                for_predictions=predictions is not None,
+                progress=_Packing(bar),
+            )
         options = EvalOptions(
             model=model,
-            dataset=dataset,
-            dataset_name=called,
-            part=part,
+            dataset=data.url,
+            dataset_name=data.name,
+            part=data.part,
             protocol=protocol,
             crop=crop,
             min_depth=min_depth,
@@ -101,7 +125,7 @@ def evaluate(
             scale=scale,
             post_process=post_process,
             predictions=predictions,
-            order=line_keys(lists, evaluation_part(lists, part)) if lists is not None else None,
+            order=data.order,
             save_predictions=save_predictions,
             save_png=save_png,
             json_file=json_file,
@@ -112,20 +136,18 @@ def evaluate(
             limit=limit,
         )
         task = bar.add_task("evaluate", total=None, note="")
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        report = run_eval(options, predictor, advance)
+        report = measure(options, predictor, lambda done, total: bar.update(task, completed=done, total=total))
     for warning in report.warnings:
-        errors.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        warn(f"warning: {warning}")
     _print(report)
     if latex:
         name, metrics = next(iter(report.rows.items()))
-        print(to_latex(name, metrics))
+        print(to_latex(visible(name), metrics))
+    # After the table: a disk that is full now costs no result.
+    write_results(options, report)
     for path in report.written:
-        errors.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
-    if left_out:
+        errors.print(f"wrote {visible(str(path))}", highlight=False, markup=False, soft_wrap=True)
+    if data.left_out:
         raise typer.Exit(INCOMPLETE)
 
 
@@ -151,7 +173,7 @@ def _model_and_dataset(paths: list[str], predictions: Path | None) -> tuple[str 
 
 
 def _print(report: EvalReport) -> None:
-    console.print(report.title, style="bold", highlight=False, markup=False, soft_wrap=True)
+    console.print(visible(report.title), style="bold", highlight=False, markup=False, soft_wrap=True)
     # Narrow, so that a terminal of 80 columns shows every name and number whole.
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", overflow="fold")
@@ -159,17 +181,12 @@ def _print(report: EvalReport) -> None:
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for label, metrics in report.rows.items():
-        style = "dim" if label in report.published else None
         cells = [f"{metrics[name]:.3f}" if math.isfinite(metrics[name]) else "nan" for name in names]
-        table.add_row(escape(label), *cells, style=style)
+        table.add_row(Text(visible(label)), *cells, style="dim" if label in report.published else None)
     console.print(table)
     evaluation = report.evaluation
     missing = len(evaluation.images) - len(evaluation.counted)
     if evaluation.scaling == "median":
-        console.print(
-            f"scale factors: median {evaluation.ratio_median:.3f}, std / median {evaluation.ratio_spread:.3f}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(f"scale factors: median {evaluation.ratio_median:.3f}, std / median {evaluation.ratio_spread:.3f}")
     if missing:
-        console.print(f"{missing} images without a measurement that counts, left out", highlight=False, soft_wrap=True)
+        say(f"{missing} image{'s' * (missing > 1)} left out: no measurement inside the crop and the range of depths")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cli.console import console
+from cli.console import say
 from shards.errors import UsageError
 
 
@@ -20,17 +20,22 @@ def export(
     out: Annotated[
         Path | None, typer.Option(help="File, or folder for monodepth2. (default: depth.onnx, depth.pt2, monodepth2)")
     ] = None,
-    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Any batch size instead of 1.")] = False,
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="Accept any batch size instead of 1 image.")
+    ] = False,
 ) -> None:
     """Write the depth network, and check the file against PyTorch (to 1e-4)."""
+    from md2.inference.inputs import require_model
+
+    require_model(model)
+    if to == "monodepth2" and dynamic_batch:
+        raise UsageError("--dynamic-batch has no meaning for weights: leave it out")
+
     from md2.inference.export import export_monodepth2, export_onnx, export_torch, metadata
     from md2.inference.predictor import load
 
     if to == "monodepth2":
-        if dynamic_batch:
-            raise UsageError("--dynamic-batch has no meaning for weights: leave it out")
-        written = export_monodepth2(model, out or Path("monodepth2"))
-        console.print(f"wrote {written.path}", highlight=False, markup=False, soft_wrap=True)
+        say(f"wrote {export_monodepth2(model, out or Path('monodepth2')).path}")
         return
     predictor = load(model, "cpu")
     writer = export_onnx if to == "onnx" else export_torch
@@ -39,10 +44,7 @@ def export(
     about = metadata(predictor)
     unit = "metres" if predictor.unit == "metres" else "the model's own unit"
     batch = "any batch" if dynamic_batch else "batch 1"
-    console.print(
+    say(
         f"wrote {written.path}: {about['width']}x{about['height']}, {batch}, depth in {unit}; "
-        f"differs from PyTorch by {written.difference:.1e} at most",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"differs from PyTorch by {written.difference:.1e} at most"
     )

@@ -2,92 +2,60 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from cli.console import console, progress_bar
+from cli.console import bars, say
 
 
 def odometry(
     model: Annotated[str, typer.Argument(help="Run, checkpoint or folder of Monodepth2 weights; with a pose network.")],
     source: Annotated[
-        str, typer.Argument(help="KITTI odometry (folder, zips, URL) with --sequence; packed; or frames or a video.")
+        str,
+        typer.Argument(help="KITTI odometry (folder, zips, URL) or a packed dataset, with --sequence; frames; video."),
     ],
-    sequence: Annotated[str | None, typer.Option(help="09, 10, ..., or a drive of KITTI raw.")] = None,
-    part: Annotated[str | None, typer.Option(help="Part of a packed dataset. (default: test_<sequence>)")] = None,
-    poses: Annotated[Path | None, typer.Option(help="True poses in KITTI's format. (default: beside SOURCE)")] = None,
+    sequence: Annotated[str | None, typer.Option(help="09, 10 ..., or a drive of raw KITTI with its date.")] = None,
+    part: Annotated[
+        str | None, typer.Option(help="Part of a packed dataset to follow. (default: test_SEQUENCE)")
+    ] = None,
+    poses: Annotated[
+        Path | None, typer.Option(help="File of true poses, in KITTI's or TUM's format. (default: beside SOURCE)")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the trajectory, its picture and the numbers.")] = Path(
         "odometry"
     ),
-    limit: Annotated[int | None, typer.Option(min=2, help="Only so many frames.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option()] = "auto",
+    limit: Annotated[int | None, typer.Option(metavar="N", min=2, help="Take the first N frames only.")] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Motions predicted in one pass.")] = 8,
+    device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
 ) -> None:
-    """Predict the trajectory of a sequence; with ground truth, the error on 5-frame snippets."""
-    from md2.evaluation.run_odometry import (
-        dataset_motions,
-        decode_frames,
-        open_frames,
-        predict_motions,
-        report_motions,
-        true_poses,
-    )
-    from md2.inference.predictor import load
+    """Predict the trajectory of a sequence; with ground truth, measure the error on 5-frame snippets."""
+    from md2.inference.inputs import require_model
     from prep.evaluation import is_packed
+    from prep.raw.calibration import read_poses
     from prep.raw.sequence import open_sequence
-    from shards.dataset import open_dataset
 
+    require_model(model)
+    packed = is_packed(source)
+    truth = read_poses(str(poses), poses.read_bytes()) if poses is not None else None
+
+    from md2.evaluation.run_odometry import OdometryOptions, run_odometry
+    from md2.inference.predictor import load
+
+    options = OdometryOptions(model, source, out, packed, sequence, part, truth, limit, batch_size)
     predictor = load(model, device)
-    found = None
-    with progress_bar("frame") as bar:
-        task = bar.add_task("odometry", total=None, note="")
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total or None)
-
-        if sequence is not None and not is_packed(source):
-            found = open_sequence([source], sequence)
-            frames = decode_frames(sequence, found.read(), len(found.frames))
-        elif sequence is None and part is None:
-            frames = open_frames(source)
-        else:
-            frames = None
-        if frames is None:
-            part = part or f"test_{sequence}"
-            motions = dataset_motions(
-                predictor, open_dataset(source), part, limit=limit, batch_size=batch_size, progress=advance
-            )
-        else:
-            motions = predict_motions(
-                predictor,
-                islice(frames.images, limit),
-                batch_size=batch_size,
-                total=min(frames.total, limit or frames.total),
-                progress=advance,
-            )
-    truth = true_poses(poses, found.poses if found is not None else None, limit)
-    name = frames.name if frames is not None else sequence or part or source
-    report = report_motions(motions, name, predictor.metres_per_unit, truth, out, model)
+    with bars("frame") as bar:
+        report = run_odometry(predictor, options, lambda place, name: open_sequence([place], name), bar("odometry"))
     if report.error is not None:
-        console.print(
-            f"sequence {name}: ATE on {len(report.error.errors)} 5-frame snippets "
-            f"{report.error.mean:.3f} ± {report.error.std:.3f} m",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+        say(
+            f"sequence {report.name}: ATE on {len(report.error.errors)} 5-frame snippets "
+            f"{report.error.mean:.3f} ± {report.error.std:.3f} m"
         )
     else:
-        console.print(
-            f"sequence {name}: {report.frames} frames; no ground truth, so no error",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        say(f"sequence {report.name}: {report.frames} frames; no ground truth, so no error")
     if report.unit == "unknown":
         fitted = f"; {report.scale:.3g} m per unit fits it to the truth" if report.scale is not None else ""
-        console.print(f"scale unknown: the poses are in the model's own unit{fitted}", highlight=False, soft_wrap=True)
+        say(f"scale unknown: the poses are in the model's own unit{fitted}")
     for path in report.written:
-        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        say(f"wrote {path}")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cli.console import console, errors, progress_bar
+from cli.console import bars, errors, say, visible
 from shards.errors import INCOMPLETE
 
 
@@ -18,27 +18,43 @@ def predict(
     save: Annotated[
         str | None,
         typer.Option(
+            metavar="KIND,...",
             help="Some of side_by_side, disparity, npy, png16 (metres x 256), ply, benchmark (KITTI's upload).  "
-            " (default: the first four; of a video side_by_side)"
+            " (default: the first four; side_by_side for a video)",
         ),
     ] = None,
-    post_process: Annotated[bool, typer.Option("--post-process", help="Merge with the mirror image's.")] = False,
-    cmap: Annotated[str, typer.Option(help="Colour map of matplotlib.")] = "magma",
+    post_process: Annotated[
+        bool, typer.Option("--post-process", help="Average with the prediction for the mirrored image.")
+    ] = False,
+    cmap: Annotated[str, typer.Option(metavar="NAME", help="Colour map of matplotlib.")] = "magma",
     scale: Annotated[
-        float | None, typer.Option(help="Metres per unit of depth, where you know better than the model.")
+        float | None, typer.Option(metavar="METRES", help="Metres per unit of depth; overrides the model's own.")
     ] = None,
     intrinsics: Annotated[
         str | None, typer.Option(metavar="FX,FY,CX,CY", help="Camera in pixels, for ply. (default: KITTI's, nominal)")
     ] = None,
-    max_depth: Annotated[float, typer.Option(help="Points farther than this are left out of ply.")] = 80.0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Frames to take of a video or camera.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per pass; a camera is taken one by one.")] = 8,
-    device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option()] = "auto",
+    max_depth: Annotated[float, typer.Option(metavar="METRES", help="Leave farther points out of ply.")] = 80.0,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Take the first N frames of a video or camera only.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images in one pass; a camera's go singly.")] = 8,
+    device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
 ) -> None:
-    """Predict depth, and write pictures, films and depth files. Ctrl-C ends a camera."""
-    from md2.inference.output import Progress
+    """Predict depth, and write pictures, films and depth files. Ctrl-C stops a camera and finishes its film."""
+    from md2.inference.inputs import find_images, parse_intrinsics, parse_kinds, require_model, sort_inputs
+
+    # Mistakes in the words are reported before PyTorch is imported.
+    require_model(model)
+    given = sort_inputs(inputs)
+    if given.images:
+        find_images(given.images, out)
+    if save is not None:
+        parse_kinds(save)
+    if intrinsics is not None:
+        parse_intrinsics(intrinsics)
+
+    from md2.inference.predict import PredictOptions, run_predict
     from md2.inference.predictor import load
-    from md2.inference.run import PredictOptions, run_predict
 
     options = PredictOptions(
         out=out,
@@ -52,28 +68,19 @@ def predict(
         batch_size=batch_size,
     )
     predictor = load(model, device)
-    with progress_bar("image") as bar:
-
-        def track(name: str) -> Progress:
-            task = bar.add_task(name, total=None, note="")
-
-            def advance(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total or None)
-
-            return advance
-
-        found = run_predict(predictor, inputs, options, track)
+    with bars("images") as bar:
+        found = run_predict(predictor, inputs, options, bar)
     for failure in found.failed:
-        errors.print(f"left out: {failure}", highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"{found.images} images, {len(found.written)} files in {out}", highlight=False, markup=False, soft_wrap=True
-    )
+        errors.print(f"left out: {visible(failure)}", highlight=False, markup=False, soft_wrap=True)
+    say(f"{_count(found.images, 'image')}, {_count(len(found.written), 'file')} in {out}")
     if predictor.unit == "unknown" and scale is None:
-        console.print(
+        say(
             "scale unknown: this model learned from one camera, so depth is right up to one factor; .npy and .ply hold "
-            "it in the model's own unit, and no 16-bit PNG in metres is written",
-            highlight=False,
-            soft_wrap=True,
+            "it in the model's own unit, and no 16-bit PNG in metres is written"
         )
     if found.failed:
         raise typer.Exit(INCOMPLETE)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"

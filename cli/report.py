@@ -7,30 +7,35 @@ from typing import Annotated, Literal
 
 import typer
 
-from cli.console import console, errors, progress_bar
+from cli.console import bars, say, warn
+from shards.errors import InputError
 
 
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Annotated[Path | None, typer.Option(help="File to write. (default: RUN/report.html)")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Measure on this one. (default: the run's own)")] = None,
-    part: Annotated[str | None, typer.Option(help="Its part. (default: test, else val)")] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Measure on at most so many images; 0: all.")] = 100,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="URL", help="Dataset to measure on. (default: the run's own)")
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option(help="Part of the dataset to measure on. (default: test, else val)")
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Measure on the first N images only; 0: on all.")
+    ] = 100,
     evaluate: Annotated[
-        bool, typer.Option("--eval/--no-eval", help="Measure, for the table and the worst images.")
+        bool, typer.Option("--eval/--no-eval", help="Measure the model, for the table and the worst images.")
     ] = True,
-    device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option()] = "auto",
+    device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
 ) -> None:
     """Write a self-contained HTML page: numbers, curves, panels, worst images, configuration, dataset."""
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: no run there (config.yaml is missing)")
+
     from md2.report.build import write_report
 
     target = out or run / "report.html"
-    with progress_bar("image") as bar:
-        task = bar.add_task("report", total=None, note="")
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
+    with bars("images") as bar:
         notes = write_report(
             run,
             target,
@@ -39,8 +44,8 @@ def report(
             limit=limit or None,
             measure=evaluate,
             device=device,
-            progress=advance,
+            progress=bar("report"),
         )
     for note in notes:
-        errors.print(f"warning: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"wrote {target}", highlight=False, markup=False, soft_wrap=True)
+        warn(f"warning: {note}")
+    say(f"wrote {target}")

@@ -5,8 +5,10 @@ Images here are NumPy arrays, (H, W, 3) uint8 RGB; maps are (H, W) float32.
 
 from __future__ import annotations
 
+import errno
 import io
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +27,8 @@ Map = NDArray[np.floating[Any]]
 
 _CAPTION_HEIGHT = 22
 _GAP = 6
+_SCALE_ROOM = 240
+"""Pixels of width that the labels of a colour scale need."""
 
 
 @lru_cache
@@ -42,7 +46,7 @@ def _table(name: str) -> Picture:
 
 
 def check_color_map(name: str) -> None:
-    """Known before any work is done.
+    """Refuse an unknown colour map before any work is done.
 
     Raises:
         InputError: no colour map of that name.
@@ -50,34 +54,31 @@ def check_color_map(name: str) -> None:
     _table(name)
 
 
+def color_ends(values: Map) -> tuple[float, float]:
+    """Ends of the colour scale of the published pictures: the minimum and the 95th percentile of finite values."""
+    kept = values[np.isfinite(values)]
+    return (float(kept.min()), float(np.percentile(kept, 95))) if kept.size else (0.0, 1.0)
+
+
 def color_disparity(disparity: Map, cmap: str = "magma") -> Picture:
-    """Disparity (H, W) -> colours as in the published pictures: from the minimum to the 95th percentile."""
-    return colorize(disparity, cmap=cmap, percentile=95.0)
+    """Colour a disparity (H, W) as in the published pictures."""
+    return colorize(disparity, cmap=cmap)
 
 
-def colorize(
-    values: Map,
-    *,
-    cmap: str = "magma",
-    percentile: float = 95.0,
-    low: float | None = None,
-    high: float | None = None,
-) -> Picture:
-    """Map (H, W) -> colours.
+def colorize(values: Map, *, cmap: str = "magma", low: float | None = None, high: float | None = None) -> Picture:
+    """Colour a map (H, W).
 
     Args:
-        values: not finite values are drawn black.
+        values: values that are not finite become black.
         cmap: name of a matplotlib colour map.
-        percentile: of the values, what gets the last colour.
-        low, high: fixed ends of the scale; None: the minimum, and the percentile.
+        low, high: ends of the scale; None: those of `color_ends`.
 
     Raises:
         InputError: no colour map of that name.
     """
     finite = np.isfinite(values)
-    kept = values[finite]
-    low = low if low is not None else float(kept.min(initial=np.inf)) if kept.size else 0.0
-    high = high if high is not None else float(np.percentile(kept, percentile)) if kept.size else 1.0
+    ends = color_ends(values)
+    low, high = ends[0] if low is None else low, ends[1] if high is None else high
     span = high - low if high > low else 1.0
     scaled = np.clip((np.where(finite, values, low) - low) / span, 0, 1)
     colours = _table(cmap)[(scaled * 255).round().astype(np.uint8)]
@@ -85,26 +86,75 @@ def colorize(
     return colours
 
 
-def side_by_side(image: Picture, colours: Picture) -> Picture:
-    """Image and colour map next to each other; wide ones (driving cameras) above each other."""
+def side_by_side(image: Picture, colours: Picture, scale: Callable[[int], Picture] | None = None) -> Picture:
+    """Put image and colour map next to each other, wide ones (driving cameras) above each other.
+
+    Args:
+        scale: draws the colour scale below, given the width in pixels; left out where there is no room for labels.
+    """
     height, width = image.shape[:2]
     axis = 0 if width > 1.5 * height else 1
     bar = np.zeros((4, width, 3) if axis == 0 else (height, 4, 3), np.uint8)
-    return np.concatenate([image, bar, colours], axis=axis)
+    joined = np.concatenate([image, bar, colours], axis=axis)
+    if scale is None or joined.shape[1] < _SCALE_ROOM:
+        return joined
+    return np.concatenate([joined, scale(joined.shape[1])])
+
+
+def color_scale(cmap: str, ends: tuple[float, float], *, metric: bool) -> Callable[[int], Picture]:
+    """A function that draws the colour scale of a disparity, `width` pixels wide, with the depths of its ends.
+
+    Args:
+        ends: smallest and largest disparity of the scale, 1 / depth.
+        metric: whether depth is in metres; otherwise the ends say far and near.
+    """
+    far, near = ((f"{1 / end:.3g} m" if end > 0 else "far") if metric else "" for end in ends)
+
+    def draw(width: int) -> Picture:
+        strip = Image.new("RGB", (width, _CAPTION_HEIGHT), "white")
+        ramp = np.broadcast_to(np.linspace(0, 1, width // 2), (_CAPTION_HEIGHT - 8, width // 2))
+        strip.paste(Image.fromarray(colorize(ramp, cmap=cmap, low=0, high=1)), (width // 4, 4))
+        font = ImageFont.load_default(13)
+        pen = ImageDraw.Draw(strip)
+        pen.text((width // 4 - 6, 3), far or "far", fill="black", font=font, anchor="ra")
+        pen.text((width // 4 + width // 2 + 6, 3), near or "near", fill="black", font=font)
+        return np.asarray(strip)
+
+    return draw
 
 
 def depth_to_uint16(metres: Map) -> NDArray[np.uint16]:
-    """Metres -> KITTI's 16-bit convention, metres x 256; 0 is kept for "no depth", 255.996 m is the farthest.
+    """Convert metres to KITTI's 16-bit convention, metres x 256: 0 is "no depth", 255.996 m the farthest.
 
-    Not finite and non-positive depths become 0.
+    Depths that are not finite and positive become 0.
     """
     good = np.isfinite(metres) & (metres > 0)
     scaled = np.clip(np.where(good, metres, 0) * DEPTH_SCALE, 1, 65535).round()
     return np.where(good, scaled, 0).astype(np.uint16)
 
 
+def require_writable(path: Path, *, folder: bool = False) -> None:
+    """Find out before the work whether a file, or a folder, can be written; leaves nothing behind.
+
+    Raises:
+        InputError: it cannot; names the reason.
+    """
+    if path.exists() and path.is_dir() != folder:
+        raise InputError(f"cannot write {path}: it is a {'file' if folder else 'folder'}; name another place")
+    place = path if folder else path.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{place} is no folder")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; name another place") from error
+
+
 def write_file(path: Path, data: bytes) -> None:
-    """Write, whole or not at all.
+    """Write a file, whole or not at all.
 
     Raises:
         InputError: the folder cannot be written, or the disk is full.
@@ -112,11 +162,13 @@ def write_file(path: Path, data: bytes) -> None:
     try:
         write_atomic(path, data)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; free the place or name another") from error
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; free space there or name another place"
+        ) from error
 
 
 def png_bytes(picture: Picture | NDArray[np.uint16]) -> bytes:
-    """Encoded PNG: (H, W, 3) uint8 or (H, W) uint16."""
+    """Encode (H, W, 3) uint8 or (H, W) uint16 as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "png")
     return buffer.getvalue()
@@ -161,7 +213,7 @@ def point_cloud(depth: Map, intrinsics: Sequence[float], limit: float = np.inf) 
 
 
 def ply_bytes(points: Map, colours: Picture, comment: str) -> bytes:
-    """A binary PLY of coloured points: (N, 3) float32 and (N, 3) uint8; `comment` is one line of its header."""
+    """Encode coloured points, (N, 3) float32 and (N, 3) uint8, as binary PLY; `comment` is one line of its header."""
     layout = [("xyz", "<f4", 3), ("rgb", "u1", 3)]
     vertices = np.empty(len(points), dtype=layout)
     vertices["xyz"], vertices["rgb"] = points, colours
@@ -186,7 +238,7 @@ class Tile:
 
 
 def sheet(title: str, tiles: Sequence[Tile], width: int = 480, legend: str = "") -> Picture:
-    """Rows of captioned pictures, each picture scaled to `width`; under the title what the columns are."""
+    """Draw rows of captioned pictures, each scaled to `width`; the `legend` under the title explains the columns."""
     full = width * max((len(tile.pictures) for tile in tiles), default=1)
     rows = [_caption(title, full, bold=True)] if title else []
     rows += [_caption(legend, full)] if legend else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from prep.options import make_content, refuse_empty
@@ -105,3 +105,66 @@ def _identity(raw: Sequence[str], lists: SplitLists, plan: Plan) -> str:
     where = [str(Path(url).resolve()) if Path(url).exists() else url for url in raw]
     known = (where, lists.sha256, asdict(plan.content), plan.samples_sha256, plan.input_bytes, versions())
     return f"{lists.name}_{hashlib.sha256(repr(known).encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Where an evaluation finds its data.
+
+    Attributes:
+        url: a packed dataset.
+        name: its name in the output; None: its URL.
+        part: part to evaluate; None: the dataset's own choice.
+        order: sample keys in the split's order, for saved predictions; None without a split.
+        left_out: lines of the split that gave no sample.
+    """
+
+    url: str
+    name: str | None = None
+    part: str | None = None
+    order: list[str] | None = None
+    left_out: int = 0
+
+
+def find_evaluation_data(
+    dataset: str,
+    split: SplitLists | None,
+    part: str | None,
+    raw: Sequence[str],
+    size: tuple[int, int],
+    *,
+    for_predictions: bool,
+    progress: Progress | None = None,
+) -> EvaluationData:
+    """Take a packed dataset as it is; pack what a split names from raw KITTI.
+
+    Args:
+        dataset: packed dataset, or location of raw KITTI.
+        split: lines to take of raw KITTI, or the order of saved predictions.
+        raw: further locations of raw KITTI.
+        size: width and height of the networks' input, for packing.
+        for_predictions: saved predictions are evaluated, not a model.
+
+    Raises:
+        UsageError: raw KITTI without a split, or options that go with raw KITTI only.
+        InputError, StorageError: as `pack_for_evaluation`.
+    """
+    if not is_packed(dataset):
+        if split is None:
+            if Path(dataset).is_dir():
+                raise UsageError(f"{dataset}: no packed dataset there; for raw KITTI name the split: --split eigen")
+            return EvaluationData(dataset, part=part)  # opening it says what is wrong
+        chosen = evaluation_part(split, part)
+        packed = pack_for_evaluation([dataset, *raw], split, chosen, size, progress=progress)
+        name = f"{split.name} of {dataset}"
+        return EvaluationData(packed.url, name, chosen, line_keys(split, chosen), len(packed.skipped))
+    if raw:
+        raise UsageError(f"{dataset} is packed already: --raw goes with raw KITTI, leave it out")
+    if split is None:
+        return EvaluationData(dataset, part=part)
+    if not for_predictions:
+        raise UsageError(
+            f"{dataset} is packed already: --split chooses lines of raw KITTI, or says which lines --predictions "
+            "follow; leave it out (--part chooses a part)"
+        )
+    return EvaluationData(dataset, part=part, order=line_keys(split, evaluation_part(split, part)))

@@ -1,4 +1,4 @@
-"""Depth evaluation over a dataset with ground truth: networks, or disparities that others saved.
+"""Evaluate depth over a dataset with ground truth.
 
 evaluation = evaluate(network_disparity(predictor), batches, EIGEN, scaling="median")
 evaluation.metrics["abs_rel"]
@@ -9,22 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from md2.config import Config
 from md2.data.batch import Batch
+from md2.evaluation.collectors import Collector
 from md2.evaluation.metrics import (
     EIGEN,
     EIGEN_BENCHMARK,
     METRICS,
-    BatchMetrics,
     Crop,
     Protocol,
     evaluate_batch,
@@ -36,15 +33,13 @@ from shards.errors import DatasetError, InputError, UsageError
 from shards.manifest import Manifest
 
 Scaling = Literal["median"] | float
-Source = Callable[[Batch], Tensor]
+PredictDisparity = Callable[[Batch], Tensor]
 """Batch -> (B, 1, H, W) predicted 1 / depth."""
-Watcher = Callable[[Batch, Tensor, BatchMetrics], None]
-"""Told about every batch: its disparity as given, and its metrics."""
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """One image: its key, the seven metrics in the order of METRICS, its scale factor, counted pixels."""
+    """Scores of one image: the seven metrics in the order of METRICS, its scale factor, its counted pixels."""
 
     key: str
     values: tuple[float, ...]
@@ -66,12 +61,12 @@ class Evaluation:
 
     @property
     def counted(self) -> list[ImageScore]:
-        """Images with at least one counted pixel; the others have no part in the means."""
+        """Images with at least one counted pixel; the means are over these."""
         return [image for image in self.images if image.pixels > 0]
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The seven metrics, means over images."""
+        """Means of the seven metrics over the counted images."""
         values = torch.tensor([image.values for image in self.images], dtype=torch.float64).view(-1, len(METRICS))
         return mean_metrics(values, torch.tensor([image.pixels for image in self.images]))
 
@@ -82,7 +77,7 @@ class Evaluation:
 
     @property
     def ratio_spread(self) -> float:
-        """Standard deviation of the factors divided by their median: how consistent the scale is."""
+        """Standard deviation of the factors divided by their median: small if the scale is consistent."""
         ratios = np.array([image.ratio for image in self.counted])
         return float(np.std(ratios / np.median(ratios))) if self.counted else float("nan")
 
@@ -92,20 +87,26 @@ class Evaluation:
 
 
 def evaluate(
-    source: Source, batches: Iterable[Batch], protocol: Protocol, scaling: Scaling, watchers: Sequence[Watcher] = ()
+    predict: PredictDisparity,
+    batches: Iterable[Batch],
+    protocol: Protocol,
+    scaling: Scaling,
+    collectors: Sequence[Collector] = (),
 ) -> Evaluation:
     """Measure predictions against the batches' ground truth.
 
     Raises:
-        DatasetError: a batch has no ground truth, or there is no image with a counted pixel.
-        InputError: a prediction that is NaN or negative, or too much of it infinitely far to be scaled by its
-            median, by the sample's key.
+        DatasetError: a batch without ground truth, or no counted pixel in any image.
+        InputError: a prediction is NaN or negative, or too much of it is infinitely far to be scaled by its median;
+            names the sample.
     """
     images: list[ImageScore] = []
+    measured = 0
     for batch in batches:
         if batch.depth is None or batch.depth_size is None:
             raise DatasetError("the dataset has no ground truth (depth.png): pack it with md2 prep --depth")
-        disparity = source(batch)
+        measured += int((batch.depth_size[:, 0] > 0).sum())
+        disparity = predict(batch)
         _check_disparity(disparity, batch.keys)
         scores = evaluate_batch(
             disparity,
@@ -122,10 +123,16 @@ def evaluate(
             if pixels and not 0 < ratio < math.inf:
                 raise InputError(f"sample {key}: half of its predicted disparities or more are 0, so it has no scale")
             images.append(ImageScore(key, tuple(values), ratio, pixels))
-        for watcher in watchers:
-            watcher(batch, disparity, scores)
+        for collect in collectors:
+            collect(batch, disparity, scores)
+    if not measured:
+        raise DatasetError(
+            f"none of the {len(images)} images has ground truth: pack one with depth, or take another part"
+        )
     if not any(image.pixels for image in images):
-        raise DatasetError(f"no measurement counts in any of {len(images)} images: look at depth.png and the crop")
+        raise DatasetError(
+            f"no measurement counts in any of {len(images)} images: none lies inside the crop and the range of depths"
+        )
     return Evaluation(tuple(images), protocol, scaling)
 
 
@@ -135,65 +142,14 @@ def _check_disparity(disparity: Tensor, keys: Sequence[str]) -> None:
         raise InputError(f"sample {keys[int(bad.nonzero()[0])]}: its predicted disparity is NaN or negative")
 
 
-def network_disparity(predictor: Predictor, *, flip: bool = False) -> Source:
-    """Predictions of the networks; `flip` merges those of the mirror image (post-processing)."""
+def network_disparity(predictor: Predictor, *, flip: bool = False) -> PredictDisparity:
+    """Predict with networks; `flip` averages with the prediction for the mirrored image (post-processing)."""
     return lambda batch: predictor.disparity(batch.augmented[0], flip=flip)
 
 
 def constant_disparity(batch: Batch) -> Tensor:
-    """The same depth everywhere: what a network has to beat. Only with median scaling does it mean anything."""
+    """Predict the same depth everywhere, the least that a network has to beat; needs median scaling."""
     return torch.ones(batch.size, 1, 2, 2, device=batch.intrinsics.device)
-
-
-def saved_disparity(rows: NDArray[np.floating[Any]], order: Sequence[str]) -> Source:
-    """Disparities that were saved, found by sample key.
-
-    Args:
-        rows: (N, H, W).
-        order: key of each row. May name more than the dataset has: disparities of Eigen's 697 images serve
-            the 652 with improved ground truth.
-
-    Raises:
-        InputError: another number of rows than of keys; when called, a sample that is not among them.
-    """
-    if len(rows) != len(order):
-        raise InputError(f"{len(rows)} predictions for {len(order)} images: they must be one a line of the split")
-    row_of = {key: index for index, key in enumerate(order)}
-
-    def find(batch: Batch) -> Tensor:
-        missing = [key for key in batch.keys if key not in row_of]
-        if missing:
-            raise InputError(
-                f"sample {missing[0]} is not in the list that orders the predictions: name the right split"
-            )
-        chosen = np.stack([np.asarray(rows[row_of[key]], dtype=np.float32) for key in batch.keys])
-        return torch.from_numpy(chosen)[:, None].to(batch.intrinsics.device)
-
-    return find
-
-
-def read_predictions(path: Path) -> NDArray[np.floating[Any]]:
-    """An `.npy` of disparities, (N, H, W) or (N, 1, H, W), memory-mapped; object arrays are refused (they run code).
-
-    Raises:
-        InputError: missing, damaged, of another shape or kind.
-    """
-    try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (ValueError, OSError, EOFError) as error:
-        # NumPy would advise to unpickle, which is what must not be done.
-        reason = "it holds Python objects, or is no .npy at all" if "pickle" in str(error) else str(error)
-        raise InputError(f"{path}: not an .npy of plain numbers ({reason})") from error
-    if not isinstance(rows, np.ndarray):
-        raise InputError(f"{path}: an archive of arrays; one .npy with all disparities, (N, H, W), is needed")
-    if rows.ndim == 4 and rows.shape[1] == 1:
-        rows = rows[:, 0]
-    if rows.ndim != 3 or not np.issubdtype(rows.dtype, np.floating):
-        raise InputError(f"{path}: {rows.dtype} {rows.shape}; floating-point (N, H, W) is needed")
-    disparities: NDArray[np.floating[Any]] = rows
-    return disparities
 
 
 def evaluation_batches(
@@ -204,11 +160,11 @@ def evaluation_batches(
     batch_size: int = 16,
     limit: int | None = None,
 ) -> Iterator[Batch]:
-    """Target images and ground truth of one part, once and in the dataset's order, at the networks' size.
+    """Read target images and ground truth of one part, once and in the dataset's order, at the networks' size.
 
     Args:
-        predictor: whose size and device to use; None: the stored size (640x192 where native), on the CPU.
-        limit: stop after so many samples.
+        predictor: its size and device are used; None: the stored size (640x192 where native), on the CPU.
+        limit: stop after this number of samples.
 
     Raises:
         DatasetError: no such part, or no ground truth.
@@ -227,12 +183,12 @@ def single_part_loader(
     *,
     depth: bool = False,
 ) -> Iterator[Batch]:
-    """One part as it is, once and in the dataset's order: the frames named, nothing else.
+    """Read the named frames of one part, once and in the dataset's order, without augmentation.
 
     Raises:
         UsageError, DatasetError: as `md2.pipeline.Loader`.
     """
-    # DALI takes a second to import, which reading saved files or `md2 predict` need not wait for.
+    # DALI takes a second to import; saved predictions and `md2 predict` do without.
     from md2.pipeline import Loader
 
     config = (predictor.config if predictor else Config()).data
@@ -245,7 +201,7 @@ def single_part_loader(
 
 
 def _limited(batches: Iterator[Batch], limit: int | None) -> Iterator[Batch]:
-    """Whole batches until `limit` samples are reached; the last one is cut."""
+    """Yield whole batches until `limit` samples are reached; cut the last one."""
     left = limit
     for batch in batches:
         if left is not None and batch.size >= left:
@@ -256,7 +212,7 @@ def _limited(batches: Iterator[Batch], limit: int | None) -> Iterator[Batch]:
 
 
 def first_samples(batch: Batch, count: int) -> Batch:
-    """The first samples of a batch."""
+    """Return the first samples of a batch."""
 
     def cut(images: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
         return {offset: image[:count] for offset, image in images.items()}
@@ -269,16 +225,16 @@ def first_samples(batch: Batch, count: int) -> Batch:
         metres_per_unit=batch.metres_per_unit,
         depth=None if batch.depth is None else batch.depth[:count],
         depth_size=None if batch.depth_size is None else batch.depth_size[:count],
-        keys=list(islice(batch.keys, count)),
+        keys=batch.keys[:count],
     )
 
 
 def choose_part(manifest: Manifest, part: str | None) -> str:
-    """The part asked for; else `test`, else `val`.
+    """Choose the part that is asked for; else `test`, else `val`.
 
     Raises:
         DatasetError: no such part.
-        UsageError: only training data: to be evaluated on, it must be asked for by name.
+        UsageError: the dataset has training data only, which must be asked for by name.
     """
     if part is not None:
         manifest.part(part)
@@ -290,19 +246,20 @@ def choose_part(manifest: Manifest, part: str | None) -> str:
 
 
 def choose_protocol(
-    manifest: Manifest,
+    manifest: Manifest | None,
     name: Literal["auto", "eigen", "eigen_benchmark"] = "auto",
     *,
     crop: Crop | None = None,
     min_depth: float | None = None,
     max_depth: float | None = None,
 ) -> Protocol:
-    """The published protocol that belongs to a dataset's ground truth, with what is given instead.
+    """Choose the published protocol for a dataset's ground truth; what is given replaces its values.
 
     Raises:
-        UsageError: a range of depths that is empty.
+        UsageError: an empty range of depths.
     """
-    improved = manifest.depth is not None and manifest.depth.source == "improved"
+    depth = manifest.depth if manifest is not None else None
+    improved = depth is not None and depth.source == "improved"
     base = EIGEN_BENCHMARK if name == "eigen_benchmark" or (name == "auto" and improved) else EIGEN
     given = {"crop": crop, "min_depth": min_depth, "max_depth": max_depth}
     protocol = replace(base, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
@@ -314,12 +271,12 @@ def choose_protocol(
 def choose_scaling(
     metres_per_unit: float | None, wanted: Literal["auto", "median", "metric"] = "auto", scale: float | None = None
 ) -> tuple[Scaling, list[str]]:
-    """How predictions become metres, and what is wrong with the combination.
+    """Choose how predictions become metres, and say why the result may mislead.
 
     Args:
-        metres_per_unit: of the checkpoint; None: unknown (trained on one camera alone).
-        wanted: "auto": metric where the unit is known, else median.
-        scale: metres per unit given by hand (predictions of other projects); means metric.
+        metres_per_unit: the checkpoint's unit; None: unknown (trained on one camera alone).
+        wanted: "auto": metric if the unit is known, else median.
+        scale: metres per unit given by hand (predictions of other projects); implies metric.
 
     Raises:
         UsageError: a scale together with median scaling, or one that is not positive.
@@ -346,7 +303,7 @@ def choose_scaling(
 
 
 def dataset_warnings(manifest: Manifest, protocol: Protocol, predictor: Predictor | None = None) -> list[str]:
-    """Why numbers on this dataset with this protocol (of these networks) cannot be compared with published ones."""
+    """Reasons why numbers on this dataset cannot be compared with published ones."""
     found = []
     if predictor is not None and manifest.size is not None:
         width, height = manifest.size
@@ -358,9 +315,10 @@ def dataset_warnings(manifest: Manifest, protocol: Protocol, predictor: Predicto
             )
     depth = manifest.depth
     if manifest.skipped:
+        others = f" (of its parts {', '.join(manifest.parts)})" if len(manifest.parts) > 1 else ""
         found.append(
-            f"{manifest.skipped} lines of split {manifest.split.name} are not in the dataset: published numbers are "
-            "over all of them"
+            f"{manifest.skipped} lines of split {manifest.split.name}{others} are not in the dataset: published "
+            "numbers are over all of them"
         )
     if manifest.split.name == "eigen" and depth is not None and depth.convention != "lidar_x":
         found.append(

@@ -1,12 +1,12 @@
-"""Camera motion over a sequence: predicted, put together to a trajectory, compared with ground truth as published.
+"""Camera motion over a sequence: predict it, chain it to a trajectory, compare it with ground truth as published.
 
 A motion T_t is (4, 4) and takes points in frame t's camera to frame t+1's. A pose P_t takes points in frame t's
-camera to the first frame's (or the world's): P_{t+1} = P_t T_t^-1. KITTI's pose files hold the poses of camera 0,
-one a line, 12 numbers, row-major 3x4.
+camera to the first frame's (or the world's): P_{t+1} = P_t T_t^-1.
 """
 
 from __future__ import annotations
 
+import copy
 import io
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,31 +47,30 @@ class SnippetError:
 
 
 class MotionPredictor:
-    """The pose network of a model, run along a sequence.
-
-    Args:
-        predictor: a model with a pose network.
+    """Runs the pose network of a model along a sequence; the model itself stays as it is.
 
     Raises:
-        UsageError: a model trained from stereo alone has none.
+        UsageError: the model was trained from stereo alone and has no pose network, or one that cannot follow a
+            sequence.
     """
 
     def __init__(self, predictor: Predictor) -> None:
-        networks = predictor.networks
+        # A copy of the module with the same parameters: its frames are set below.
+        networks = copy.copy(predictor.networks)
         if not networks.temporal:
             raise UsageError("this model was trained from stereo alone and has no pose network: odometry needs one")
-        self.predictor = predictor
+        self.predictor, self.networks = predictor, networks
         self.pairs = networks.pairs
         if self.pairs:
-            # A pair network takes any two frames in temporal order, so one pass per pair of neighbours is enough.
+            # A pair network takes any two frames in temporal order, so one pass for each pair of neighbours is enough.
             networks.frames, networks.temporal = [0, 1], [1]
         elif set(networks.temporal) != {-1, 1}:
             raise UsageError(f"a pose network that sees frames {networks.frames} at once cannot follow a sequence")
 
     def motions(self, images: Iterable[Image.Image], batch_size: int = 8) -> Iterator[Matrices]:
-        """Motions (n, 4, 4), batch by batch, n motions from n + 1 frames altogether, in the model's unit.
+        """Yield motions (n, 4, 4), batch by batch, in the model's unit; n + 1 frames give n motions.
 
-        Two frames are the least, three where the pose network sees three at once.
+        At least two frames are needed, three if the pose network sees three at once.
         """
         frames = (self.predictor.input(image) for image in images)
         steps = self._pair_steps(frames) if self.pairs else self._window_steps(frames)
@@ -79,10 +78,10 @@ class MotionPredictor:
             yield self._run(batch)
 
     def of_pairs(self, first: Tensor, second: Tensor) -> Matrices:
-        """Motions (B, 4, 4) from frames (B, 3, H, W) in [0, 1] to the next ones, in the model's unit.
+        """Predict motions (B, 4, 4) from frames (B, 3, H, W) in [0, 1] to the next ones, in the model's unit.
 
         Raises:
-            UsageError: a network that sees more than two frames at once.
+            UsageError: the network sees more than two frames at once.
         """
         if not self.pairs:
             raise UsageError("this pose network sees more than two frames at once: give the frames, not a dataset")
@@ -96,7 +95,7 @@ class MotionPredictor:
 
     @staticmethod
     def _window_steps(frames: Iterator[Tensor]) -> Iterator[_Step]:
-        """Of every three frames the motion from the middle one to the next; of the first three also the first one."""
+        """For every three frames the motion from the middle one to the last; for the first three also the first."""
         window: deque[Tensor] = deque(maxlen=3)
         for number, frame in enumerate(frames):
             window.append(frame)
@@ -113,14 +112,14 @@ class MotionPredictor:
 
     @torch.inference_mode()
     def _transforms(self, images: dict[Offset, Tensor], wanted: Sequence[tuple[Offset, bool]]) -> Matrices:
-        """For each row, the transform to one offset, inverted or not."""
+        """Predict, for each row, the transform to one offset, inverted or not."""
         predictor = self.predictor
         images = {offset: image.to(predictor.device, torch.float32) for offset, image in images.items()}
-        poses = predictor.networks.poses(images)
+        poses = self.networks.poses(images)
         model = predictor.config.model
         depth = None
         if any(pose.relative for pose in poses.values()):
-            sigmoid = predictor.networks.disparities(images[0])[0].float()
+            sigmoid = self.networks.disparities(images[0])[0].float()
             depth = disparity_to_depth(sigmoid, model.min_depth, model.max_depth)
         found = {offset: pose.transform(depth).double().cpu().numpy() for offset, pose in poses.items()}
         rows = [found[offset][row] for row, (offset, _) in enumerate(wanted)]
@@ -129,7 +128,7 @@ class MotionPredictor:
 
 @dataclass(frozen=True)
 class _Step:
-    """Images that one motion is predicted from, the offset whose pose it is, and whether that is inverted."""
+    """Images for one motion, the offset whose pose it is, and whether to invert it."""
 
     images: dict[Offset, Tensor]
     offset: Offset
@@ -148,7 +147,7 @@ def _batched(steps: Iterable[_Step], size: int) -> Iterator[list[_Step]]:
 
 
 def trajectory(motions: Matrices, scale: float = 1.0) -> Matrices:
-    """Motions (n, 4, 4) -> poses (n + 1, 4, 4), the first the identity; translations times `scale`."""
+    """Chain motions (n, 4, 4) to poses (n + 1, 4, 4), the first the identity; translations times `scale`."""
     poses = [np.eye(4)]
     for motion in motions:
         scaled = motion.copy()
@@ -158,12 +157,12 @@ def trajectory(motions: Matrices, scale: float = 1.0) -> Matrices:
 
 
 def motions_of(poses: Matrices) -> Matrices:
-    """Poses (n + 1, 4, 4) -> motions (n, 4, 4)."""
+    """Return the motions (n, 4, 4) between poses (n + 1, 4, 4)."""
     return np.stack([_inverse(after) @ before for before, after in pairwise(poses)])
 
 
 def _inverse(transform: Matrices) -> Matrices:
-    """Of a rigid transform: exact, unlike a general inverse."""
+    """Invert a rigid transform exactly."""
     rotation = transform[:3, :3].T
     inverse = np.eye(4)
     inverse[:3, :3], inverse[:3, 3] = rotation, -rotation @ transform[:3, 3]
@@ -171,18 +170,18 @@ def _inverse(transform: Matrices) -> Matrices:
 
 
 def snippet_error(true: Matrices, predicted: Matrices, length: int = SNIPPET) -> SnippetError:
-    """Absolute trajectory error on snippets of 5 frames, as published.
+    """Measure the absolute trajectory error on snippets of 5 frames, as published.
 
     One snippet starts at every frame but the last; those at the end are shorter. Both sides are chained from their
     motions as they are (not their inverses), start at the origin, and the prediction is scaled by least squares:
     s = sum(true . predicted) / sum(predicted . predicted). The error is |s predicted - true| (all coordinates of
-    all frames together) divided by the number of frames, not by its root; that is what the published numbers are.
+    all frames together) divided by the number of frames, not by its root, as in the published numbers.
 
     Args:
         true, predicted: motions (n, 4, 4).
 
     Raises:
-        InputError: another number of motions than of ground truth, or none.
+        InputError: the two differ in length, or are empty.
 
     Source:
         Zhou et al., "Unsupervised Learning of Depth and Ego-Motion from Video", CVPR 2017, section 4.3 and its
@@ -199,7 +198,7 @@ def snippet_error(true: Matrices, predicted: Matrices, length: int = SNIPPET) ->
 
 
 def _chain(motions: Matrices) -> NDArray[np.float64]:
-    """(n + 1, 3) places from n motions."""
+    """Chain n motions to places (n + 1, 3)."""
     pose = np.eye(4)
     places = [pose[:3, 3]]
     for motion in motions:
@@ -210,34 +209,13 @@ def _chain(motions: Matrices) -> NDArray[np.float64]:
 
 def _aligned_error(true: NDArray[np.float64], predicted: NDArray[np.float64]) -> float:
     squared = float((predicted**2).sum())
-    # A prediction that does not move has no scale; it is then as far off as the truth moved.
+    # A prediction without motion has no scale; its error is how far the truth moved.
     scale = float((true * predicted).sum()) / squared if squared else 0.0
     return float(np.sqrt(((scale * predicted - true) ** 2).sum())) / len(true)
 
 
-def read_poses(path: Path) -> Matrices:
-    """KITTI's pose file -> (n, 4, 4).
-
-    Raises:
-        InputError: missing, or a line that is not 12 numbers.
-    """
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as KITTI poses ({error})") from error
-    poses = np.tile(np.eye(4), (len(lines), 1, 1))
-    for number, line in enumerate(lines, start=1):
-        try:
-            poses[number - 1, :3] = np.array([float(word) for word in line.split()]).reshape(3, 4)
-        except ValueError:
-            raise InputError(f"{path}:{number}: 12 numbers are needed (KITTI's poses, a 3x4 matrix a line)") from None
-    if len(poses) < 2:
-        raise InputError(f"{path}: {len(poses)} poses; at least 2 are needed")
-    return poses
-
-
 def write_poses(path: Path, poses: Matrices) -> None:
-    """Write (n, 4, 4) as KITTI does.
+    """Write poses (n, 4, 4) in KITTI's format: one a line, 12 numbers, row-major 3x4.
 
     Raises:
         InputError: the file cannot be written.
@@ -247,14 +225,14 @@ def write_poses(path: Path, poses: Matrices) -> None:
 
 
 def trajectory_scale(true: Matrices, predicted: Matrices) -> float:
-    """Least-squares factor from predicted to true places, both (n, 4, 4) with the first pose the identity."""
+    """Return the least-squares factor from predicted to true places, both (n, 4, 4) with the first the identity."""
     a, b = true[:, :3, 3], predicted[:, :3, 3]
     squared = float((b**2).sum())
     return float((a * b).sum()) / squared if squared else 1.0
 
 
 def trajectory_png(predicted: Matrices, true: Matrices | None, title: str, note: str, *, metres: bool = False) -> bytes:
-    """The trajectory seen from above (x to the right, z up), PNG; true (n, 4, 4) in its own first frame."""
+    """Draw the trajectory from above (x to the right, z up) as PNG; `true` is (n, 4, 4) in its own first frame."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,19 +1,24 @@
-"""What `md2 eval` does: open, choose protocol and scaling, measure, write what was asked for."""
+"""The work of `md2 eval`: choose protocol and scaling, measure, write the files that were asked for."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from md2.data.batch import Batch
+from md2.evaluation.collectors import LEGEND, BenchmarkPngs, Collector, Direction, Disparities, WorstAndBest
 from md2.evaluation.evaluate import (
     Evaluation,
-    Source,
-    Watcher,
+    PredictDisparity,
+    Scaling,
     choose_part,
     choose_protocol,
     choose_scaling,
@@ -22,21 +27,22 @@ from md2.evaluation.evaluate import (
     evaluate,
     evaluation_batches,
     network_disparity,
-    read_predictions,
-    saved_disparity,
 )
-from md2.evaluation.metrics import Crop
-from md2.evaluation.scores import to_csv, to_json
-from md2.evaluation.sheets import LEGEND, BenchmarkPngs, Extremes, Keeper
+from md2.evaluation.metrics import EIGEN, METRICS, Crop, Protocol
+from md2.evaluation.predictions import (
+    ground_truth_batches,
+    ground_truth_keys,
+    keys_file,
+    open_predictions,
+    read_ground_truth,
+)
+from md2.inference.inputs import Progress
 from md2.inference.predictor import Predictor
 from md2.model import Networks
-from md2.visualize import write_file, write_npy, write_png
+from md2.visualize import require_writable, write_file, write_npy, write_png
 from md2.zoo import zoo
 from shards.dataset import LocalDataset, open_dataset
-from shards.errors import InputError, UsageError
-
-Progress = Callable[[int, int], None]
-"""Told how many images are done, of how many."""
+from shards.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,10 @@ class EvalOptions:
 
     Attributes:
         model: name of what is evaluated; None with `predictions`.
-        dataset: folder or URL of a packed dataset.
-        dataset_name: what to call it; None: its URL.
-        order: sample key of each row of `predictions` (and of `save_predictions`); None: from PREDICTIONS.keys.txt,
-            which is believed in any case where it is there.
+        dataset: folder or URL of a packed dataset, or the official code's gt_depths.npz.
+        dataset_name: its name in the output; None: its URL.
+        order: sample key of each row of `predictions` (and of `save_predictions`). PREDICTIONS.keys.txt, if it
+            exists, overrides it.
     """
 
     model: str | None
@@ -76,13 +82,14 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """What came out.
+    """The result of an evaluation.
 
     Attributes:
         title: which data, protocol and scaling.
         rows: name -> metrics, the evaluated one first; then baselines and published rows, if any.
         published: names of those rows that are the paper's.
-        warnings: why the numbers do not mean what one may think.
+        warnings: why the numbers may mislead.
+        about: facts for the JSON file.
         written: files and folders.
     """
 
@@ -91,81 +98,156 @@ class EvalReport:
     rows: dict[str, dict[str, float]]
     published: frozenset[str]
     warnings: list[str]
+    about: dict[str, Any] = field(default_factory=dict)
     written: list[Path] = field(default_factory=list)
+    disparities: Disparities = field(default_factory=Disparities)
+    worst_and_best: WorstAndBest | None = None
 
 
 def run_eval(
     options: EvalOptions, predictor: Predictor | None, progress: Progress = lambda done, total: None
 ) -> EvalReport:
-    """Evaluate and write. `predictor` is what runs; None with `predictions`.
+    """Evaluate and write; `measure`, then `write_results`.
+
+    Raises:
+        Md2Error: as these two.
+    """
+    report = measure(options, predictor, progress)
+    write_results(options, report)
+    return report
+
+
+def measure(
+    options: EvalOptions, predictor: Predictor | None, progress: Progress = lambda done, total: None
+) -> EvalReport:
+    """Evaluate a model (`predictor`), or `options.predictions`; only --save-png is written meanwhile.
 
     Raises:
         UsageError: options that exclude each other.
-        InputError: predictions cannot be read or placed, or are NaN.
+        InputError: predictions cannot be read, assigned to images, or are NaN; a file cannot be written.
         DatasetError: the dataset cannot be read or has no ground truth.
     """
     _check(options, predictor)
+    data = _open_truth(options, predictor) if options.dataset.endswith(".npz") else _open(options, predictor)
+    scaling, warnings = _scaling(options, predictor)
+    warnings += data.warnings
+    predict: PredictDisparity
+    if predictor is not None:
+        predict = network_disparity(predictor, flip=options.post_process)
+    else:
+        assert options.predictions is not None
+        predict = open_predictions(options.predictions, options.order or data.keys)
+
+    disparities, worst_and_best = Disparities(), WorstAndBest(data.protocol)
+    direction = Direction(data.protocol)
+    collectors: list[Collector] = [disparities] if options.save_predictions else []
+    collectors += [worst_and_best] if options.sheet else []
+    collectors += [direction] if predictor is None else []
+    pngs = BenchmarkPngs(options.save_png, data.protocol.max_depth) if options.save_png is not None else None
+    collectors += [pngs] if pngs is not None else []
+    evaluation = evaluate(predict, data.batches(progress), data.protocol, scaling, collectors)
+
+    if direction.is_depth:
+        warnings.append(
+            "the predictions rise with the true depth, so they look like depth: disparities (1 / depth) are needed"
+        )
+    if pngs is not None and pngs.without:
+        warnings.append(f"{pngs.without} images have no ground truth, so no size and scale: no PNG of them")
+    rows = {model_name(options.model or str(options.predictions)): evaluation.metrics}
+    if options.baselines:
+        rows["constant depth, median"] = evaluate(constant_disparity, data.batches(), data.protocol, "median").metrics
+        if predictor is not None:
+            fresh = network_disparity(_untrained(predictor))
+            rows["untrained net, median"] = evaluate(fresh, data.batches(), data.protocol, "median").metrics
+    published = published_rows() if data.is_eigen else {}
+    rows |= published
+    how = "median scaling" if scaling == "median" else f"metric, {scaling:g} m per unit"
+    title = f"{options.dataset_name or data.name}: {len(evaluation.images)} images, crop {data.protocol.crop}, "
+    title += f"{data.protocol.min_depth:g}-{data.protocol.max_depth:g} m, {how}"
+    title += ", post-processed" * options.post_process
+    about = {
+        "model": options.model,
+        "predictions": str(options.predictions) if options.predictions else None,
+        **data.about,
+        "post_processed": options.post_process,
+        "warnings": warnings,
+    }
+    report = EvalReport(evaluation, title, rows, frozenset(published), warnings, about)
+    return replace(report, disparities=disparities, worst_and_best=worst_and_best)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What is evaluated on; `batches` goes through it from the start each time."""
+
+    name: str
+    protocol: Protocol
+    batches: Callable[..., Iterator[Batch]]
+    warnings: list[str]
+    about: dict[str, Any]
+    is_eigen: bool
+    keys: Sequence[str] | None = None
+
+
+def _open(options: EvalOptions, predictor: Predictor | None) -> _Data:
+    """A packed dataset."""
     dataset = open_dataset(options.dataset)
     manifest = dataset.manifest
     part = choose_part(manifest, options.part)
     protocol = choose_protocol(
         manifest, options.protocol, crop=options.crop, min_depth=options.min_depth, max_depth=options.max_depth
     )
-    scaling, warnings = _scaling(options, predictor)
-    warnings += dataset_warnings(manifest, protocol, predictor)
-    work = _Work(options, dataset, part, predictor)
-
-    keeper, extremes = Keeper(), Extremes(protocol)
-    watchers: list[Watcher] = [keeper] if options.save_predictions else []
-    watchers += [extremes] if options.sheet else []
-    pngs = BenchmarkPngs(options.save_png, protocol.max_depth) if options.save_png is not None else None
-    watchers += [pngs] if pngs is not None else []
-    evaluation = evaluate(work.source(), work.batches(progress), protocol, scaling, watchers)
-
-    if pngs is not None and pngs.without:
-        warnings.append(f"{pngs.without} images without ground truth, and so without size or scale: no PNG of them")
-    rows = {model_name(options.model or str(options.predictions)): evaluation.metrics}
-    if options.baselines:
-        median = evaluate(constant_disparity, work.batches(), protocol, "median")
-        rows["constant depth, median"] = median.metrics
-        if predictor is not None:
-            fresh = network_disparity(_untrained(predictor))
-            rows["untrained net, median"] = evaluate(fresh, work.batches(), protocol, "median").metrics
-    published = published_rows() if manifest.split.name == "eigen" else {}
-    rows |= published
-    how = "median scaling" if scaling == "median" else f"metric, {scaling:g} m per unit"
-    title = f"{options.dataset_name or dataset.url} {part}: {len(evaluation.images)} images, crop {protocol.crop}, "
-    title += f"{protocol.min_depth:g}-{protocol.max_depth:g} m, {how}{', post-processed' * options.post_process}"
-    report = EvalReport(evaluation, title, rows, frozenset(published), warnings)
-    _write(options, report, dataset, part, keeper, extremes)
-    return report
+    about = {
+        "dataset": dataset.url,
+        "split": manifest.split.name,
+        "manifest_sha256": dataset.manifest_sha256,
+        "part": part,
+    }
+    batches = _batches_of(options, dataset, part, predictor)
+    warnings = dataset_warnings(manifest, protocol, predictor)
+    return _Data(f"{dataset.url} {part}", protocol, batches, warnings, about, manifest.split.name == "eigen")
 
 
-@dataclass(frozen=True)
-class _Work:
-    """One pass over the data, as often as it is needed."""
+def _batches_of(
+    options: EvalOptions, dataset: LocalDataset, part: str, predictor: Predictor | None
+) -> Callable[..., Iterator[Batch]]:
+    def batches(progress: Progress = lambda done, total: None) -> Iterator[Batch]:
+        total = dataset.manifest.samples(part)
+        found = evaluation_batches(dataset, part, predictor, batch_size=options.batch_size, limit=options.limit)
+        return _counted(found, min(total, options.limit or total), progress)
 
-    options: EvalOptions
-    dataset: LocalDataset
-    part: str
-    predictor: Predictor | None
+    return batches
 
-    def source(self) -> Source:
-        if self.predictor is not None:
-            return network_disparity(self.predictor, flip=self.options.post_process)
-        assert self.options.predictions is not None
-        return saved_disparity(read_predictions(self.options.predictions), _order(self.options))
 
-    def batches(self, progress: Progress = lambda done, total: None) -> Iterator[Batch]:
-        total = self.dataset.manifest.samples(self.part)
-        total = min(total, self.options.limit or total)
-        done = 0
-        for batch in evaluation_batches(
-            self.dataset, self.part, self.predictor, batch_size=self.options.batch_size, limit=self.options.limit
-        ):
-            yield batch
-            done += batch.size
-            progress(done, total)
+def _open_truth(options: EvalOptions, predictor: Predictor | None) -> _Data:
+    """The official code's gt_depths.npz, for predictions in the same order."""
+    if predictor is not None:
+        raise UsageError(
+            f"{options.dataset} holds ground truth without images: give --predictions FILE, or evaluate the model on a "
+            "packed split (md2 prep --split eigen)"
+        )
+    if options.sheet is not None:
+        raise UsageError(f"--sheet shows images, and {options.dataset} has none: leave it out")
+    maps = read_ground_truth(Path(options.dataset))[: options.limit]
+    given = {"crop": options.crop, "min_depth": options.min_depth, "max_depth": options.max_depth}
+    # 697 maps of raw velodyne, or 652 of improved depth.
+    name = options.protocol if options.protocol != "auto" else "eigen_benchmark" if len(maps) == 652 else "eigen"
+    protocol = choose_protocol(None, name, **given)  # type: ignore[arg-type]
+
+    def batches(progress: Progress = lambda done, total: None) -> Iterator[Batch]:
+        return _counted(ground_truth_batches(maps, options.batch_size), len(maps), progress)
+
+    about = {"dataset": options.dataset, "split": None, "manifest_sha256": None, "part": None}
+    keys = ground_truth_keys(len(maps))
+    return _Data(options.dataset, protocol, batches, [], about, protocol == EIGEN and len(maps) == 697, keys)
+
+
+def _counted(batches: Iterator[Batch], total: int, progress: Progress) -> Iterator[Batch]:
+    done = 0
+    for batch in batches:
+        yield batch
+        done += batch.size
+        progress(done, total)
 
 
 def _check(options: EvalOptions, predictor: Predictor | None) -> None:
@@ -173,45 +255,32 @@ def _check(options: EvalOptions, predictor: Predictor | None) -> None:
         raise UsageError("give a model to evaluate, or --predictions FILE; one of the two")
     if options.predictions is not None and options.post_process:
         raise UsageError("--post-process runs the networks; saved predictions are taken as they are")
+    for path in (options.json_file, options.csv_file, options.sheet, options.save_predictions):
+        if path is not None:
+            require_writable(path)
+    if options.save_png is not None:
+        require_writable(options.save_png, folder=True)
 
 
-def _scaling(options: EvalOptions, predictor: Predictor | None) -> tuple[Literal["median"] | float, list[str]]:
+def _scaling(options: EvalOptions, predictor: Predictor | None) -> tuple[Scaling, list[str]]:
     if predictor is not None:
         return choose_scaling(predictor.metres_per_unit, options.scaling, options.scale)
-    if options.scaling == "metric" and options.scale is None:
-        return 1.0, ["predictions are taken as 1 / metres; if they are in another unit give --scale METRES_PER_UNIT"]
-    # Of predictions nothing is known about the unit, so neither choice deserves a warning.
-    return choose_scaling(
-        None, "median" if options.scaling == "auto" and options.scale is None else options.scaling, options.scale
-    )
+    wanted = options.scaling
+    if options.predictions is not None and options.predictions.is_dir() and options.scale is None:
+        return ("median" if wanted == "median" else 1.0), []  # depth PNGs are in metres
+    if wanted == "metric" and options.scale is None:
+        return 1.0, ["predictions are taken as 1 / metres; for another unit give --scale METRES_PER_UNIT"]
+    # Nothing is known about the unit of predictions, so neither choice deserves a warning.
+    return choose_scaling(None, "median" if wanted == "auto" and options.scale is None else wanted, options.scale)
 
 
 def model_name(model: str) -> str:
-    """What to call a model in a table: the run's or the folder's own name, `RUN last` for another checkpoint of it."""
+    """Name of a model in a table: the run's or the folder's own name, `RUN last` for another checkpoint of it."""
     path = Path(model)
     if path.parent.name == "checkpoints" and path.suffix == ".pt":
         run = path.parent.parent.resolve().name
         return run if path.stem == "best" else f"{run} {path.stem}"
     return path.stem if path.suffix in (".pt", ".npy") else path.resolve().name
-
-
-def keys_file(predictions: Path) -> Path:
-    """Where the sample keys of saved predictions are."""
-    return predictions.with_name(predictions.name + ".keys.txt")
-
-
-def _order(options: EvalOptions) -> Sequence[str]:
-    assert options.predictions is not None
-    path = keys_file(options.predictions)
-    if options.order is not None and not path.exists():
-        return options.order
-    try:
-        return path.read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise InputError(
-            f"which image is which in {options.predictions}? {path.name} is not beside it: name the split whose "
-            "lines they follow with --split"
-        ) from error
 
 
 def _untrained(predictor: Predictor) -> Predictor:
@@ -235,32 +304,69 @@ def published_rows() -> dict[str, dict[str, float]]:
     return {label: found[name] for name, label in wanted.items()}
 
 
-def _write(
-    options: EvalOptions, report: EvalReport, dataset: LocalDataset, part: str, keeper: Keeper, extremes: Extremes
-) -> None:
-    name = next(iter(report.rows))
-    about = {
-        "model": options.model,
-        "predictions": str(options.predictions) if options.predictions else None,
-        "dataset": dataset.url,
-        "split": dataset.manifest.split.name,
-        "manifest_sha256": dataset.manifest_sha256,
-        "part": part,
-        "post_processed": options.post_process,
-        "warnings": report.warnings,
-    }
-    texts = {options.json_file: to_json(report.evaluation, **about), options.csv_file: to_csv(report.evaluation)}
+# Files
+
+
+def write_results(options: EvalOptions, report: EvalReport) -> None:
+    """Write the files that `options` ask for; their paths go into `report.written`.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    texts = {options.json_file: to_json(report.evaluation, **report.about), options.csv_file: to_csv(report.evaluation)}
     for path, text in texts.items():
         if path is not None:
             write_file(path, text.encode())
             report.written.append(path)
-    if options.sheet is not None:
-        write_png(options.sheet, extremes.picture(f"{name} on {report.title}", LEGEND))
+    if options.sheet is not None and report.worst_and_best is not None:
+        name = next(iter(report.rows))
+        write_png(options.sheet, report.worst_and_best.picture(f"{name} on {report.title}", LEGEND))
         report.written.append(options.sheet)
     if options.save_predictions is not None:
-        rows, keys = keeper.stacked(list(options.order) if options.order is not None else None)
+        rows, keys = report.disparities.stacked(list(options.order) if options.order is not None else None)
         write_npy(options.save_predictions, rows)
         write_file(keys_file(options.save_predictions), "".join(f"{key}\n" for key in keys).encode())
         report.written.append(options.save_predictions)
     if options.save_png is not None:
         report.written.append(options.save_png)
+
+
+def to_json(evaluation: Evaluation, **about: Any) -> str:
+    """Encode all but the per-image scores; `about` comes first. Numbers that are not finite become null."""
+    protocol = evaluation.protocol
+    tree = {
+        **about,
+        "protocol": {
+            "crop": protocol.crop,
+            "min_depth": protocol.min_depth,
+            "max_depth": protocol.max_depth,
+            "cap_ground_truth": protocol.cap_ground_truth,
+        },
+        "scaling": evaluation.scaling,
+        "images": len(evaluation.images),
+        "images_without_ground_truth": len(evaluation.images) - len(evaluation.counted),
+        "metrics": {name: _finite(value) for name, value in evaluation.metrics.items()},
+        "scale_ratio": {"median": _finite(evaluation.ratio_median), "std": _finite(evaluation.ratio_spread)},
+    }
+    return json.dumps(tree, indent=1, allow_nan=False) + "\n"
+
+
+def to_csv(evaluation: Evaluation) -> str:
+    """Encode one line per image, sorted by key: the metrics, scale factor, counted pixels; empty where none counted."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["key", *METRICS, "scale_ratio", "pixels"])
+    for image in sorted(evaluation.images, key=lambda image: image.key):
+        cells = [f"{value:.6g}" if math.isfinite(value) else "" for value in (*image.values, image.ratio)]
+        writer.writerow([image.key, *cells, image.pixels])
+    return buffer.getvalue()
+
+
+def to_latex(name: str, metrics: dict[str, float]) -> str:
+    """Format a table row as papers print it: name and the seven metrics, three decimals each."""
+    safe = "".join("\\" + char if char in "_&%#$" else char for char in name)
+    return " & ".join([safe, *(f"{metrics[metric]:.3f}" for metric in METRICS)]) + r" \\"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

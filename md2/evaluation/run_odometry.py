@@ -1,44 +1,78 @@
-"""What `md2 odometry` does: motions along a sequence, the error against ground truth, files."""
+"""The work of `md2 odometry`: motions along a sequence, the error against ground truth, files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from md2.evaluation.evaluate import single_part_loader
 from md2.evaluation.odometry import (
+    SNIPPET,
     Matrices,
     MotionPredictor,
     SnippetError,
     motions_of,
-    read_poses,
     snippet_error,
     trajectory,
     trajectory_png,
     trajectory_scale,
     write_poses,
 )
-from md2.inference.inputs import find_images, sort_inputs
-from md2.inference.output import Progress
-from md2.inference.predictor import Predictor, decode_image, read_image
+from md2.inference.images import decode_image, read_image
+from md2.inference.inputs import Progress, find_images, sort_inputs
+from md2.inference.predictor import Predictor
 from md2.inference.video import open_video
-from md2.visualize import write_file
-from shards.dataset import LocalDataset
-from shards.errors import DatasetError, InputError
+from md2.visualize import require_writable, write_file
+from shards.dataset import LocalDataset, open_dataset
+from shards.errors import DatasetError, InputError, UsageError
+
+
+@dataclass(frozen=True)
+class OdometryOptions:
+    """Options of `md2 odometry`; see its help.
+
+    Attributes:
+        packed: whether `source` is a packed dataset; otherwise it is raw KITTI if `sequence` is given, else frames.
+        poses: true poses, (n, 3, 4) camera-to-world, metres; None: those beside the frames, if any.
+    """
+
+    model: str
+    source: str
+    out: Path
+    packed: bool = False
+    sequence: str | None = None
+    part: str | None = None
+    poses: Matrices | None = None
+    limit: int | None = None
+    batch_size: int = 8
+
+
+class RawSequence(Protocol):
+    """A sequence of raw KITTI: names and contents of its frames' files, and its poses (n, 3, 4) if it has them."""
+
+    @property
+    def frames(self) -> Mapping[int, object]: ...
+
+    @property
+    def poses(self) -> Matrices | None: ...
+
+    def read(self) -> Iterator[tuple[str, bytes]]: ...
 
 
 @dataclass(frozen=True)
 class OdometryReport:
-    """What came out.
+    """The result.
 
     Attributes:
         name: of the sequence.
-        frames: how many.
+        frames: their number.
         unit: "metres" or "unknown", of the written trajectory.
         error: on 5-frame snippets; None without ground truth.
         scale: factor that fits the whole predicted trajectory to the true one; None without ground truth.
@@ -54,24 +88,75 @@ class OdometryReport:
 
 
 @dataclass(frozen=True)
-class Frames:
-    """Images of a sequence, in order; `total` is 0 where a video does not say. `name` is the video's or folder's."""
+class FrameRefs:
+    """Images of a sequence, in order; `total` is 0 for a video that does not give it."""
 
     name: str
     images: Iterator[Image.Image]
     total: int
 
 
-def open_frames(source: str) -> Frames:
-    """A folder, a glob or a video.
+def run_odometry(
+    predictor: Predictor,
+    options: OdometryOptions,
+    open_raw: Callable[[str, str], RawSequence],
+    progress: Progress = lambda done, total: None,
+) -> OdometryReport:
+    """Predict a trajectory, compare it with ground truth if there is any, and write the files.
+
+    Args:
+        open_raw: opens a sequence of raw KITTI, given its location and name.
 
     Raises:
-        InputError: nothing there, or images in several folders (two cameras, two drives).
+        UsageError: a part of something that is not packed, or a model that cannot follow a sequence.
+        InputError, DatasetError: frames are missing or unreadable, or ground truth has another length.
+    """
+    require_writable(options.out, folder=True)
+    if options.part is not None and not options.packed:
+        raise UsageError(f"{options.source}: --part names a part of a packed dataset, and this is none")
+    if options.packed and options.part is None and options.sequence is None:
+        raise UsageError(f"{options.source} is a packed dataset: name a sequence with --sequence, or a --part")
+    raw = None
+    if options.packed:
+        part = options.part or f"test_{options.sequence}"
+        name = options.sequence or part
+        motions = dataset_motions(
+            predictor,
+            open_dataset(options.source),
+            part,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            progress=progress,
+        )
+    else:
+        if options.sequence is not None:
+            raw = open_raw(options.source, options.sequence)
+            frames = decode_frames(options.sequence, raw.read(), len(raw.frames))
+        else:
+            frames = open_frames(options.source)
+        name = frames.name
+        motions = predict_motions(
+            predictor,
+            islice(frames.images, options.limit),
+            batch_size=options.batch_size,
+            total=min(frames.total, options.limit or frames.total),
+            progress=progress,
+        )
+    given = options.poses if options.poses is not None else raw.poses if raw is not None else None
+    poses = square(given)[: options.limit] if given is not None else None
+    return report_motions(motions, name, predictor.metres_per_unit, poses, options.out, options.model)
+
+
+def open_frames(source: str) -> FrameRefs:
+    """Open a folder, a glob or a video.
+
+    Raises:
+        InputError: no frames there, or images in several folders (two cameras, two drives).
     """
     given = sort_inputs([source])
     if given.videos:
         video = open_video(given.videos[0])
-        return Frames(given.videos[0].stem, iter(video), video.frames or 0)
+        return FrameRefs(given.videos[0].stem, iter(video), video.frames or 0)
     images = find_images(given.images)
     folders = sorted({str(image.path.parent) for image in images})
     if len(folders) > 1:
@@ -80,27 +165,19 @@ def open_frames(source: str) -> Frames:
             "one camera, in one folder"
         )
     name = Path(folders[0]).resolve().name if folders else source
-    return Frames(name, (read_image(image.path) for image in images), len(images))
+    return FrameRefs(name, (read_image(image.path) for image in images), len(images))
 
 
-def decode_frames(name: str, files: Iterable[tuple[str, bytes]], total: int) -> Frames:
-    """Frames from named file contents."""
-    return Frames(name, (decode_image(data, where) for where, data in files), total)
+def decode_frames(name: str, files: Iterable[tuple[str, bytes]], total: int) -> FrameRefs:
+    """Decode frames from named file contents."""
+    return FrameRefs(name, (decode_image(data, where) for where, data in files), total)
 
 
-def true_poses(path: Path | None, given: Matrices | None, limit: int | None) -> Matrices | None:
-    """Ground truth from a file, else as found beside the frames, (n, 3, 4); (n, 4, 4) of the first `limit` frames.
-
-    Raises:
-        InputError: the file is missing or broken.
-    """
-    if path is not None:
-        return read_poses(path)[:limit]
-    if given is None:
-        return None
-    poses = np.tile(np.eye(4), (len(given), 1, 1))
-    poses[:, :3] = given
-    return poses[:limit]
+def square(poses: Matrices) -> Matrices:
+    """Complete (n, 3, 4) to (n, 4, 4)."""
+    whole = np.tile(np.eye(4), (len(poses), 1, 1))
+    whole[:, :3] = poses
+    return whole
 
 
 def predict_motions(
@@ -111,7 +188,7 @@ def predict_motions(
     total: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> Matrices:
-    """Motions (n, 4, 4) along n + 1 images, in the model's unit.
+    """Predict the motions (n, 4, 4) along n + 1 images, in the model's unit.
 
     Raises:
         UsageError: the model has no pose network that can follow a sequence.
@@ -122,7 +199,7 @@ def predict_motions(
         parts.append(motions)
         progress(sum(map(len, parts)) + 1, total)
     if not parts:
-        raise InputError("a trajectory needs at least two frames (three where the pose network sees three at once)")
+        raise InputError("a trajectory needs at least two frames (three if the pose network sees three at once)")
     return np.concatenate(parts)
 
 
@@ -135,16 +212,16 @@ def dataset_motions(
     batch_size: int = 8,
     progress: Progress = lambda done, total: None,
 ) -> Matrices:
-    """The same from packed samples of one sequence (`md2 prep --split odom`), whatever their order.
+    """Predict the motions along packed samples of one sequence (`md2 prep --split odom`), in any order.
 
-    Each sample gives the motion to its next frame, or from the one before, so that what a list leaves out at its
-    ends is found in its neighbours.
+    Each sample gives the motion to its next frame, or from the one before, so the first and last frames of a sequence,
+    which are no samples, are covered by their neighbours.
 
     Args:
-        limit: of so many frames at the start; all samples are looked at, since packed ones are in random order.
+        limit: number of frames at the start; all samples are read, since packed ones are in random order.
 
     Raises:
-        DatasetError: the samples have no neighbouring frames, are of two sequences, or frames are missing.
+        DatasetError: the samples have no neighbouring frames, come from two sequences, or frames are missing.
     """
     offsets = [offset for offset in (1, -1) if offset in dataset.manifest.frames]
     if not offsets:
@@ -158,6 +235,10 @@ def dataset_motions(
             pair = (batch.images[0], batch.images[1]) if offset == 1 else (batch.images[-1], batch.images[0])
             for key, motion in zip(batch.keys, runner.of_pairs(*pair), strict=True):
                 sequence, _, number = key.rpartition("_")
+                if not number.isdecimal():
+                    raise DatasetError(
+                        f"{dataset.url} part {part}: sample {key} has no frame number; odometry needs one"
+                    )
                 sequences.add(sequence)
                 found.setdefault(int(number) + min(offset, 0), motion)
         done += batch.size
@@ -174,17 +255,21 @@ def dataset_motions(
 def report_motions(
     motions: Matrices, name: str, metres_per_unit: float | None, poses: Matrices | None, out: Path, model: str
 ) -> OdometryReport:
-    """Compare with ground truth where there is some, and write NAME_poses.txt, NAME.png and NAME.json.
+    """Compare with ground truth, if any, and write NAME_poses.txt, NAME.png and NAME.json.
 
     Args:
         motions: (n, 4, 4) in the model's unit.
         poses: (n + 1, 4, 4) true, metres.
 
     Raises:
-        InputError: another number of frames than of poses; the folder cannot be written.
+        InputError: frames and poses differ in number, or the folder cannot be written.
     """
     if poses is not None and len(poses) != len(motions) + 1:
-        raise InputError(f"sequence {name}: {len(motions) + 1} frames, but {len(poses)} true poses; they must agree")
+        fewer = min(len(poses), len(motions) + 1)
+        raise InputError(
+            f"sequence {name}: {len(motions) + 1} frames, but {len(poses)} true poses; they must agree "
+            f"(--limit {fewer} takes the first of both)"
+        )
     true = motions_of(poses) if poses is not None else None
     error = snippet_error(true, motions) if true is not None else None
     predicted = trajectory(motions, metres_per_unit or 1.0)
@@ -198,7 +283,7 @@ def report_motions(
     if metres_per_unit is None and scale is not None:
         shown, note = trajectory(motions, scale), f" (scaled by {scale:.3g} to fit)"
     title = f"sequence {name}: {len(motions) + 1} frames" + (
-        f", ATE {error.mean:.3f} ± {error.std:.3f} m" if error else ""
+        f"\nATE {error.mean:.3f} ± {error.std:.3f} m on {SNIPPET}-frame snippets, each scaled to fit" if error else ""
     )
     write_file(files[".png"], trajectory_png(shown, truth, title, note, metres=unit == "metres" or truth is not None))
     summary = {

@@ -1,8 +1,8 @@
-"""The depth network as a file for other runtimes: ONNX, or torch.export's PT2. Checked after it is written.
+"""Export the depth network for other runtimes, as ONNX or torch.export's PT2; each file is checked by running it.
 
 Input `image`: (B, 3, height, width) float32 RGB in [0, 1]. Outputs `depth` and `disparity` (1 / depth):
-(B, 1, height, width) float32, metres where the unit is known. The ONNX file's metadata say so: `unit`,
-`width`, `height`, `metres_per_unit`.
+(B, 1, height, width) float32, in metres if the unit is known. The ONNX file's metadata hold `unit`, `width`,
+`height` and `metres_per_unit`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from io import StringIO
@@ -27,17 +27,18 @@ from md2.checkpoint import load_checkpoint, resolve
 from md2.config import Config, ModelConfig
 from md2.geometry import disparity_to_depth
 from md2.inference.predictor import Predictor
+from md2.visualize import require_writable
 from md2.weights import is_monodepth2, read_monodepth2, save_monodepth2
 from shards.errors import InputError, UsageError
 from shards.files import fsync_folder, replace, temporary
 
 TOLERANCE = 1e-4
-"""Largest relative difference to PyTorch that a written file may have."""
+"""Largest relative difference from PyTorch that a written file may have."""
 OPSET = 18
 
 
 class DepthNetwork(nn.Module):
-    """Image -> depth and disparity, with the unit inside."""
+    """Maps an image to depth and disparity, in metres if the unit is known."""
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class DepthNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Exported:
-    """A written file, and its largest relative difference to PyTorch (None: not a program, nothing to run)."""
+    """A written file, and its largest relative difference from PyTorch (None: weights, which cannot be run)."""
 
     path: Path
     difference: float | None
@@ -72,10 +73,11 @@ def export_onnx(predictor: Predictor, path: Path, *, dynamic_batch: bool = False
     """
     try:
         import onnx
-        import onnxruntime  # noqa: F401  (asked for now, so that nothing is written in vain)
+        import onnxruntime  # noqa: F401  (missing ones are found before the work)
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(f"ONNX export needs {error.name}: pip install 'md2[export]'") from error
+    require_writable(path)
     network, example = _prepare(predictor)
     batches = (1, 3) if dynamic_batch else (1,)
     dynamic = {"image": {0: torch.export.Dim("batch", min=1, max=1024)}} if dynamic_batch else None
@@ -106,7 +108,7 @@ def export_onnx(predictor: Predictor, path: Path, *, dynamic_batch: bool = False
 
 
 def run_onnx(path: Path, image: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """Depth and disparity of an exported file on onnxruntime's CPU."""
+    """Run an exported file on onnxruntime's CPU: depth and disparity."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -115,11 +117,12 @@ def run_onnx(path: Path, image: NDArray[np.float32]) -> list[NDArray[np.float32]
 
 
 def export_torch(predictor: Predictor, path: Path, *, dynamic_batch: bool = False) -> Exported:
-    """Write torch.export's PT2 (`torch.export.load(path).module()`), checked in the same way.
+    """Write torch.export's PT2 (`torch.export.load(path).module()`), checked as `export_onnx` does.
 
     Raises:
         InputError: the file cannot be written, or does not agree.
     """
+    require_writable(path)
     network, example = _prepare(predictor)
     batches = (1, 3) if dynamic_batch else (1,)
     dynamic = {"image": {0: torch.export.Dim("batch", min=1, max=1024)}} if dynamic_batch else None
@@ -142,8 +145,8 @@ def export_monodepth2(model: str | Path, folder: Path) -> Exported:
     """Write a run or checkpoint as an official Monodepth2 folder (`encoder.pth`, `depth.pth`, ...).
 
     Raises:
-        InputError: no checkpoint there, or the folder exists already or cannot be written.
-        UsageError: its unit or range of depth is one that the form has no place for.
+        InputError: no checkpoint there, or the folder already exists or cannot be written.
+        UsageError: the format cannot express the model's unit or range of depth.
     """
     if is_monodepth2(model):
         found = read_monodepth2(model)
@@ -160,22 +163,22 @@ def export_monodepth2(model: str | Path, folder: Path) -> Exported:
 
 
 def _check_official(config: Config, path: Path) -> None:
-    """Whoever loads an official folder takes depth to be 0.1 to 100, and stereo depth in units of 5.4 m."""
+    """Refuse what an official folder cannot express: its readers assume depth 0.1 to 100, and stereo units of 5.4 m."""
     if config.data.baseline != "paper":
         raise UsageError(
-            f"{path} has depth in metres, but whoever loads Monodepth2 weights multiplies stereo depth by 5.4: "
+            f"{path} has depth in metres, but readers of Monodepth2 weights multiply stereo depth by 5.4: "
             "export it with --to onnx or torch, or train with data.baseline=paper"
         )
     standard = ModelConfig()
     if (config.model.min_depth, config.model.max_depth) != (standard.min_depth, standard.max_depth):
         raise UsageError(
-            f"{path} has depth from {config.model.min_depth:g} to {config.model.max_depth:g}, but whoever loads "
-            "Monodepth2 weights takes it to be 0.1 to 100: export it with --to onnx or torch"
+            f"{path} has depth from {config.model.min_depth:g} to {config.model.max_depth:g}, but readers of "
+            "Monodepth2 weights assume 0.1 to 100: export it with --to onnx or torch"
         )
 
 
 def metadata(predictor: Predictor) -> dict[str, Any]:
-    """What a user of the file has to know, besides the shapes."""
+    """Facts that a user of the file needs besides the shapes."""
     return {
         "md2_version": __version__,
         "unit": predictor.unit,
@@ -187,7 +190,7 @@ def metadata(predictor: Predictor) -> dict[str, Any]:
 
 
 def _prepare(predictor: Predictor) -> tuple[DepthNetwork, Tensor]:
-    """The network on the CPU, and three images that it is checked on."""
+    """Return the network on the CPU, and three random images for the check."""
     network = deepcopy(DepthNetwork(predictor)).cpu().eval()
     generator = torch.Generator().manual_seed(0)
     return network, torch.rand(3, 3, predictor.height, predictor.width, generator=generator)
@@ -200,7 +203,7 @@ def write_checked(
     write: Callable[[Path], None],
     run: Callable[[Path, Tensor], Sequence[NDArray[np.float32]]],
 ) -> Exported:
-    """Write beside, run what was written on each batch of images, and only if it agrees give it its name.
+    """Write under a temporary name, run the file on each batch of images, and rename it only if it agrees.
 
     Raises:
         InputError: it does not agree with the network, or cannot be written.
@@ -209,16 +212,17 @@ def write_checked(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
-        # Not Python's max, which may pass over a NaN.
+        # Python's max would pass over a NaN.
         difference = float(np.max([_difference(network, image, run(beside, image)) for image in images]))
         if not difference <= TOLERANCE:
             raise InputError(f"{path}: differs from PyTorch by {difference:.1e}, more than {TOLERANCE:g}; not written")
         replace(beside, path)
         fsync_folder(path.parent)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        raise InputError(f"cannot write {path}: {error.strerror or error}; name another place") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # must not hide the first error
+            beside.unlink(missing_ok=True)
     return Exported(path, difference)
 
 
@@ -231,7 +235,7 @@ def _difference(network: DepthNetwork, image: Tensor, found: Sequence[NDArray[np
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters' progress texts and deprecation warnings are about their own inside."""
+    """Silence the exporters' progress texts and warnings, which concern their own internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

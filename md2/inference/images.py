@@ -1,74 +1,98 @@
-"""Depth of images, folders and globs."""
+"""Images from files, arrays and tensors, as 8-bit RGB."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+import io
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
-from md2.inference.inputs import ImageFile, find_images
-from md2.inference.output import Output, Predicted, Progress, refuse_overwriting
-from md2.inference.predictor import Predictor, read_image
-from shards.errors import InputError
+from shards.errors import InputError, first_line
 
-WORKERS = 2
-"""Threads that decode ahead and write behind while the networks run."""
+ImageLike = Image.Image | NDArray[Any] | Tensor
+MOST_BYTES = 2**29
+"""Size of the largest file that is read: more than Pillow's limit of 179 million pixels needs in any format."""
 
 
-def predict_images(
-    predictor: Predictor,
-    inputs: Sequence[str],
-    output: Output,
-    *,
-    batch_size: int = 8,
-    flip: bool = False,
-    progress: Progress = lambda done, total: None,
-) -> Predicted:
-    """Predict images, folders and globs; an unreadable image is listed, and the others go on.
+def read_image(path: Path) -> Image.Image:
+    """Read an image file as RGB, turned upright as its EXIF data say.
 
     Raises:
-        UsageError: a result would replace an input.
-        InputError: nothing there, every image unreadable, or the folder cannot be written.
+        InputError: missing, damaged, too large, or not an image.
     """
-    images = find_images(inputs, output.folder)
-    targets = (output.path(kind, image.name) for image in images for kind in output.kinds)
-    refuse_overwriting((image.path for image in images), targets)
-    written: list[Path] = []
-    failed: list[str] = []
-    done = 0
-    with ThreadPoolExecutor(WORKERS) as pool:
-        writing: list[Future[list[Path]]] = []
-        for batch in _read_batches(images, batch_size, pool, failed):
-            results = predictor.predict_batch([picture for _, picture in batch], flip=flip)
-            # One batch is written while the next is predicted, and no more, so memory stays bounded.
-            written += [path for future in writing for path in future.result()]
-            writing = [
-                pool.submit(output.write, image.name, result) for (image, _), result in zip(batch, results, strict=True)
-            ]
-            done += len(batch)
-            progress(done + len(failed), len(images))
-        written += [path for future in writing for path in future.result()]
-    if not done:
-        raise InputError(failed[0] if len(failed) == 1 else f"none of {len(failed)} images can be read: {failed[0]}")
-    return Predicted(done, written, failed)
+    try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise InputError(f"{path}: {size / 1e6:,.0f} MB; images of at most {MOST_BYTES / 1e6:,.0f} MB are read")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    return decode_image(data, str(path))
 
 
-def _read_batches(
-    images: Sequence[ImageFile], batch_size: int, pool: ThreadPoolExecutor, failed: list[str]
-) -> Iterator[list[tuple[ImageFile, Image.Image]]]:
-    """Batches of decoded images, one batch ahead; what cannot be read goes into `failed`."""
-    rest = iter(images)
-    ahead = [(image, pool.submit(read_image, image.path)) for image in islice(rest, batch_size)]
-    while ahead:
-        current, ahead = ahead, [(i, pool.submit(read_image, i.path)) for i in islice(rest, batch_size)]
-        batch = []
-        for image, future in current:
-            try:
-                batch.append((image, future.result()))
-            except InputError as error:
-                failed.append(str(error))
-        if batch:
-            yield batch
+def decode_image(data: bytes, where: str) -> Image.Image:
+    """Decode a file's content as RGB, upright; `where` names it in messages.
+
+    Raises:
+        InputError: damaged, or not an image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return to_pil(ImageOps.exif_transpose(image))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except UnidentifiedImageError:
+        reason = "empty" if not data else "not an image, or its beginning is missing"
+        raise InputError(f"{where}: {reason}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = first_line(error)
+        raise InputError(f"{where}: cannot be read as an image ({reason}); it may be cut short") from error
+
+
+def to_pil(image: ImageLike) -> Image.Image:
+    """Convert a PIL image, an array or a tensor to 8-bit RGB.
+
+    Args:
+        image: PIL image of 8 bits a channel; (H, W, 3) or (H, W) array; (3, H, W) tensor. Integers are 0..255,
+            floats 0..1.
+
+    Raises:
+        InputError: another shape, range or depth.
+    """
+    if isinstance(image, Image.Image):
+        if image.mode.startswith(("I", "F")):
+            raise InputError(f"image of mode {image.mode}: 8 bits a channel are needed; convert it first")
+        return image.convert("RGB")
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3:
+            several = " (predict_batch takes several)" if image.ndim == 4 else ""
+            raise InputError(f"tensor of shape {tuple(image.shape)}: (3, H, W) is needed{several}")
+        image = image.detach().cpu().permute(1, 2, 0)
+        # NumPy has no bfloat16.
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    if image.ndim == 2:
+        image = image[..., None].repeat(3, axis=2)
+    if image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise InputError(f"array of shape {image.shape}: (H, W, 3) or (H, W) is needed")
+    return Image.fromarray(_to_uint8(image))
+
+
+def _to_uint8(image: NDArray[Any]) -> NDArray[np.uint8]:
+    if image.dtype == np.bool_:
+        raise InputError("image of True and False: integers 0..255 or floats 0..1 are needed")
+    if image.dtype == np.uint8:
+        return np.ascontiguousarray(image)
+    if not np.isfinite(image).all():
+        raise InputError("image values are not all finite")
+    low, high = float(image.min()), float(image.max())
+    top = 1 if np.issubdtype(image.dtype, np.floating) else 255
+    if low < 0 or high > top:
+        raise InputError(f"{image.dtype} image with values {low:g}..{high:g}: 0..{top} is needed")
+    return (image * (255 / top)).round().astype(np.uint8)

@@ -1,20 +1,48 @@
-"""What a command was given: images, folders and globs of them, videos, a camera."""
+"""What the words of a command line name: models, images, folders, globs, videos, cameras. Needs no PyTorch."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
+from typing import Literal
 
+from md2.config import recipes
 from shards.errors import InputError, UsageError
+from shards.manifest import MANIFEST
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
-VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"})
-
+VIDEO_SUFFIXES = frozenset(
+    [
+        ".mp4",
+        ".avi",
+        ".mov",
+        ".mkv",
+        ".webm",
+        ".m4v",
+        ".mpg",
+        ".mpeg",
+        ".ts",
+        ".gif",
+        ".flv",
+        ".wmv",
+        ".3gp",
+        ".ogv",
+        ".mts",
+        ".m2ts",
+    ],
+)
 RESULT_SUFFIXES = ("_disparity", "_depth")
-"""What the names of an image's results may end with, before the file type (`md2.inference.output.Output`)."""
+"""Ends of the names of an image's results, before the file type (`md2.inference.predict.Output`)."""
+
+Progress = Callable[[int, int], None]
+"""Called with how many images are done, and of how many (0: unknown)."""
+OutputKind = Literal["side_by_side", "disparity", "npy", "png16", "ply", "benchmark"]
+OUTPUT_KINDS: tuple[OutputKind, ...] = ("side_by_side", "disparity", "npy", "png16", "ply", "benchmark")
 
 
 @dataclass(frozen=True)
@@ -27,19 +55,39 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sorted by kind; cameras by index."""
+    """Inputs sorted by kind; cameras by index."""
 
     images: list[str]
     videos: list[Path]
     cameras: list[int]
 
 
-def sort_inputs(inputs: Sequence[str]) -> Inputs:
-    """A number that is no file is a camera; a file or glob with a video's suffix is video; the rest are images.
+def require_model(model: str) -> None:
+    """Refuse what cannot be a model, before PyTorch is imported.
 
     Raises:
-        UsageError: nothing given, or a camera together with anything else (it has no end).
-        InputError: a glob without videos.
+        InputError: no such path, a recipe's name, an image, or a dataset.
+    """
+    path = Path(model)
+    if not path.exists():
+        if model in recipes():
+            raise InputError(
+                f"{model} is a recipe, not a trained model: train it first (md2 train {model}), or give a folder of "
+                "official Monodepth2 weights (docs/prediction.md)"
+            )
+        raise InputError(f"{model}: no such run, checkpoint or folder of Monodepth2 weights")
+    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+        raise InputError(f"{model} is an image or video, not a model: the model comes first, then what it is run on")
+    if (path / MANIFEST).is_file():
+        raise InputError(f"{model} is a packed dataset, not a model: the model comes first, then what it is run on")
+
+
+def sort_inputs(inputs: Sequence[str]) -> Inputs:
+    """Sort inputs: a number that is no file is a camera, a video's suffix makes a video, the rest are images.
+
+    Raises:
+        UsageError: no input, or a camera (which never ends) together with anything else.
+        InputError: a glob that matches no video.
     """
     if not inputs:
         raise UsageError("name at least one image, folder, glob, video or camera index")
@@ -53,16 +101,17 @@ def sort_inputs(inputs: Sequence[str]) -> Inputs:
 
 
 def find_images(inputs: Sequence[str], out: Path | None = None) -> list[ImageFile]:
-    """Files as given; folders with everything below, in the order of names; globs (`**` too).
+    """Find images: files as given, everything below folders (links are followed), matches of globs (`**` too).
 
     Names are ordered as people count, 2 before 10. No two images get names whose results could be the same file:
-    folders are kept below a given folder or a glob's first mark, and names that would collide are numbered.
+    results keep the folders below a given folder or below a glob's first mark, and equal names are numbered.
+    `._NAME` files, which macOS writes beside others, are no images.
 
     Args:
-        out: where results go; what lies there is not taken when a folder above it is searched.
+        out: folder of the results; what lies in it is skipped when a folder above it is searched.
 
     Raises:
-        InputError: something that is not there, a folder or glob without images.
+        InputError: an input that does not exist, a folder or glob without images, or a folder that cannot be listed.
     """
     found: list[ImageFile] = []
     for text in inputs:
@@ -80,9 +129,9 @@ def find_images(inputs: Sequence[str], out: Path | None = None) -> list[ImageFil
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """The names, numbered (`a`, `a_2`) where the files of two of them could be the same.
+    """Number names (`a`, `a_2`) whose results could be the same files.
 
-    `a` gives a.png, a_disparity.png and a_depth.png, which would be the pictures of an `a_depth`, too.
+    `a` gives a.png, a_disparity.png and a_depth.png, and an image called `a_depth` would give the last one, too.
     """
     taken: set[str] = set()
     result = []
@@ -95,6 +144,37 @@ def unique_names(names: Sequence[str]) -> list[str]:
     return result
 
 
+def parse_kinds(text: str) -> tuple[OutputKind, ...]:
+    """Parse `side_by_side,npy`.
+
+    Raises:
+        UsageError: an unknown kind, none at all, or two that write the same file.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in OUTPUT_KINDS]
+    if unknown or not names:
+        wrong = f"no such output {unknown[0]!r}" if unknown else "no output named"
+        raise UsageError(f"--save {text}: {wrong}; choose from {', '.join(OUTPUT_KINDS)}")
+    if {"side_by_side", "benchmark"} <= set(names):
+        raise UsageError("--save: side_by_side and benchmark both write NAME.png: choose one of them")
+    return tuple(kind for kind in OUTPUT_KINDS if kind in names)
+
+
+def parse_intrinsics(text: str) -> tuple[float, float, float, float]:
+    """Parse `721.5,721.5,609.6,172.9`: fx, fy, cx, cy in pixels.
+
+    Raises:
+        UsageError: not four finite numbers, or a focal length that is not positive.
+    """
+    try:
+        fx, fy, cx, cy = (float(number) for number in text.split(","))
+    except ValueError:
+        raise UsageError(f"intrinsics {text!r}: four numbers fx,fy,cx,cy in pixels of the image are needed") from None
+    if not (0 < fx < 1e6 and 0 < fy < 1e6 and abs(cx) < 1e6 and abs(cy) < 1e6):
+        raise UsageError(f"intrinsics {text!r}: focal lengths must be positive, and all numbers pixels")
+    return fx, fy, cx, cy
+
+
 def _videos(text: str) -> list[Path]:
     path = Path(text)
     return _matching(text, VIDEO_SUFFIXES, "video") if _is_glob(text) and not path.exists() else [path]
@@ -105,31 +185,80 @@ def _is_glob(text: str) -> bool:
 
 
 def _matching(pattern: str, suffixes: frozenset[str], what: str) -> list[Path]:
-    path = Path(pattern)
+    if "://" in pattern:
+        raise InputError(f"{pattern}: images and videos are read from files, not from URLs")
     if not _is_glob(pattern):
         raise InputError(f"{pattern}: no such image, folder or video")
-    matches = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))
-    files = sorted((match for match in matches if _is_file(match, suffixes)), key=_counting)
-    if not files:
+    path = Path(pattern)
+    parts = path.parts[1:] if path.anchor else path.parts
+    matches = {match for match in _glob(Path(path.anchor), parts) if _is_file(match, suffixes)}
+    if not matches:
         raise InputError(f"{pattern}: no {what} matches")
-    return files
+    return sorted(matches, key=_counting)
+
+
+def _glob(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """As `Path.glob`, but `**` follows links (which Python does from 3.13 on)."""
+    if not parts:
+        yield folder
+        return
+    head, rest = parts[0], parts[1:]
+    if head == "**":
+        for inner in _folders(folder):
+            yield from _glob(inner, rest or ("*",))
+    elif _is_glob(head):
+        if folder.is_dir():
+            for name in _names(folder):
+                if fnmatchcase(name, head):
+                    yield from _glob(folder / name, rest)
+    elif (folder / head).exists():
+        yield from _glob(folder / head, rest)
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """A folder and all below it, through links; each once, so that links in a circle end."""
+    seen: set[str] = set()
+    for folder, names, _ in os.walk(top, followlinks=True, onerror=_unlisted):
+        real = os.path.realpath(folder)
+        if real in seen:
+            names.clear()
+            continue
+        seen.add(real)
+        # Real folders first: what is linked to from beside it keeps its own name.
+        names.sort(key=lambda name, at=folder: (Path(at, name).is_symlink(), name))  # type: ignore[misc]
+        yield Path(folder)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError as error:
+        _unlisted(error)
+        return []
+
+
+def _unlisted(error: OSError) -> None:
+    raise InputError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
 
 def _is_file(path: Path, suffixes: frozenset[str]) -> bool:
-    return path.suffix.lower() in suffixes and path.is_file()
+    return path.suffix.lower() in suffixes and not path.name.startswith("._") and path.is_file()
 
 
 def _below(folder: Path, out: Path | None) -> list[ImageFile]:
     results = out.resolve() if out is not None and out.resolve() != folder.resolve() else None
-    files = [path for path in folder.rglob("*") if _is_file(path, IMAGE_SUFFIXES)]
+    everything = [inner / name for inner in _folders(folder) for name in _names(inner)]
+    files = [path for path in everything if _is_file(path, IMAGE_SUFFIXES)]
     if results is not None and results.is_relative_to(folder.resolve()):
         files = [path for path in files if not path.resolve().is_relative_to(results)]
     if not files:
-        raise InputError(f"{folder}: no image in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        film = next((path for path in everything if _is_file(path, VIDEO_SUFFIXES)), None)
+        hint = f"; it holds videos: give {folder}/*{film.suffix}" if film is not None else ""
+        raise InputError(f"{folder}: no image in this folder (of {', '.join(sorted(IMAGE_SUFFIXES))}){hint}")
     return [ImageFile(path, str(path.relative_to(folder).with_suffix(""))) for path in sorted(files, key=_counting)]
 
 
 def _counting(path: Path) -> tuple[list[tuple[str, int]], str]:
-    """Sorts by folder, and by the value of the numbers in names: frame2, frame10."""
+    """Sort key: by folder, and by the value of the numbers in names, frame2 before frame10."""
     pieces = [piece for part in path.parts for piece in (*re.split(r"(\d+)", part), "/")]
     return [("", int(piece)) if piece.isdecimal() else (piece, -1) for piece in pieces], str(path)

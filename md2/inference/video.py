@@ -1,7 +1,8 @@
-"""Video files and cameras in, MP4 out (PyAV: FFmpeg's libraries; `pip install 'md2[video]'`)."""
+"""Video files and cameras as frames, and frames as MP4 (by PyAV, FFmpeg's libraries; `pip install 'md2[video]'`)."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ CAMERAS = {"linux": ("/dev/video{}", "v4l2"), "darwin": ("{}", "avfoundation")}
 DEFAULT_RATE = Fraction(25)
 
 
+TICKS = 90_000
+"""Units of time in a second of the films that are written."""
+
+
 class DamagedVideoError(InputError):
     """The rest of a video cannot be read; the frames before that were given."""
 
@@ -31,9 +36,9 @@ class VideoSource:
     """An opened stream of frames.
 
     Attributes:
-        name: for messages and for the results' names.
-        rate: frames per second.
-        frames: how many, as the container says; None: unknown (cameras, some files).
+        name: the file or camera, for messages.
+        rate: frames per second, on average.
+        frames: their number as the container gives it; None: unknown (cameras, some files).
     """
 
     name: str
@@ -42,19 +47,28 @@ class VideoSource:
     _container: Any
 
     def __iter__(self) -> Iterator[Image.Image]:
-        """Frames, upright, RGB.
+        """Yield frames, upright, RGB; `info["seconds"]` is a frame's time, if the film gives one.
 
         Raises:
-            DamagedVideoError: the rest cannot be read.
+            DamagedVideoError: the rest cannot be read, or its pictures have another size.
         """
         av = _av()
         stream = self._container.streams.video[0]
         number = 0
+        size: tuple[int, int] | None = None
         try:
             for frame in self._container.decode(stream):
                 turns = round(frame.rotation / 90) % 4
-                pixels = frame.to_ndarray(format="rgb24")
-                yield Image.fromarray(np.ascontiguousarray(np.rot90(pixels, turns)))
+                image = Image.fromarray(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)))
+                size = size or image.size
+                if image.size != size:
+                    raise DamagedVideoError(
+                        f"{self.name}: after {number} frames the size changes from {size[0]}x{size[1]} to "
+                        f"{image.width}x{image.height}; the rest is left out (split the film there)"
+                    )
+                if frame.time is not None:
+                    image.info["seconds"] = frame.time
+                yield image
                 number += 1
         except av.error.FFmpegError as error:
             raise DamagedVideoError(f"{self.name}: damaged after {number} frames ({error.strerror})") from error
@@ -70,7 +84,7 @@ def open_video(path: Path) -> VideoSource:
     """Open a video file.
 
     Raises:
-        InputError: missing, not a video, or no picture in it.
+        InputError: missing, not a video, or without pictures.
         UsageError: PyAV is not installed.
     """
     if not path.is_file():
@@ -82,7 +96,7 @@ def open_camera(index: int) -> VideoSource:
     """Open the camera with this index (Linux: /dev/video<index>).
 
     Raises:
-        InputError: there is none, or it is in use.
+        InputError: no such camera, or it is in use.
         UsageError: an operating system whose cameras have no index, or PyAV is not installed.
     """
     if sys.platform not in CAMERAS:
@@ -111,8 +125,8 @@ class VideoWriter:
     """Writes H.264 in MP4, which browsers and phones play; the file appears whole or not at all.
 
     Args:
-        path: of the MP4.
-        rate: frames per second.
+        path: the MP4.
+        rate: frames per second, for frames that are written without a time.
 
     Raises:
         InputError: the folder cannot be written.
@@ -124,6 +138,8 @@ class VideoWriter:
         self.path, self._rate = path, rate
         self._stream: Any = None
         self._size = (0, 0)
+        self._first: float | None = None
+        self._next = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._beside = temporary(path)
@@ -131,8 +147,12 @@ class VideoWriter:
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
 
-    def write(self, picture: Picture) -> None:
-        """Add a frame, (H, W, 3) uint8; all of one size. An odd last row or column is left out (4:2:0 needs pairs).
+    def write(self, picture: Picture, seconds: float | None = None) -> None:
+        """Add a frame; all are of one size. An odd last row or column is left out (4:2:0 needs pairs).
+
+        Args:
+            picture: (H, W, 3) uint8.
+            seconds: when it is shown, from any origin; None, or not after the one before: 1 / rate later.
 
         Raises:
             InputError: another size than the first frame's, or the disk is full.
@@ -141,13 +161,23 @@ class VideoWriter:
         if self._stream is None:
             self._stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": "18"})
             self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+            self._stream.codec_context.time_base = Fraction(1, TICKS)
             self._size = (height, width)
         if (height, width) != self._size:
-            raise InputError(
-                f"{self.path}: a frame of {width}x{height} among others of {self._size[1]}x{self._size[0]}"
-            )
+            raise InputError(f"{self.path}: a frame of {width}x{height} after one of {self._size[1]}x{self._size[0]}")
         frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
+        frame.pts, frame.time_base = self._place(seconds), Fraction(1, TICKS)
         self._mux(frame)
+
+    def _place(self, seconds: float | None) -> int:
+        """Time of the next frame in ticks."""
+        step = round(TICKS / self._rate)
+        place = self._next
+        if seconds is not None:
+            self._first = seconds if self._first is None else self._first
+            place = max(round((seconds - self._first) * TICKS), self._next - step + 1, 0)
+        self._next = place + step
+        return place
 
     def _mux(self, frame: Any) -> None:
         try:
@@ -169,7 +199,8 @@ class VideoWriter:
             if kind is None and self._stream is not None:
                 replace(self._beside, self.path)
         finally:
-            self._beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # must not hide the first error
+                self._beside.unlink(missing_ok=True)
 
 
 def _av() -> Any:

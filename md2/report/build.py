@@ -3,13 +3,16 @@
     write_report(Path("runs/mono"), Path("runs/mono/report.html"))
 
 It holds the numbers beside the published ones, curves, panels of target / warped / disparity / mask, the worst and
-best images, the configuration and the dataset's card.
+best images, the configuration and the dataset's card. `page.html` beside this module is its template.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from PIL import Image
 
 from md2.checkpoint import resolve
 from md2.config import Config, load_config
+from md2.evaluation.collectors import WorstAndBest
 from md2.evaluation.evaluate import (
     Evaluation,
     choose_part,
@@ -31,16 +35,18 @@ from md2.evaluation.evaluate import (
 )
 from md2.evaluation.metrics import METRICS
 from md2.evaluation.run import published_rows
-from md2.evaluation.sheets import Extremes
-from md2.inference.output import Progress
-from md2.inference.predictor import Device, load
-from md2.report.page import Curve, Figure, Page, render
+from md2.inference.inputs import Progress
+from md2.inference.predictor import DeviceChoice, load
+from md2.training.curves import Curve, curves_of, draw
 from md2.training.runlog import ENVIRONMENT, read_metrics
-from md2.visualize import Picture, write_file
+from md2.visualize import Picture, require_writable, write_file
 from shards.dataset import LocalDataset, open_dataset
-from shards.errors import InputError, Md2Error
+from shards.errors import InputError, Md2Error, first_line, visible
 from shards.manifest import CARD
 
+LOWER_IS_BETTER = ("abs_rel", "sq_rel", "rmse", "rmse_log")
+MOST_BYTES = 16 << 20
+"""Size up to which a dataset's card and a run's environment are shown."""
 PANEL_WIDTH = 1600
 """Wider panels are scaled down."""
 PANELS_SHOWN = 3
@@ -48,8 +54,19 @@ PANELS_SHOWN = 3
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A JPEG with its size and caption; `columns` are the headings of its equally wide columns."""
+
+    jpeg: bytes
+    width: int
+    height: int
+    caption: str
+    columns: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Measured:
-    """The evaluation that a report makes, with its picture."""
+    """The evaluation of a report, with its picture."""
 
     evaluation: Evaluation
     where: str
@@ -66,22 +83,24 @@ def write_report(
     part: str | None = None,
     limit: int | None = 100,
     measure: bool = True,
-    device: Device = "auto",
+    device: DeviceChoice = "auto",
     progress: Progress = lambda done, total: None,
 ) -> list[str]:
     """Write the page.
 
     Args:
-        dataset: to measure on; None: the run's own. Its part `test`, else `val`, unless `part` names another.
-        limit: at most so many images are measured; None: all.
-        measure: False: only what the run has logged.
+        dataset: dataset to measure on; None: the run's own.
+        part: its part; None: `test`, else `val`.
+        limit: measure on the first images only, this number; None: on all.
+        measure: False: show only what the run has logged.
 
     Returns:
-        What could not be shown, and why; it stands in the page too.
+        What is missing from the page, and why; the page says so too.
 
     Raises:
         InputError: no run there, or the page cannot be written.
     """
+    require_writable(out)
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: no run there (config.yaml is missing)")
     config = load_config(run / "config.yaml")
@@ -95,32 +114,85 @@ def write_report(
             measured = _measure(run, opened, part, limit, device, progress)
     except Md2Error as error:
         notes.append(f"not measured: {error}" if opened is not None else f"the dataset cannot be shown: {error}")
-    page = Page(
+    page = _render(
         title=run.resolve().name,
         subtitle=_subtitle(config, lines),
-        facts=_facts(run, config, lines),
-        table=_table(run, config, lines, measured),
+        facts=_facts(config, lines),
+        metrics=METRICS,
+        lower_is_better=LOWER_IS_BETTER,
+        table=_table(lines, measured),
         table_note=_table_note(measured),
-        curves=curves_of(lines),
-        panels=_panels(run, _columns(config)),
+        curves=[(curve, _svg(curve)) for curve in curves_of(lines)],
+        panels=_panels(run, _columns(config), notes),
         extremes=_figure(measured.sheet, f"Measured on {measured.where}.") if measured is not None else None,
-        config=_settings(config),
+        settings=_settings(config),
         card=_card(opened),
         environment=_environment(run),
         notes=[*notes, *(measured.warnings if measured is not None else [])],
     )
-    write_file(out, render(page).encode())
+    write_file(out, page.encode(errors="replace"))
     return notes
 
 
+def _render(**parts: Any) -> str:
+    """Fill the template; every text is escaped, and its unseen characters are written out."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    def shown(value: Any) -> Any:
+        return value if hasattr(value, "__html__") else escape(visible(str(value)))
+
+    environment = Environment(
+        loader=PackageLoader("md2.report", ""), autoescape=True, undefined=StrictUndefined, finalize=shown
+    )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    environment.filters["markdown"] = lambda text: Markup(_markdown(text))
+    environment.filters["plain"] = _plain
+    return environment.get_template("page.html").render(**parts)
+
+
+def _markdown(text: str) -> str:
+    """A card as HTML. It comes from whoever packed the dataset: tags are shown as text, links not followed."""
+    from markdown_it import MarkdownIt
+
+    plain = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink", "image"])
+    rendered: str = plain.render("\n".join(visible(line) for line in text.splitlines()))
+    return rendered
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items())
+    if isinstance(value, list):
+        return shlex.join(str(word) for word in value)
+    return "" if value is None else str(value)
+
+
+def _svg(curve: Curve) -> bytes:
+    """Draw one plot. As an image of its own, its element ids cannot clash with another's."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure as Canvas
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "md2"}):
+        figure = Canvas(figsize=(4.6, 2.9), layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure.add_subplot(), curve)
+        if len(curve.series) > 1:
+            figure.legend(loc="outside lower center", ncols=len(curve.series), frameon=False, fontsize=8)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
 def _measure(
-    run: Path, dataset: LocalDataset, part: str | None, limit: int | None, device: Device, progress: Progress
+    run: Path, dataset: LocalDataset, part: str | None, limit: int | None, device: DeviceChoice, progress: Progress
 ) -> Measured:
     predictor = load(resolve(run), device)
     chosen = choose_part(dataset.manifest, part)
     protocol = choose_protocol(dataset.manifest)
     scaling, warnings = choose_scaling(predictor.metres_per_unit)
-    extremes = Extremes(protocol)
+    collected = WorstAndBest(protocol)
     total = dataset.manifest.samples(chosen)
     total = min(total, limit or total)
     done = 0
@@ -132,7 +204,7 @@ def _measure(
             done += batch.size
             progress(done, total)
 
-    evaluation = evaluate(network_disparity(predictor), batches(), protocol, scaling, [extremes])
+    evaluation = evaluate(network_disparity(predictor), batches(), protocol, scaling, [collected])
     how = "median scaling" if scaling == "median" else f"metric, {scaling:g} m per unit"
     cut = f"first {total} images" if total < dataset.manifest.samples(chosen) else f"{total} images"
     where = f"{dataset.manifest.split.name} {chosen}, {cut}, crop {protocol.crop}, {how}"
@@ -142,7 +214,7 @@ def _measure(
         where,
         comparable=dataset.manifest.split.name == "eigen" and whole,
         warnings=[*warnings, *dataset_warnings(dataset.manifest, protocol, predictor)],
-        sheet=extremes.picture(""),
+        sheet=collected.picture(""),
     )
 
 
@@ -153,7 +225,7 @@ def _subtitle(config: Config, lines: list[dict[str, Any]]) -> str:
     return f"{' + '.join(modes)}, {config.model.encoder}, {size}, {step:,} steps"
 
 
-def _facts(run: Path, config: Config, lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _facts(config: Config, lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """The few numbers that a reader looks for first."""
     found = []
     scored = [line for line in _of(lines, "val") if line.get("abs_rel") is not None]
@@ -171,14 +243,12 @@ def _facts(run: Path, config: Config, lines: list[dict[str, Any]]) -> list[tuple
         if waits:
             found.append(("waiting for data", f"{100 * float(np.median(waits)):.1f} %"))
     unit = config.metres_per_unit
-    found.append(("depth unit", "unknown" if unit is None else f"{unit:g} m"))
+    found.append(("one unit of depth is", "unknown (one camera)" if unit is None else f"{unit:g} m"))
     return found
 
 
-def _table(
-    run: Path, config: Config, lines: list[dict[str, Any]], measured: Measured | None
-) -> list[tuple[str, dict[str, float], bool]]:
-    """(name, metrics, published) rows: what was measured, the run's own best validation, the paper."""
+def _table(lines: list[dict[str, Any]], measured: Measured | None) -> list[tuple[str, dict[str, float], bool]]:
+    """Rows (name, metrics, published): the measurement, the run's own best validation, the paper."""
     rows: list[tuple[str, dict[str, float], bool]] = []
     if measured is not None:
         rows.append((f"this run, {measured.where}", measured.evaluation.metrics, False))
@@ -200,38 +270,12 @@ def _table_note(measured: Measured | None) -> str:
     )
 
 
-def curves_of(lines: list[dict[str, Any]]) -> list[Curve]:
-    train, val = _of(lines, "train"), _of(lines, "val")
-    scales = sorted({name for line in train for name in line if name.startswith("loss/")})
-    wanted = [
-        ("Loss", [("training", train, "loss"), ("validation", val, "loss")]),
-        ("Loss per scale", [(f"scale {name.removeprefix('loss/')}", train, name) for name in scales]),
-        ("Depth error", [(name, val, name) for name in ("abs_rel", "rmse_log")]),
-        ("Pixels within a factor", [(label, val, name) for label, name in _THRESHOLDS]),
-        ("Learning rate", [("learning rate", train, "lr")]),
-        ("Speed [images / s]", [("training", train, "images_per_second")]),
-    ]
-    curves = []
-    for title, series in wanted:
-        drawn = {
-            label: points
-            for label, source, name in series
-            if (points := [(line["step"], line[name]) for line in source if line.get(name) is not None])
-        }
-        if drawn:
-            curves.append(Curve(title, drawn, from_zero=title.startswith(("Learning", "Speed"))))
-    return curves
-
-
-_THRESHOLDS = (("1.25 (a1)", "a1"), ("1.25² (a2)", "a2"), ("1.25³ (a3)", "a3"))
-
-
 def _of(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line.get("kind") == kind]
 
 
 def _columns(config: Config) -> list[str]:
-    """What the columns of a panel are (`md2.training.panels.panel`)."""
+    """Headings of a panel's columns (`md2.training.panels.panel`)."""
     sources = [f"frame {offset:+d}" for offset in config.data.temporal] + ["other camera"] * config.data.stereo
     masks = [] if config.loss.disable_automasking else ["auto-mask"]
     if config.loss.predictive_mask:
@@ -239,20 +283,22 @@ def _columns(config: Config) -> list[str]:
     return ["target", *(f"{source}, warped" for source in sources), "disparity", *masks]
 
 
-def _panels(run: Path, columns: list[str]) -> list[Figure]:
-    """First, middle and last panel of training and of validation, latest first."""
+def _panels(run: Path, columns: list[str], notes: list[str]) -> list[Figure]:
+    """First, middle and last panel of validation and of training, latest first; unreadable ones go into `notes`."""
     figures = []
     for kind, label in (("val", "Validation"), ("train", "Training")):
         files = sorted((run / "panels").glob(f"{kind}-*.png"))
         places = sorted({0, len(files) // 2, len(files) - 1})[-PANELS_SHOWN:] if files else []
         for place in reversed(places):
-            step = int(files[place].stem.rpartition("-")[2])
+            step = files[place].stem.rpartition("-")[2]
             try:
                 with Image.open(files[place]) as image:
                     picture: Picture = np.asarray(image.convert("RGB"))
-            except OSError as error:
-                raise InputError(f"{files[place]}: cannot be read ({error}); delete it and try again") from error
-            figures.append(replace(_figure(picture, f"{label}, step {step:,}"), columns=columns))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                notes.append(f"{files[place].name} is left out: it cannot be read ({first_line(error)})")
+                continue
+            shown = f"{int(step):,}" if step.isdecimal() else step
+            figures.append(replace(_figure(picture, f"{label}, step {shown}"), columns=columns))
     return figures
 
 
@@ -281,13 +327,16 @@ def _card(dataset: LocalDataset | None) -> str | None:
     if dataset is None:
         return None
     path = dataset.folder / CARD
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        return None
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _environment(run: Path) -> dict[str, Any]:
     path = run / ENVIRONMENT
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError:
+        small = path.is_file() and path.stat().st_size <= MOST_BYTES
+        found = json.loads(path.read_text(encoding="utf-8")) if small else {}
+    except (OSError, ValueError, RecursionError):
         return {"unreadable": str(path)}
     return found if isinstance(found, dict) else {"unreadable": str(path)}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from md2.training.curves import curves_of, draw
 from md2.training.runlog import read_metrics
 
 SUMMARY = "summary.png"
@@ -31,9 +32,12 @@ def run_figure(run: Path) -> Path | None:
     FigureCanvasAgg(figure)
     heights = [3.4, *(_inches(panel) for _, panel in panels)]
     grid = figure.add_gridspec(1 + len(panels), 3, height_ratios=heights)
-    _curve(figure.add_subplot(grid[0, 0]), lines, "loss", [("train", "loss"), ("val", "loss")])
-    _curve(figure.add_subplot(grid[0, 1]), lines, "depth error", [("val", "abs_rel"), ("val", "rmse_log")])
-    _curve(figure.add_subplot(grid[0, 2]), lines, "a1 (share within 25 %)", [("val", "a1")])
+    drawn = [curve for curve in curves_of(lines) if curve.title.startswith(("Loss", "Depth", "Share"))]
+    for place, curve in enumerate(curve for curve in drawn if curve.title != "Loss per scale"):
+        axes = figure.add_subplot(grid[0, place])
+        draw(axes, curve)
+        if len(curve.series) > 1:
+            axes.legend(fontsize=8, frameon=False)
     for row, (name, picture) in enumerate(panels, start=1):
         axes = figure.add_subplot(grid[row, :])
         axes.imshow(picture)
@@ -44,21 +48,6 @@ def run_figure(run: Path) -> Path | None:
     figure.savefig(beside, format="png", dpi=110)
     beside.replace(run / SUMMARY)
     return run / SUMMARY
-
-
-def _curve(axes: Any, lines: list[dict[str, Any]], title: str, series: list[tuple[str, str]]) -> None:
-    for kind, name in series:
-        points = [(line["step"], line[name]) for line in lines if line["kind"] == kind and line.get(name) is not None]
-        if points:
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, marker="o" if len(points) < 30 else "", markersize=3, label=f"{kind} {name}")
-    if axes.has_data():
-        axes.legend(fontsize=8, frameon=False)
-    else:
-        axes.text(0.5, 0.5, "no ground truth in val", ha="center", va="center", transform=axes.transAxes, color="0.5")
-    axes.set_title(title, fontsize=9, loc="left")
-    axes.set_xlabel("step", fontsize=8)
-    axes.grid(alpha=0.25)
 
 
 def _newest_panel(run: Path, kind: str) -> tuple[str, np.ndarray[Any, np.dtype[np.uint8]]] | None:

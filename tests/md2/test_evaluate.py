@@ -24,8 +24,8 @@ from md2.evaluation.evaluate import (
     evaluation_batches,
 )
 from md2.evaluation.metrics import EIGEN, EIGEN_BENCHMARK, METRICS, Protocol
-from md2.evaluation.run import EvalOptions, EvalReport, keys_file, model_name, run_eval
-from md2.evaluation.scores import to_latex
+from md2.evaluation.predictions import keys_file
+from md2.evaluation.run import EvalOptions, EvalReport, model_name, run_eval, to_latex
 from md2.inference.predictor import load
 from md2.visualize import Tile, depth_to_uint16, sheet
 from shards.dataset import open_dataset
@@ -245,9 +245,9 @@ def test_images_without_ground_truth_are_counted_and_left_out(tmp_path: Path, mo
     assert evaluation.metrics["abs_rel"] == pytest.approx(evaluation.images[0].values[0])
     report = run(packed, model=str(mono), save_png=tmp_path / "png")
     assert [path.name for path in (tmp_path / "png").iterdir()] == ["drive_000.png"]
-    assert "2 images without ground truth" in report.warnings[-1]
+    assert "2 images have no ground truth" in report.warnings[-1]
     empty = pack_truth(tmp_path / "none", [np.zeros((40, 120), np.uint16)])
-    with pytest.raises(DatasetError, match="no measurement"):
+    with pytest.raises(DatasetError, match="no measurement counts in any of 1 images"):
         run(empty, model=str(mono))
 
 
@@ -376,7 +376,7 @@ def test_the_sheet_shows_each_image_once(packed: Path, tmp_path: Path, monkeypat
         captions.extend(tile.caption for tile in tiles)
         return sheet(title, tiles, **options)
 
-    monkeypatch.setattr("md2.evaluation.sheets.sheet", keep)
+    monkeypatch.setattr("md2.evaluation.collectors.sheet", keep)
     run(packed, predictions=save(tmp_path / "d.npy", [2, 10, 40]), scale=1.0, sheet=tmp_path / "s.png")
     shown = [caption.split("   ")[0] for caption in captions]
     assert shown == ["worst 1:  drive_002", "worst 2:  drive_000", "best 1:  drive_001"]

@@ -24,7 +24,7 @@ from md2.evaluation.metrics import (
     resize_to,
     valid_mask,
 )
-from md2.inference.post_process import post_process
+from md2.inference.predictor import post_process
 
 
 def test_metrics_of_three_pixels_by_hand() -> None:

@@ -14,7 +14,9 @@ from pipeline_data import smooth
 from torch.nn.functional import interpolate
 
 from md2.checkpoint import load_checkpoint
-from md2.inference.predictor import Predictor, intrinsics_option, load, read_image, to_pil
+from md2.inference.images import read_image, to_pil
+from md2.inference.inputs import parse_intrinsics
+from md2.inference.predictor import Predictor, load
 from md2.model import Networks
 from md2.weights import save_monodepth2
 from shards.errors import InputError, UsageError
@@ -167,11 +169,11 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def test_intrinsics_option() -> None:
-    assert intrinsics_option("721.5,700,609.5,172.8") == (721.5, 700.0, 609.5, 172.8)
+def test_intrinsics_are_four_numbers() -> None:
+    assert parse_intrinsics("721.5,700,609.5,172.8") == (721.5, 700.0, 609.5, 172.8)
     for wrong in ("1,2,3", "a,b,c,d", "0,1,2,3"):
         with pytest.raises(UsageError, match="intrinsics"):
-            intrinsics_option(wrong)
+            parse_intrinsics(wrong)
 
 
 def test_the_documented_lines_work_and_importing_md2_stays_light(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from PIL import Image
 from pipeline_data import smooth
 
 from md2.inference.inputs import find_images, sort_inputs
-from md2.inference.predict_video import SteadyScale
+from md2.inference.predict import Output, PredictOptions, SteadyScale, predict_video, run_predict
 from md2.inference.predictor import Predictor, load
-from md2.inference.run import PredictOptions, run_predict
 from md2.inference.video import VideoWriter, _open, open_camera, open_video
 from md2.visualize import color_disparity, colorize, point_cloud
 from shards.errors import InputError, UsageError
@@ -192,7 +191,7 @@ def test_colours_run_from_the_minimum_to_the_95th_percentile() -> None:
 
 def test_what_is_saved_is_checked(tmp_path: Path, mono: Predictor) -> None:
     image = str(save_image(tmp_path / "a.png"))
-    for wrong, message in (("jpeg", "choose from"), ("", "nothing"), ("benchmark,side_by_side", "both write")):
+    for wrong, message in (("jpeg", "choose from"), ("", "no output named"), ("benchmark,side_by_side", "both write")):
         with pytest.raises(UsageError, match=message):
             run_predict(mono, [image], PredictOptions(tmp_path / "out", save=wrong))
     with pytest.raises(InputError, match="no such colour map"):
@@ -331,9 +330,6 @@ def test_a_camera_that_is_not_there_is_one_line() -> None:
 
 def test_a_live_source_is_taken_until_the_limit(tmp_path: Path, stereo: Predictor) -> None:
     """FFmpeg's own test picture generator has no end, as a camera has none."""
-    from md2.inference.output import Output
-    from md2.inference.predict_video import predict_video
-
     source = _open("testsrc=size=96x64:rate=5", "lavfi", "camera")
     assert source.frames is None
     found = predict_video(
@@ -347,9 +343,6 @@ def test_a_live_source_is_taken_until_the_limit(tmp_path: Path, stereo: Predicto
 
 
 def test_ctrl_c_ends_a_camera_and_keeps_what_was_filmed(tmp_path: Path, stereo: Predictor) -> None:
-    from md2.inference.output import Output
-    from md2.inference.predict_video import predict_video
-
     def stop(done: int, total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt

@@ -23,7 +23,8 @@ from md2.checkpoint import load_checkpoint
 from md2.evaluation.metrics import METRICS
 from md2.evaluation.run import EvalOptions, run_eval
 from md2.inference.predictor import load
-from md2.report.build import curves_of, write_report
+from md2.report.build import write_report
+from md2.training.curves import curves_of
 from shards.errors import InputError
 from shards.manifest import CARD
 
@@ -82,7 +83,7 @@ class Collector(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._cell:
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.strip("\n")
 
 
 def test_nothing_is_fetched_and_nothing_runs(page: str) -> None:
@@ -108,7 +109,7 @@ def test_every_picture_is_whole(page: str, run: Path) -> None:
     plots = [base64.b64decode(data) for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
     titles = ["".join(ElementTree.fromstring(plot).itertext()) for plot in plots]
     assert len(titles) == 5
-    for title in ("Loss", "Loss per scale", "Depth error", "Pixels within a factor", "Learning rate"):
+    for title in ("Loss", "Loss per scale", "Depth error", "Share of pixels within a factor", "Learning rate"):
         assert any(title in text for text in titles)
 
 
@@ -131,7 +132,7 @@ def test_panels_say_what_their_columns_are(page: str) -> None:
 def test_changed_settings_stand_out(page: str) -> None:
     assert '<tr class="changed"><td>pose_network</td><td>posecnn</td></tr>' in page
     assert '<tr class="default"><td>learning_rate</td><td>0.0001</td></tr>' in page
-    assert "md2 train &#x27;a b&#x27;" in page
+    assert "md2 train &#39;a b&#39;" in page
 
 
 def test_curves_are_the_logged_numbers() -> None:

@@ -1,15 +1,17 @@
-"""What to look at after an evaluation: the worst and the best images, predictions to keep, benchmark PNGs."""
+"""Collectors: what is gathered while an evaluation goes through a dataset, to look at or to keep."""
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,18 +19,17 @@ from md2.data.batch import Batch
 from md2.evaluation.metrics import METRICS, BatchMetrics, Protocol, resize_to, valid_mask
 from md2.visualize import Picture, Tile, color_disparity, colorize, depth_to_uint16, sheet, write_png
 
+Collector = Callable[[Batch, Tensor, BatchMetrics], None]
+"""Called with every batch, its disparity (B, 1, H, W) as predicted, and its metrics."""
 ERROR_SHOWN = 0.5
 """Relative error that gets the last colour."""
 LEGEND = "image; disparity (bright is near); relative error at the measured points (blue 0, red a half or more)"
-"""What the columns of the worst and the best images are."""
+"""The columns of the worst and the best images."""
 
 
 @dataclass
-class Extremes:
-    """Keeps pictures of the worst and the best images while an evaluation goes through a dataset.
-
-    Bounded: pictures of 2 x `kept` images at the networks' size.
-    """
+class WorstAndBest:
+    """Collects pictures of the worst and the best images: at most 2 x `kept`, at the networks' size."""
 
     protocol: Protocol
     kept: int = 4
@@ -59,7 +60,7 @@ class Extremes:
         return Tile(caption, [image, colours, self._error(batch, disparity, scores, index, image)])
 
     def _error(self, batch: Batch, disparity: Tensor, scores: BatchMetrics, index: int, image: Picture) -> Picture:
-        """Relative error where there is ground truth, as dots over the darkened image."""
+        """Relative error at the measured points, as dots over the darkened image."""
         assert batch.depth is not None and batch.depth_size is not None
         one, size = batch.depth[index : index + 1], batch.depth_size[index : index + 1]
         mask = valid_mask(one, size, self.protocol)[0, 0]
@@ -76,7 +77,7 @@ class Extremes:
         return grey
 
     def picture(self, title: str, legend: str = "") -> Picture:
-        """Worst images above, best below: image, disparity, relative error (blue 0, red half or more)."""
+        """Draw the worst images, then the best: image, disparity, relative error."""
         worst = [tile for _, _, tile in sorted(self._worst, reverse=True)]
         best = [tile for _, _, tile in sorted(self._best, reverse=True)]
         # Of a few images the worst are also the best: each is shown once, on the half where it belongs.
@@ -88,8 +89,8 @@ class Extremes:
 
 
 @dataclass
-class Keeper:
-    """Keeps every disparity with its key, to be saved for later or for other tools."""
+class Disparities:
+    """Collects every disparity with its key."""
 
     keys: list[str] = field(default_factory=list)
     rows: list[NDArray[np.float32]] = field(default_factory=list)
@@ -99,7 +100,7 @@ class Keeper:
         self.rows += list(disparity[:, 0].float().cpu().numpy())
 
     def stacked(self, order: list[str] | None = None) -> tuple[NDArray[np.float32], list[str]]:
-        """(N, H, W) and the keys, in `order` (which may name more than was seen), else as seen."""
+        """Return (N, H, W) and the keys, in `order` (which may name more than was seen), else as seen."""
         row_of = dict(zip(self.keys, self.rows, strict=True))
         keys = self.keys if order is None else [key for key in order if key in row_of]
         return np.stack([row_of[key] for key in keys]), keys
@@ -107,7 +108,7 @@ class Keeper:
 
 @dataclass
 class BenchmarkPngs:
-    """Writes each prediction as KITTI's depth benchmark wants it: 16-bit PNG, metres x 256, native size.
+    """Writes each prediction as KITTI's depth benchmark takes it: 16-bit PNG, metres x 256, native size.
 
     Both the native size and the median scaling come from an image's ground truth: `without` counts the images that
     have none, and get no file.
@@ -128,3 +129,30 @@ class BenchmarkPngs:
                 continue
             depth: NDArray[Any] = (float(scores.ratios[index]) / resized[index, 0, :height, :width]).cpu().numpy()
             write_png(self.folder / f"{key}.png", depth_to_uint16(np.minimum(depth, self.max_depth)))
+
+
+@dataclass
+class Direction:
+    """Measures whether predictions fall as depth rises, as disparities do: depth saved by mistake rises with it.
+
+    `correlations` holds, for each image, Pearson's correlation of the logarithms of prediction and true depth over
+    the counted pixels: -1 for a perfect disparity, +1 for perfect depth.
+    """
+
+    protocol: Protocol
+    correlations: list[float] = field(default_factory=list)
+
+    def __call__(self, batch: Batch, disparity: Tensor, scores: BatchMetrics) -> None:
+        assert batch.depth is not None and batch.depth_size is not None
+        mask = valid_mask(batch.depth, batch.depth_size, self.protocol)
+        resized = resize_to(disparity.float(), batch.depth_size, (batch.depth.shape[2], batch.depth.shape[3]))
+        mask &= (resized > 0) & resized.isfinite()
+        for true, predicted, counted in zip(batch.depth, resized, mask, strict=True):
+            pair = torch.stack([true[counted], predicted[counted]]).double().log()
+            if pair.shape[1] > 1 and (pair.std(dim=1) > 1e-6).all():
+                self.correlations.append(float(torch.corrcoef(pair)[0, 1]))
+
+    @property
+    def is_depth(self) -> bool:
+        """Whether most images' predictions rise with depth."""
+        return bool(self.correlations) and float(np.median(self.correlations)) > 0.3
