@@ -1,4 +1,4 @@
-"""Shared fixtures: the real KITTI frames where they are at hand, and the GPU marker."""
+"""Shared fixtures: real KITTI frames (if present), a synthetic drive, its dataset; tests marked `gpu` need a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parents[1]), str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH", "")]
 ).rstrip(os.pathsep)
-# Before torch is imported: idle OpenMP threads spin, which starves the other processes that the tests start.
+# Set before torch is imported: idle OpenMP threads spin, which starves the other processes of the tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
@@ -31,10 +31,10 @@ from storage_fixtures import (
     repacked,
 )
 
-# In the background of a script Ctrl-C is ignored, and the commands under test would inherit that.
+# A script ignores Ctrl-C for its background jobs, and the commands under test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# Before Triton is imported: without a GPU its kernels are interpreted.
+# Set before Triton is imported: without a GPU it interprets the kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -63,29 +63,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is synced and renamed from here on, in order: `sync a.tmp`, `a.tmp -> a`; a power cut keeps no more."""
-    told: list[str] = []
+    """Log of all syncs and renames, in order: `sync a.tmp`, `a.tmp -> a`. A power cut keeps nothing else."""
+    log: list[str] = []
     fsync, rename, link = os.fsync, os.replace, os.link
 
     def name(path: object) -> str:
         return re.sub(r"\.([^/]*)\.[0-9a-f]{8}-\d+-[0-9a-f]{12}\.tmp$", r"\1.tmp", Path(str(path)).name)
 
     def recorded_fsync(descriptor: int) -> None:
-        told.append(f"sync {name(Path(f'/proc/self/fd/{descriptor}').readlink())}")
+        log.append(f"sync {name(Path(f'/proc/self/fd/{descriptor}').readlink())}")
         fsync(descriptor)
 
     def recorded_rename(source: object, target: object) -> None:
-        told.append(f"{name(source)} -> {name(target)}")
+        log.append(f"{name(source)} -> {name(target)}")
         rename(source, target)  # type: ignore[type-var]
 
     def recorded_link(source: object, target: object) -> None:
-        told.append(f"{name(source)} -> {name(target)}")
+        log.append(f"{name(source)} -> {name(target)}")
         link(source, target)  # type: ignore[type-var]
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "replace", recorded_rename)
     monkeypatch.setattr(os, "link", recorded_link)
-    return told
+    return log
 
 
 @pytest.fixture(scope="session")
@@ -94,15 +94,15 @@ def kitti() -> Path:
     default = Path(__file__).resolve().parents[2] / "shared" / "kitti"
     folder = Path(os.environ.get("MD2_KITTI", default))
     if not (folder / "raw" / "2011_09_26").is_dir():
-        pytest.skip("real KITTI frames are not here: set MD2_KITTI to a folder with raw/ and splits/")
+        pytest.skip("no real KITTI frames: set MD2_KITTI to a folder with raw/ and splits/")
     return folder
 
 
 @pytest.fixture(scope="session")
 def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A raw tree of synthetic KITTI: drive 0001 trains, 0002 is held out; 8 frames each, 192x64, with velodyne.
+    """Synthetic drives in KITTI's raw layout: 0001 for training, 0002 held out; 8 frames each, 192x64, with velodyne.
 
-    Read-only: made once for the whole session. Split lists are in `splits/sample`, true depth beside the images.
+    Read-only, rendered once a session. Split lists are in `splits/sample`, true depth is beside the images.
     """
     from prep.synthetic import write_drives
 
@@ -111,9 +111,9 @@ def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(drive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `drive` fixture packed as `md2 prep` does: parts train and val, 96x32, frames 0 -1 1, stereo, velodyne depth.
+    """The `drive` fixture packed by prep: parts train and val, 96x32, frames 0 -1 1, stereo, velodyne depth.
 
-    Read-only: made once for the whole session.
+    Read-only, packed once a session.
     """
     from prep.options import make_content
     from prep.packing.pack import pack

@@ -82,7 +82,7 @@ def parse(words: list[str]) -> None:
     while hasattr(command, "commands"):
         context = command.context_class(command, info_name="md2", parent=context)
         words = command.make_parser(context).parse_args(list(words))[1]
-        if not words:
+        if not words or words[0].isupper():
             return
         assert words[0] in command.commands, f"no command {words[0]}"
         command, words = command.commands[words[0]], words[1:]

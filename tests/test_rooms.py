@@ -1,4 +1,4 @@
-"""The rule of the house: which folder may import which, and how full a folder may be."""
+"""House rules: which folder may import which, how many files a folder may hold."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Names of the modules of this project that a file imports, at its top or inside a function."""
+    """Modules of this project that a file imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -81,7 +81,7 @@ MODULES = modules()
 
 
 def unit(module: str) -> str:
-    """What stands for a module in LAYERS: its folder, or itself if it lies right in a room."""
+    """Entry of a module in LAYERS: its folder, or the module itself if it lies directly in a room."""
     return ".".join(module.split(".")[:2])
 
 
