@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from prep.options import make_content
 from prep.packing.pack import pack
 from prep.packing.plan import make_plan
-from prep.raw.drives import Kitti
-from prep.raw.sources import RawData
+from prep.raw.files import RawData
+from prep.raw.kitti import Kitti
 from prep.raw.splits import read_split
+from prep.request import make_content
 from prep.synthetic import write_drives
 from prep.workers import start_workers
 from shards.dataset import LocalDataset, open_dataset, write_dataset

@@ -27,13 +27,13 @@ from PIL import Image
 
 from bench.data import raw_tree
 from bench.machine import busy, processor, versions
-from prep.options import make_content
 from prep.packing.encode import ImageFormat, encode
 from prep.packing.pack import pack
 from prep.packing.plan import make_plan
-from prep.raw.drives import Kitti
-from prep.raw.sources import RawData
+from prep.raw.files import RawData
+from prep.raw.kitti import Kitti
 from prep.raw.splits import read_split
+from prep.request import make_content
 from prep.workers import start_workers
 
 SIZE = (640, 192)

@@ -163,6 +163,9 @@ class _Packing:
     def advance(self, count: int) -> None:
         self._bar.update(self._task, advance=count)
 
+    def note(self, text: str) -> None:
+        warn(f"note: {text}")
+
 
 def _model_and_dataset(paths: list[str], predictions: Path | None) -> tuple[str | None, str]:
     wanted = 1 if predictions is not None else 2

@@ -33,12 +33,12 @@ def odometry(
     """Predict the trajectory of a sequence; with ground truth, measure the error on 5-frame snippets."""
     from md2.inference.inputs import require_model
     from prep.evaluation import is_packed
-    from prep.raw.calibration import read_poses
-    from prep.raw.sequence import open_sequence
+    from prep.raw.kitti import open_sequence
+    from prep.raw.poses import read_poses
 
     require_model(model)
     packed = is_packed(source)
-    truth = read_poses(str(poses), poses.read_bytes()) if poses is not None else None
+    truth = read_poses(poses) if poses is not None else None
 
     from md2.evaluation.run_odometry import OdometryOptions, run_odometry
     from md2.inference.predictor import load

@@ -14,7 +14,7 @@ import typer
 from rich.progress import Progress, TaskID
 from typer.core import TyperCommand
 
-from cli.console import console, progress_bar
+from cli.console import progress_bar, say, warn
 from shards.errors import INCOMPLETE
 from shards.manifest import REPORT
 from shards.sample import DEPTH
@@ -34,6 +34,10 @@ class PrepCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+_HOW = ("part", "workers", "scheduler", "scratch", "check", "on_error")
+"""Options that say how the work is done; the others say what the dataset holds."""
+
+
 def prep(
     split: Annotated[
         str | None,
@@ -45,7 +49,8 @@ def prep(
         Literal["kitti", "folder"], typer.Option(help="kitti, or your own drives: frames and a camera.yaml.")
     ] = "kitti",
     raw: Annotated[
-        list[str], typer.Option(help="Folder of drives, folder of KITTI's zips, or base URL; repeat to mix.")
+        list[str],
+        typer.Option(help="Folder of drives, folder of KITTI's zips, one zip, or base URL; repeat to combine several."),
     ] = ["./kitti_data"],  # noqa: B006  (typer copies it)
     out: Annotated[
         str | None, typer.Option(help="Folder or URL of the dataset (default: ./kitti_shards/SPLIT).")
@@ -55,9 +60,9 @@ def prep(
         str | None, typer.Option(metavar="N,N,...", help="Frame offsets (default: 0,-1,1; 0 for Eigen's test splits).")
     ] = None,
     stereo: Annotated[
-        bool | None, typer.Option("--stereo/--no-stereo", help="The other camera's image (default: yes).")
+        bool | None, typer.Option("--stereo/--no-stereo", help="Pack the other camera's image (default: yes).")
     ] = None,
-    depth: Annotated[bool, typer.Option("--depth/--no-depth", help="Ground truth where there is some.")] = True,
+    depth: Annotated[bool, typer.Option("--depth/--no-depth", help="Pack ground truth if present.")] = True,
     depth_source: Annotated[
         Literal["velodyne", "improved"] | None,
         typer.Option(help="Scans, or the depth benchmark's maps (default: velodyne; improved for eigen_benchmark)."),
@@ -79,87 +84,76 @@ def prep(
         Literal["420", "444"] | None,
         typer.Option(help="Colour resolution of JPEGs: smoothed and halved, or full (default: 420)."),
     ] = None,
-    part: Annotated[list[str] | None, typer.Option(help="Only this part of the split; repeat for several.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many lines of each part.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
-    shard_mb: Annotated[int, typer.Option(help="Size of a shard, MiB (at most 1000 samples).")] = 256,
+    part: Annotated[
+        list[str] | None, typer.Option(help="Pack only this part of the split; repeat for several.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of lines to take of each part (default: all).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
+    shard_mb: Annotated[int, typer.Option(help="Size of a shard in MiB (at most 1000 samples).")] = 256,
     splits: Annotated[Path | None, typer.Option(help="Folder that holds splits by name.")] = None,
     download: Annotated[
         str | None,
         typer.Option(metavar="[URL]", help="Read what --raw lacks from KITTI's public archive, or from URL."),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes on this machine; 0: one per core.")] = 0,
-    scheduler: Annotated[str | None, typer.Option(metavar="tcp://HOST:PORT", help="Work on a dask cluster.")] = None,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Pack files that links in --raw lead to outside of it.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Number of processes on this machine; 0: one per core.")] = 0,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="tcp://HOST:PORT", help="Let a dask cluster do the work.")
+    ] = None,
     scratch: Annotated[
         Path | None,
         typer.Option(
-            help="Where to make the folder for unfinished work (default: beside the dataset; in MD2_CACHE for a URL)."
+            help="Parent of the folder for unfinished work (default: beside the dataset; for a URL MD2_CACHE)."
         ),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Report what is there and what is missing; pack nothing.")
+        bool, typer.Option("--check", help="Report what is present and what is missing; pack nothing.")
     ] = False,
     on_error: Annotated[
-        Literal["stop", "skip"], typer.Option(help="At broken input: stop, or leave its samples out and list them.")
+        Literal["stop", "skip"], typer.Option(help="At broken input: stop, or leave out its samples and list them.")
     ] = "stop",
 ) -> None:
-    """Pack raw KITTI into tar shards, each frame decoded and resized once. Run it again after a crash: it goes on.
+    """Pack raw KITTI into tar shards; each frame is decoded and resized once. After a crash, run it again: it resumes.
 
     Exit code 4: done, but some of the split's lines gave no sample (missing frames); report.json lists them.
     """
+    asked = {name: value for name, value in locals().items() if name not in _HOW}
     from prep.check import check as check_plan
     from prep.check import format_check
-    from prep.job import make_job
     from prep.packing.pack import pack, scratch_folder
+    from prep.request import make_request
     from prep.workers import start_workers
 
-    job = make_job(
-        dataset=dataset,
-        split=split,
-        splits=splits,
-        raw=raw,
-        download=download,
-        out=out,
-        size=size,
-        frames=frames,
-        stereo=stereo,
-        depth=depth,
-        depth_source=depth_source,
-        depth_convention=depth_convention,
-        codec=codec,
-        quality=quality,
-        chroma=chroma,
-        seed=seed,
-        limit=limit,
-        shard_mb=shard_mb,
-    )
+    request = make_request(**asked)
     with _bar() as bar:
-        bar.phase("looking at drives", job.drives(part), "drives")
+        bar.phase("looking at drives", request.drives(part), "drives")
         # A check lists what is broken beside what is missing.
-        plan = job.plan("skip" if check else on_error, part, progress=lambda drive: bar.advance(1))
+        plan = request.plan("skip" if check else on_error, part, progress=lambda drive: bar.advance(1))
         if check:
             bar.stop()
-            report = check_plan(plan, job.lists)
-            console.print(format_check(report), highlight=False, soft_wrap=True, markup=False)
+            report = check_plan(plan, request.lists)
+            _say(format_check(report))
             sys.exit(0 if report.complete else INCOMPLETE)
-        job.refuse_empty(plan)
+        request.refuse_empty(plan)
         with start_workers(workers or len(os.sched_getaffinity(0)), scheduler) as pool:
             packed = pack(
                 plan,
-                job.lists,
-                job.out,
-                scratch_folder(job.out, scratch),
+                request.lists,
+                request.out,
+                scratch_folder(request.out, scratch),
                 pool,
                 skip_broken=on_error == "skip",
                 progress=bar,
             )
-    _tell(packed, job.out)
-    if packed.skipped:
+    _summarise(packed, request.out)
+    if any(skip.wanted for skip in packed.skipped):
         sys.exit(INCOMPLETE)
 
 
 class _Bar:
-    """One line a phase: how many a second, time left."""
+    """One progress bar a phase, with rate and time left."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
@@ -180,6 +174,9 @@ class _Bar:
         if self._progress is not None:
             self._progress.update(self._task, advance=count, rate=rate)
 
+    def note(self, text: str) -> None:
+        warn(f"note: {text}")
+
     def stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()
@@ -195,7 +192,12 @@ def _bar() -> Iterator[_Bar]:
         bar.stop()
 
 
-def _tell(packed: Packed, asked: str) -> None:
+def _say(text: str) -> None:
+    for line in text.splitlines():
+        say(line)
+
+
+def _summarise(packed: Packed, asked: str) -> None:
     from prep.packing.pack import summary
     from shards.storage import open_storage
 
@@ -203,16 +205,18 @@ def _tell(packed: Packed, asked: str) -> None:
     parts = ", ".join(f"{manifest.samples(part)} {part}" for part in manifest.parts)
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     state = "was there already" if packed.already else "packed"
-    lines = [f"{packed.url}: {state}: {parts} samples, {len(manifest.shards)} shards, {size:.1f} MB"]
+    say(f"{packed.url}: {state}: {parts} samples, {_count(len(manifest.shards), 'shard')}, {size:.1f} MB")
     if packed.url != open_storage(asked).url:
-        lines.append(f"another dataset is at {asked}, and stays as it is")
+        say(f"another dataset is at {asked}, and stays as it is")
     if manifest.optional_components:
         optional = ", ".join(f"{count} with {name}" for name, count in manifest.optional_components.items())
-        lines.append(f"not in every sample: {optional}")
+        say(f"not in every sample: {optional}")
     if manifest.depth is not None and DEPTH not in {*manifest.components, *manifest.optional_components}:
-        lines.append(f"no sample has ground truth: no {manifest.depth.source} data for these frames at --raw")
+        say(f"no sample has ground truth: no {manifest.depth.source} data for these frames at --raw")
     if packed.skipped:
-        lines.append(
-            f"{len(packed.skipped)} lines left out: {summary(packed.skipped)}; all of them in {packed.url}/{REPORT}"
-        )
-    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+        number = _count(len(packed.skipped), "line")
+        say(f"{number} left out: {summary(packed.skipped)}; all of them in {packed.url}/{REPORT}")
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

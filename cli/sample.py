@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cli.console import console, progress_bar
+from cli.console import progress_bar, say
 from shards.errors import UsageError
 
 
 def sample(
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    drives: Annotated[int, typer.Option(help="Streets; the last of several is for validation and test.")] = 2,
+    drives: Annotated[int, typer.Option(help="Number of streets; the last of several is for validation and test.")] = 2,
     frames: Annotated[int, typer.Option(help="Images per camera and drive, about a metre apart.")] = 60,
     size: Annotated[str, typer.Option(metavar="WxH", help="Size of the images in pixels.")] = "416x128",
     seed: Annotated[int, typer.Option(help="Same seed, same bytes; another seed, other streets.")] = 0,
     lidar: Annotated[bool, typer.Option("--lidar/--no-lidar", help="Also write velodyne scans.")] = True,
-    workers: Annotated[int, typer.Option(help="Processes that render; 0: one per core.")] = 0,
+    workers: Annotated[int, typer.Option(help="Number of processes that render; 0: one per core.")] = 0,
 ) -> None:
     """Write synthetic drives in KITTI's raw layout: a street ray-cast with exact geometry, and its true depth.
 
@@ -44,15 +45,13 @@ def sample(
             workers=workers or len(os.sched_getaffinity(0)),
             progress=advance,
         )
-    console.print(
-        f"{out}: {len(written.drives)} drive(s) of {frames} frames", highlight=False, soft_wrap=True, markup=False
-    )
-    command = shlex.join(["md2", "prep", "--split", str(written.split), "--raw", str(out)])
-    console.print(command, highlight=False, soft_wrap=True, markup=False)
+    word = "drive" if len(written.drives) == 1 else "drives"
+    say(f"{out}: {len(written.drives)} {word} of {frames} frames")
+    say(shlex.join(["md2", "prep", "--split", str(written.split), "--raw", str(out)]))
 
 
 def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
+    match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
+    if match is None:
         raise UsageError(f"--size {text}: give width and height in pixels, for example 416x128")
-    return int(width), int(height)
+    return int(match[1]), int(match[2])

@@ -7,37 +7,40 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from prep.packing.encode import encode_image
-from prep.packing.plan import BROKEN_DRIVE, Content, Plan
+from prep.packing.plan import BROKEN_DRIVE, Content, PackingPlan
 from prep.raw.calibration import other
-from prep.raw.sources import read
-from prep.raw.splits import Side, SplitLists
+from prep.raw.files import PUBLIC_ARCHIVE, read
+from prep.raw.splits import CameraSide, SplitLists
 from prep.raw.velodyne import points_in_view, project, read_scan
 from shards.errors import SampleError
 
 _BYTES_PER_PIXEL = {"jpeg": 0.68, "png": 1.8, "ppm": 3.0}
-"""Of KITTI's frames at 640x192 (JPEG as packed by default), where there is no frame to measure."""
+"""Of KITTI's frames at 640x192 (JPEG as packed by default), used if there is no frame to measure."""
 _DEPTH_BYTES = 56_000
 _NATIVE = (1242, 375)
 _OVERHEAD = 8 * 1024
 """Tar headers, padding and the small components of a sample."""
 _TRIED = 6
 _SHOWN = 20
+_SHOWN_DRIVES = 4
 
 
 @dataclass
 class Check:
-    """Counts of what the split's lines need and what is there.
+    """What the split's lines need, and what is present.
 
     Attributes:
-        lines: split lines looked at; samples: those that can be packed, by part.
-        images: unique raw images that all lines need; images_present: how many are there.
+        lines: number of split lines looked at; samples: those that can be packed, by part.
+        images: number of unique raw images that all lines need; images_present: how many of them are present.
         samples_with_depth: of the samples, those with ground truth.
-        read_bytes: of what is there, to pack `samples`.
-        shard_bytes: estimated size of the shards from what is there.
+        read_bytes: bytes to read to pack `samples`.
+        shard_bytes: estimated size of the shards.
         whole_shard_bytes: the same if nothing was missing.
-        scratch_bytes: estimated size of the scratch folder at its fullest, from what is there.
+        scratch_bytes: estimated size of the scratch folder at its fullest.
         measured: whether the estimate is from frames of this data, or from KITTI's usual figures.
-        broken: what is there but broken: lines that are none, drives, and frames that were tried while measuring.
+        broken: malformed lines, broken drives, and broken frames found while measuring.
+        notes: odd data that can be packed.
+        complete: whether every line gives a sample that can; drives' ends cannot.
     """
 
     drives: int
@@ -54,21 +57,19 @@ class Check:
     scratch_bytes: int
     measured: bool
     broken: list[str] = field(default_factory=list)
-
-    @property
-    def complete(self) -> bool:
-        return not self.skipped_by_reason
+    notes: list[str] = field(default_factory=list)
+    complete: bool = True
 
 
-def check(plan: Plan, lists: SplitLists) -> Check:
-    """Count, and estimate the dataset's size from a few frames that are encoded for it.
+def check(plan: PackingPlan, lists: SplitLists) -> Check:
+    """Count what is needed and present, and estimate the dataset's size from a few frames, which are encoded for it.
 
     Raises:
         StorageError: the network failed while frames were fetched.
     """
     content = plan.content
     lines = [line for part in plan.samples for line in lists.parts[part][: content.limit]]
-    needed: set[tuple[str, int, Side]] = set()
+    needed: set[tuple[str, int, CameraSide]] = set()
     for line in lines:
         needed.update((line.drive, line.frame + offset, line.side) for offset in content.frames)
         if content.stereo:
@@ -98,10 +99,12 @@ def check(plan: Plan, lists: SplitLists) -> Check:
         scratch_bytes=plan.images * image + with_depth * depth,
         measured=measured,
         broken=broken + broken_frames,
+        notes=plan.notes,
+        complete=not any(skip.wanted for skip in plan.skipped),
     )
 
 
-def _present(plan: Plan, drive: str, frame: int, side: Side) -> bool:
+def _present(plan: PackingPlan, drive: str, frame: int, side: CameraSide) -> bool:
     found = plan.found.get(drive)
     return found is not None and frame in found.images[side]
 
@@ -111,21 +114,23 @@ def _usual_image_bytes(content: Content) -> int:
     return int(width * height * _BYTES_PER_PIXEL[content.format.codec])
 
 
-def _measure(plan: Plan) -> tuple[int | None, int | None, list[str]]:
-    """Mean encoded bytes of an image and of a depth map, of a few moments spread over the plan."""
-    moments = [(name, instant) for name, instants in sorted(plan.instants.items()) for instant in instants]
+def _measure(plan: PackingPlan) -> tuple[int | None, int | None, list[str]]:
+    """Mean encoded bytes of an image and of a depth map, from a few time steps spread over the plan; broken frames."""
+    steps = [(name, step) for name, steps in sorted(plan.time_steps.items()) for step in steps]
     images, maps, broken = [], [], list[str]()
-    for name, instant in moments[:: max(1, len(moments) // _TRIED)][:_TRIED]:
-        rig = plan.drives[name].rig
+    for name, time_step in steps[:: max(1, len(steps) // _TRIED)][:_TRIED]:
+        calibration = plan.drives[name].calibration
         try:
-            side, ref = next(iter(instant.images.items()))
-            data, native = encode_image(read(ref), ref, rig.size, plan.content.format)
+            side, ref = next(iter(time_step.images.items()))
+            data, native = encode_image(read(ref), ref, calibration.size, plan.content.format, plan.drives[name].levels)
             images.append(len(data))
-            if instant.scan is not None and side in instant.depth_sides:
-                matrix = rig.lidar_projection(side)
-                points = points_in_view(read_scan(read(instant.scan), instant.scan.place), [matrix], native[0])
-                maps.append(len(project(points, matrix, native).png()))
-            maps += [ready.size for ready in instant.depth_maps.values()]
+            scan = time_step.scan
+            if scan is not None and side in time_step.depth_sides:
+                matrix = calibration.lidar_projection(side)
+                points = read_scan(read(scan), scan.place, time_step.typical_scan)
+                seen = points_in_view(points, [matrix], native[0])
+                maps.append(len(project(seen, matrix, native).png()))
+            maps += [ready.size for ready in time_step.depth_maps.values()]
         except SampleError as error:
             broken.append(str(error))
     return _mean(images), _mean(maps), broken
@@ -137,7 +142,7 @@ def _mean(values: Iterable[int]) -> int | None:
 
 
 def format_check(report: Check) -> str:
-    """Lines for people."""
+    """The report as lines of text."""
     total = sum(report.samples.values())
     parts = ", ".join(f"{count:,} {part}" for part, count in report.samples.items())
     found = report.drives - len(report.missing_drives)
@@ -153,13 +158,18 @@ def format_check(report: Check) -> str:
         f"to read  {_size(report.read_bytes)}",
         f"shards   about {_size(report.shard_bytes)}, {basis}",
         f"         about {_size(report.whole_shard_bytes)} if nothing were missing",
-        f"scratch  about {_size(report.scratch_bytes)} and one shard for each worker",
+        f"scratch  about {_size(report.scratch_bytes)}, and one shard for each worker",
     ]
     lines += [f"broken   {message}" for message in report.broken[:_SHOWN]]
     if len(report.broken) > _SHOWN:
         lines.append(f"         and {len(report.broken) - _SHOWN:,} more")
+    lines += [f"note     {note}" for note in report.notes[:_SHOWN]]
     if report.missing_drives:
-        lines.append("missing  " + " ".join(report.missing_drives))
+        more = len(report.missing_drives) - _SHOWN_DRIVES
+        names = " ".join(report.missing_drives[:_SHOWN_DRIVES])
+        lines.append(f"missing  {names}" + (f" and {more:,} more drives" if more > 0 else ""))
+        if "/" in report.missing_drives[0] or report.missing_drives[0].isdecimal():
+            lines.append(f"         put them at --raw, or give --download to read them from {PUBLIC_ARCHIVE}")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Raw KITTI as an evaluation wants it: one part of a split, targets and ground truth only, lossless, cached.
 
-`md2 eval MODEL RAW --split eigen` packs what it needs once, into the user's cache, and evaluates that: there is
+`md2 eval MODEL RAW --split eigen` packs what it needs once, into the user's cache, and evaluates that. So there is
 one path from raw files to numbers, whether the shards were published or made a moment ago.
 """
 
@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prep.options import make_content, refuse_empty
+from prep.packing.encode import SCRATCH_ADVICE, versions
 from prep.packing.pack import Packed, Progress, pack, scratch_folder
-from prep.packing.plan import Plan, make_plan
-from prep.packing.versions import versions
-from prep.raw.drives import Kitti
-from prep.raw.sources import RawData
+from prep.packing.plan import PackingPlan, make_plan
+from prep.raw.files import RawData
+from prep.raw.kitti import Kitti
 from prep.raw.splits import SplitLine, SplitLists
+from prep.request import make_content, refuse_empty
 from prep.workers import start_workers
-from shards.errors import InputError, UsageError
+from shards.errors import InputError, StorageError, UsageError
 from shards.files import cache_folder
 from shards.publish import read_manifest
 from shards.storage import open_storage
@@ -50,7 +50,7 @@ def evaluation_part(lists: SplitLists, part: str | None) -> str:
 
 
 def line_keys(lists: SplitLists, part: str) -> list[str]:
-    """Sample key of each line of a part, in the list's order: which image is which in saved predictions."""
+    """Sample key of each line of a part, in the list's order: the order of saved predictions."""
     return [line_key(line) for line in lists.parts[part]]
 
 
@@ -70,22 +70,23 @@ def pack_for_evaluation(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Packed:
-    """Pack one part's targets and ground truth into the cache; found there again if nothing has changed.
+    """Pack one part's targets and ground truth into the cache, unless it holds them already.
 
     Args:
         raw: folders or URLs, as for `md2 prep --raw`.
         size: width and height of the networks that will see the images.
-        cache: instead of the user's.
+        cache: folder to use instead of the user's cache.
         workers: processes; None: one per core.
 
     Raises:
-        InputError: none of the part's drives is there, none of its images has ground truth, or a file is broken.
+        InputError: none of the part's drives has data, none of its images has ground truth, or a file is broken.
         StorageError: the cache cannot be written.
     """
     # Lossless: the networks see what a resize of the original gives, as in the published evaluation.
     content = make_content(lists, size=f"{size[0]}x{size[1]}", frames="0", stereo=False, codec="png")
-    plan = make_plan(lists, Kitti(RawData(list(raw)), content.depth), content, parts=[part])
-    refuse_empty(plan, list(raw))
+    data = RawData(list(raw), follow_links=True)  # nothing is published
+    plan = make_plan(lists, Kitti(data, content.depth), content, parts=[part])
+    refuse_empty(plan, data)
     if not any(sample.depth for samples in plan.samples.values() for sample in samples):
         expected = {
             "improved": "data_depth_annotated.zip, or its folders train and val (DRIVE/proj_depth/groundtruth)",
@@ -96,12 +97,20 @@ def pack_for_evaluation(
             f"{expected.get(content.depth or '', 'depth')}; name another place that has it with --raw"
         )
     folder = (cache or cache_folder() / "evaluation") / _identity(raw, lists, plan)
-    with start_workers(workers or len(os.sched_getaffinity(0))) as pool:
-        return pack(plan, lists, str(folder), scratch_folder(str(folder)), pool, progress=progress)
+    published = read_manifest(open_storage(str(folder))) if folder.is_dir() else None
+    if published is not None:  # the folder's name says that nothing has changed; it may be another user's
+        return Packed(str(folder), published.manifest, plan.skipped, already=True)
+    try:
+        with start_workers(workers or len(os.sched_getaffinity(0))) as pool:
+            return pack(plan, lists, str(folder), scratch_folder(str(folder)), pool, progress=progress)
+    except StorageError as error:
+        advice = "set MD2_CACHE to another folder"
+        text = str(error).replace(f"give another --out, or {SCRATCH_ADVICE}", advice).replace(SCRATCH_ADVICE, advice)
+        raise StorageError(text) from error
 
 
-def _identity(raw: Sequence[str], lists: SplitLists, plan: Plan) -> str:
-    """Folder name: what the bytes depend on, as far as it can be known without reading the raw files."""
+def _identity(raw: Sequence[str], lists: SplitLists, plan: PackingPlan) -> str:
+    """Folder name: hash of what the bytes depend on, as far as that is known without reading the raw files."""
     where = [str(Path(url).resolve()) if Path(url).exists() else url for url in raw]
     known = (where, lists.sha256, asdict(plan.content), plan.samples_sha256, plan.input_bytes, versions())
     return f"{lists.name}_{hashlib.sha256(repr(known).encode()).hexdigest()[:16]}"

@@ -32,12 +32,12 @@ _KEPT_BYTES = 32 << 20
 PATIENCE = 3.0
 """Seconds after which a further Ctrl-C no longer waits for the jobs under way."""
 _AHEAD = 2
-"""Jobs under way or waiting for each worker: none ever waits for the main process, and few are in memory."""
+"""Jobs under way or queued for each worker: no worker waits for the main process, and few jobs are in memory."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """An executor and how many jobs it does at a time."""
+    """An executor and the number of jobs that it runs at a time."""
 
     executor: Executor
     count: int
@@ -57,11 +57,11 @@ class InProcess(Executor):
 
 @contextmanager
 def start_workers(count: int = 1, scheduler: str | None = None) -> Iterator[Workers]:
-    """Workers for the time of a `with` block; they end with it, and with this process however it ends.
+    """Start workers for a `with` block; they end with it, and with this process however that ends.
 
     Args:
-        count: processes on this machine; 1 works in this process.
-        scheduler: address of a dask scheduler to use instead.
+        count: number of processes on this machine; 1: this process does the work.
+        scheduler: address of a dask scheduler, whose workers are used instead.
 
     Raises:
         UsageError: a count below 1; dask is not installed; no scheduler answers.
@@ -74,7 +74,7 @@ def start_workers(count: int = 1, scheduler: str | None = None) -> Iterator[Work
     elif count == 1:
         yield Workers(InProcess(), 1)
     else:
-        # Not fork: the threads of fsspec's event loop would not come along, their locks would.
+        # Not fork: it copies the locks of fsspec's event loop, but not the threads that hold them.
         context = multiprocessing.get_context("spawn")
         with _interrupts() as ending, _Pool(count, mp_context=context, initializer=_begin_worker) as pool:
             try:
@@ -85,7 +85,7 @@ def start_workers(count: int = 1, scheduler: str | None = None) -> Iterator[Work
 
 
 class _Pool(ProcessPoolExecutor):
-    """Processes that Ctrl-C never reaches, not even before their first line of Python."""
+    """Worker processes that ignore Ctrl-C from their first instruction on."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a new process inherits
@@ -97,11 +97,11 @@ class _Pool(ProcessPoolExecutor):
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Until the event is set, Ctrl-C raises KeyboardInterrupt as ever; from then on it waits for the end.
+    """Until the event is set, Ctrl-C raises KeyboardInterrupt as usual; from then on it is noted for the end.
 
     An interrupted pool ends by itself once the jobs under way are finished, in a second or two. An exception in the
-    middle of that, or a process killed, leaves its thread half ended, to stall or to trip Python at exit. If it takes
-    longer, a further Ctrl-C ends this process where it stands, and the workers with it.
+    middle of that, or a killed process, leaves the pool's thread half ended, to stall or to trip Python at exit. If it
+    takes longer, a further Ctrl-C ends this process at once, and the workers with it.
     """
     ending = threading.Event()
     pressed: float | None = None
@@ -116,7 +116,7 @@ def _interrupts() -> Iterator[threading.Event]:
         elif time.monotonic() - pressed > PATIENCE:
             os._exit(128 + number)
 
-    # Only the main thread is interrupted, and only where nobody has asked for something else.
+    # Only in the main thread, and only if nobody has set another handler.
     if threading.current_thread() is not threading.main_thread() or (
         signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     ):
@@ -138,7 +138,7 @@ def _begin_worker() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Use memory again instead of giving it back after each frame: glibc asks for 200 fresh pages a frame else."""
+    """Keep freed memory: by default glibc returns it after each frame and asks for 200 fresh pages for the next."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
@@ -171,12 +171,12 @@ def _dask(scheduler: str) -> Iterator[Workers]:
 
 
 def run(workers: Workers, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-    """Results of `work` over the jobs, as they come; few jobs are taken from `jobs` ahead of time.
+    """Results of `work` over the jobs, in the order of completion; few jobs are taken from `jobs` ahead of time.
 
-    An error of a job stops it: what was not begun is cancelled, and the error raised.
+    The first error of a job is raised, and jobs that have not begun are cancelled.
 
     Raises:
-        Md2Error: a worker process died.
+        Md2Error: a worker process died, ran out of memory, or could not be started.
     """
     pending: set[Future[Result]] = set()
     try:
@@ -192,6 +192,12 @@ def run(workers: Workers, work: Callable[[Job], Result], jobs: Iterable[Job]) ->
         raise Md2Error(
             "a worker process died (out of memory?); try fewer --workers; run the same command again"
         ) from error
+    except MemoryError as error:
+        raise Md2Error("out of memory; try fewer --workers, then run the same command again") from error
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        raise Md2Error("no thread can be started (a limit on processes?); try fewer --workers") from error
     finally:
         for future in pending:
             future.cancel()

@@ -115,12 +115,12 @@ def dataset(drive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Read-only, packed once a session.
     """
-    from prep.options import make_content
     from prep.packing.pack import pack
     from prep.packing.plan import make_plan
-    from prep.raw.drives import Kitti
-    from prep.raw.sources import RawData
+    from prep.raw.files import RawData
+    from prep.raw.kitti import Kitti
     from prep.raw.splits import read_split
+    from prep.request import make_content
     from prep.workers import start_workers
 
     folder = tmp_path_factory.mktemp("dataset")

@@ -30,8 +30,8 @@ LAYERS = {
         "prep.workers",
         "prep.synthetic prep.raw",
         "prep.packing",
-        "prep.options",
-        "prep.job prep.evaluation prep.check",
+        "prep.request",
+        "prep.evaluation prep.check",
     ],
     "md2": [
         "md2.config md2.geometry md2.visualize",

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from prep.packing.plan import Plan, PlannedSample, Skipped, component_sources
-from prep.packing.scratch import Blob, ChunkReader, read_chunk_index
-from prep.raw.drives import Drive
-from prep.raw.splits import Side
+from prep.packing.encode import SCRATCH_ADVICE, Extent, read_chunk
+from prep.packing.plan import PackingPlan, PlannedSample, Skipped, component_sources
+from prep.raw.kitti import Drive
+from prep.raw.splits import CameraSide
+from prep.raw.text import printable
 from shards.dataset import SAMPLES_PER_SHARD, finish_shard, shard_name
 from shards.errors import DatasetError, StorageError
 from shards.manifest import Shard
@@ -36,46 +37,40 @@ SHARD_SPEC = "spec"
 _BLOCK = 512
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """An encoded file: its chunk and where it lies in it."""
-
-    chunk: str
-    blob: Blob
+Key = tuple[str, int, CameraSide]
+"""Drive, frame, side."""
 
 
 @dataclass
 class Encoded:
-    """All encoded files of a plan: (drive, frame, side) -> place; native (width, height) of images; what is broken."""
+    """All encoded files of a plan: where they lie, native (width, height) of images, and what is broken."""
 
-    images: dict[tuple[str, int, Side], Place] = field(default_factory=dict)
-    native: dict[tuple[str, int, Side], tuple[int, int]] = field(default_factory=dict)
-    depth: dict[tuple[str, int, Side], Place] = field(default_factory=dict)
-    broken: dict[tuple[str, str, int, Side], str] = field(default_factory=dict)
+    images: dict[Key, Extent] = field(default_factory=dict)
+    native: dict[Key, tuple[int, int]] = field(default_factory=dict)
+    depth: dict[Key, Extent] = field(default_factory=dict)
+    broken: dict[tuple[str, str, int, CameraSide], str] = field(default_factory=dict)
 
-    def add(self, drive: str, folder: Path, chunk: str) -> None:
+    def add(self, drive: str, folder: Path, name: str) -> None:
         """Take in a finished chunk.
 
         Raises:
-            DatasetError: it is not there, or damaged.
+            DatasetError: it is gone, or damaged.
         """
-        index = read_chunk_index(folder / chunk)
-        if index is None:
-            raise DatasetError(f"{folder / chunk}: scratch file is gone or damaged; run the same command again")
-        for name, (offset, size, crc, width, height) in index["images"].items():
-            key = (drive, *_frame_side(name))
-            self.images[key] = Place(chunk, Blob(offset, size, crc))
-            self.native[key] = (width, height)
-        for name, (offset, size, crc) in index["depth"].items():
-            self.depth[drive, *_frame_side(name)] = Place(chunk, Blob(offset, size, crc))
-        for name, message in index["broken"].items():
-            kind, rest = name.split(" ", 1)
-            self.broken[kind, drive, *_frame_side(rest)] = message
+        chunk = read_chunk(folder / name)
+        if chunk is None:
+            raise DatasetError(f"{folder / name}: scratch file is gone or damaged; run the same command again")
+        for label, extent in chunk.files.items():
+            kind, key = _key(label, drive)
+            (self.images if kind == "image" else self.depth)[key] = extent
+        self.native |= {_key(label, drive)[1]: size for label, size in chunk.sizes.items()}
+        for label, message in chunk.broken.items():
+            kind, key = _key(label, drive)
+            self.broken[kind, *key] = message
 
 
-def _frame_side(name: str) -> tuple[int, Side]:
-    frame, side = name.split(" ")
-    return int(frame), "l" if side == "l" else "r"
+def _key(label: str, drive: str) -> tuple[str, Key]:
+    kind, frame, side = label.split(" ")
+    return kind, (drive, int(frame), "l" if side == "l" else "r")
 
 
 @dataclass(frozen=True)
@@ -84,12 +79,12 @@ class SampleJob:
 
     key: str
     small: dict[str, bytes]
-    places: dict[str, Place]
+    encoded: dict[str, Extent]
 
     @property
     def tar_bytes(self) -> int:
         """Bytes that it takes in a tar."""
-        sizes = [len(data) for data in self.small.values()] + [place.blob.size for place in self.places.values()]
+        sizes = [len(data) for data in self.small.values()] + [extent.size for extent in self.encoded.values()]
         return sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in sizes)
 
 
@@ -115,8 +110,8 @@ class ShardJob:
             digest.update(sample.key.encode())
             for name, data in sorted(sample.small.items()):
                 digest.update(f" {name} ".encode() + data)
-            for name, place in sorted(sample.places.items()):
-                digest.update(f" {name} {place.blob.size} {place.blob.crc}".encode())
+            for name, extent in sorted(sample.encoded.items()):
+                digest.update(f" {name} {extent.size} {extent.crc}".encode())
         return digest.hexdigest()
 
 
@@ -129,29 +124,28 @@ def write_shard(job: ShardJob) -> Shard:
     """
     tar = job.folder / "shards" / job.name
     try:
-        with ChunkReader(job.folder) as reader:
-            writer = ShardWriter(tar)
-            try:
-                for sample in job.samples:
-                    large = {name: reader.read(place.chunk, place.blob) for name, place in sample.places.items()}
-                    writer.add(Sample(sample.key, sample.small | large))
-                shard = finish_shard(writer, job.part, job.number)
-            finally:
-                writer.abort()
+        writer = ShardWriter(tar)
+        try:
+            for sample in job.samples:
+                large = {name: extent.read(job.folder) for name, extent in sample.encoded.items()}
+                writer.add(Sample(sample.key, sample.small | large))
+            shard = finish_shard(writer, job.part, job.number)
+        finally:
+            writer.abort()
         job.store.put_shard(shard, tar, writer.index_path, note={SHARD_SPEC: job.spec}, move=True)
     except OSError as error:
         raise StorageError(
-            f"{job.folder}: cannot be used ({error.strerror or error}); free some space or give --scratch DIR, then "
-            "run the same command again: it goes on from here"
+            f"{job.folder}: cannot be used ({error.strerror or error}); free some space or {SCRATCH_ADVICE}, then run "
+            "the same command again: it resumes from here"
         ) from error
     return shard
 
 
-def sample_jobs(plan: Plan, encoded: Encoded, part: str) -> tuple[list[PlannedSample], list[Skipped]]:
-    """The part's samples in packing order, and those that are out because a raw file is broken.
+def sample_jobs(plan: PackingPlan, encoded: Encoded, part: str) -> tuple[list[PlannedSample], list[Skipped]]:
+    """The part's samples in packing order, and those left out because a raw file is broken.
 
     The order is that of a hash of seed and key: a global shuffle that does not depend on the list's order, and in
-    which a sample more or less leaves the others where they are.
+    which one sample more or less leaves the order of the others as it is.
     """
     good, bad = [], []
     for sample in plan.samples[part]:
@@ -165,7 +159,7 @@ def sample_jobs(plan: Plan, encoded: Encoded, part: str) -> tuple[list[PlannedSa
     return good, bad
 
 
-def _problem(sample: PlannedSample, plan: Plan, encoded: Encoded) -> tuple[str, str] | None:
+def _problem(sample: PlannedSample, plan: PackingPlan, encoded: Encoded) -> tuple[str, str] | None:
     for offset in plan.content.offsets:
         message = encoded.broken.get(("image", sample.drive, *sample.image(offset)))
         if message is not None:
@@ -175,7 +169,7 @@ def _problem(sample: PlannedSample, plan: Plan, encoded: Encoded) -> tuple[str, 
 
 
 def cut_shards(
-    plan: Plan,
+    plan: PackingPlan,
     encoded: Encoded,
     part: str,
     samples: list[PlannedSample],
@@ -195,29 +189,31 @@ def cut_shards(
         yield ShardJob(part, number, batch, folder, store)
 
 
-def _sample_job(plan: Plan, encoded: Encoded, sample: PlannedSample) -> SampleJob:
+def _sample_job(plan: PackingPlan, encoded: Encoded, sample: PlannedSample) -> SampleJob:
     content, drive = plan.content, plan.drives[sample.drive]
     key = (sample.drive, sample.frame, sample.side)
     native = encoded.native[key]
     small = {
-        INTRINSICS: drive.rig.intrinsics(sample.side, native, content.format.size or native).astype("<f4").tobytes(),
+        INTRINSICS: drive.calibration.intrinsics(sample.side, native, content.format.size or native)
+        .astype("<f4")
+        .tobytes(),
         META: _meta(plan, sample, drive, native),
     }
     if content.stereo:
-        small[STEREO_TRANSLATION] = np.array(drive.rig.stereo_translation(sample.side), dtype="<f4").tobytes()
-    places = {
+        small[STEREO_TRANSLATION] = np.array(drive.calibration.stereo_translation(sample.side), dtype="<f4").tobytes()
+    files = {
         image_component(offset, content.format.codec): encoded.images[sample.drive, *sample.image(offset)]
         for offset in content.offsets
     }
     if sample.depth:
-        places[DEPTH] = encoded.depth[key]
-    return SampleJob(sample.key, small, places)
+        files[DEPTH] = encoded.depth[key]
+    return SampleJob(sample.key, small, files)
 
 
-def _meta(plan: Plan, sample: PlannedSample, drive: Drive, native: tuple[int, int]) -> bytes:
+def _meta(plan: PackingPlan, sample: PlannedSample, drive: Drive, native: tuple[int, int]) -> bytes:
     """`meta.json`: where the sample comes from; for odometry also the target camera's pose, 3x4 row-major, metres."""
     meta: dict[str, Any] = {
-        "drive": sample.drive,
+        "drive": printable(sample.drive),
         "frame": sample.frame,
         "side": sample.side,
         "native_size": native,
@@ -228,7 +224,7 @@ def _meta(plan: Plan, sample: PlannedSample, drive: Drive, native: tuple[int, in
     return json.dumps(meta, sort_keys=True, separators=(",", ":")).encode()
 
 
-def count_components(plan: Plan, packed: dict[str, list[PlannedSample]]) -> Counter[str]:
+def count_components(plan: PackingPlan, packed: dict[str, list[PlannedSample]]) -> Counter[str]:
     """How many of the packed samples have each component."""
     content = plan.content
     total = sum(len(samples) for samples in packed.values())

@@ -4,11 +4,11 @@
     with start_workers(2) as workers:
         result = pack(plan, lists, "kitti_shards/eigen_zhou", scratch, workers)
 
-Every step leaves whole files or none, under names that say what decided their content. So the same call after a
-SIGKILL goes on: chunks and shards that are there are not made again, and the dataset's bytes are those of an
+Every step leaves whole files or none, under names that say what decided their content. So the same call resumes
+after a SIGKILL: chunks and shards that exist are not made again, and the dataset's bytes are those of an
 uninterrupted run, whatever the number of workers or the engine that runs them.
 
-Bounds: memory about 75 MB a worker besides the interpreter (a few raw instants, one decoded frame) and about 1 kB
+Bounds: memory about 75 MB a worker besides the interpreter (a few raw time steps, one decoded frame) and about 1 kB
 a sample in the main process; scratch holds each needed frame once, encoded, and one shard for each worker. It is
 emptied when the dataset is committed.
 """
@@ -26,11 +26,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import BaseModel, ValidationError
+
 from prep.packing.assemble import SHARD_SPEC, Encoded, ShardJob, count_components, cut_shards, sample_jobs, write_shard
-from prep.packing.encode import ChunkJob, encode_chunk
-from prep.packing.plan import Plan, PlannedSample, Skipped
-from prep.packing.scratch import read_chunk_index
-from prep.packing.versions import versions
+from prep.packing.encode import SCRATCH_ADVICE, ChunkJob, encode_chunk, read_chunk, versions
+from prep.packing.plan import PackingPlan, PlannedSample, Skipped
 from prep.raw.splits import SplitLists
 from prep.workers import Workers, run
 from shards.card import card
@@ -46,17 +46,20 @@ _LOCK = "lock"
 
 
 class Progress(Protocol):
-    """What a long job tells: phases, each with a total in some unit."""
+    """Receives what a long job reports: phases, each with a total in some unit, and remarks."""
 
     def phase(self, label: str, total: int, unit: str) -> None:
         """A phase begins."""
 
     def advance(self, count: int) -> None:
-        """So many more are done."""
+        """`count` more units are done."""
+
+    def note(self, text: str) -> None:
+        """Something that the user should know before the work is done."""
 
 
 class Quiet:
-    """Tells nothing."""
+    """Reports nothing."""
 
     def phase(self, label: str, total: int, unit: str) -> None:
         """Nothing."""
@@ -64,10 +67,13 @@ class Quiet:
     def advance(self, count: int) -> None:
         """Nothing."""
 
+    def note(self, text: str) -> None:
+        """Nothing."""
+
 
 @dataclass(frozen=True)
 class Packed:
-    """A committed dataset: where, what, which lines gave no sample, whether it was there before."""
+    """A committed dataset: where, what, which lines gave no sample, whether it was published before."""
 
     url: str
     manifest: Manifest
@@ -79,10 +85,10 @@ def scratch_folder(out: str, within: Path | None = None) -> Path:
     """Folder for a dataset's unfinished work; it is removed in the end, so it is never a folder of the user's.
 
     Args:
-        within: where to make it; default beside a local dataset, for others in the user's cache.
+        within: its parent; default: beside a local dataset, for others in the user's cache.
     """
     where = str(local_path(out).absolute()) if is_local(out) else out
-    name = hashlib.sha256(where.encode()).hexdigest()[:16]
+    name = hashlib.sha256(where.encode(errors="surrogateescape")).hexdigest()[:16]
     if within is not None:
         return within.absolute() / f"{name}.prep"
     if is_local(out):
@@ -92,7 +98,7 @@ def scratch_folder(out: str, within: Path | None = None) -> Path:
 
 
 def pack(
-    plan: Plan,
+    plan: PackingPlan,
     lists: SplitLists,
     out: str,
     scratch: Path,
@@ -107,16 +113,18 @@ def pack(
         lists: the split that the plan was made from.
         out: folder or URL.
         scratch: folder for unfinished work, of this dataset alone; with workers on other machines they must see it.
-        skip_broken: leave samples with broken raw files out and list them, instead of stopping.
+        skip_broken: leave out samples with broken raw files and list them, instead of stopping.
 
     Raises:
         InputError: no sample can be made; or a raw file is broken, unless `skip_broken`.
         StorageError: scratch or `out` cannot be written, or another run is at work there.
     """
     if plan.total == 0:
-        raise InputError("none of the split's lines can be packed: " + summary(plan.skipped))
+        raise InputError(_nothing(plan, plan.skipped))
     store = open_store(out)
     progress = progress or Quiet()
+    for note in plan.notes:
+        progress.note(note)
     with _locked(scratch):
         identity = _identity(plan, lists)
         receipts = store.begin(identity)
@@ -127,6 +135,8 @@ def pack(
         if store.published is not None:
             shutil.rmtree(scratch, ignore_errors=True)
             return Packed(store.url, store.published, _published_skips(store, plan), already=True)
+        if store.url != store.asked_url:
+            progress.note(f"another dataset is at {store.asked_url} and stays as it is; this one goes to {store.url}")
         jobs = list(plan.jobs(scratch, skip_broken, versions()))
         _encode(jobs, scratch, workers, progress)
         encoded = Encoded()
@@ -140,7 +150,7 @@ def pack(
     return Packed(store.url, manifest, skipped, already=False)
 
 
-def _identity(plan: Plan, lists: SplitLists) -> dict[str, Any]:
+def _identity(plan: PackingPlan, lists: SplitLists) -> dict[str, Any]:
     """Everything that decides the dataset's bytes."""
     return {
         "split": {"name": lists.name, "sha256": lists.sha256},
@@ -153,22 +163,29 @@ def _identity(plan: Plan, lists: SplitLists) -> dict[str, Any]:
 
 @contextmanager
 def _locked(scratch: Path) -> Iterator[None]:
-    """Hold the scratch folder for this process alone; a killed process lets go of it by itself."""
+    """Hold the scratch folder for this process alone; the lock of a killed process ends with it."""
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         lock = (scratch / _LOCK).open("w")
     except OSError as error:
-        raise StorageError(f"{scratch}: cannot be written ({error.strerror or error}); give --scratch DIR") from error
+        raise StorageError(
+            f"{scratch}: cannot be written ({error.strerror or error}); unfinished work lies there, by default beside "
+            f"--out: give another --out, or {SCRATCH_ADVICE}"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StorageError(f"{scratch}: another md2 prep is at work there; wait for it, or stop it") from None
+        except OSError as error:
+            raise StorageError(
+                f"{scratch}: no file locks on this file system ({error.strerror or error}); {SCRATCH_ADVICE} on another"
+            ) from error
         yield
 
 
 def _encode(jobs: list[ChunkJob], scratch: Path, workers: Workers, progress: Progress) -> None:
-    """Make the chunks that are not there yet; remove what earlier runs with other options or input left."""
+    """Make the chunks that do not exist yet; remove what earlier runs with other options or input left."""
     names = {job.name: job for job in jobs}
     for path in scratch.iterdir():
         if path.is_file() and path.name not in names and path.name != _LOCK:
@@ -176,8 +193,8 @@ def _encode(jobs: list[ChunkJob], scratch: Path, workers: Workers, progress: Pro
     progress.phase("encoding frames", sum(job.images for job in jobs), "images")
     missing = []
     for name, job in names.items():
-        index = read_chunk_index(scratch / name)
-        if index is None or index["broken"]:  # what was broken may have been mended
+        chunk = read_chunk(scratch / name)
+        if chunk is None or chunk.broken:  # what was broken may have been mended
             missing.append(job)
         else:
             progress.advance(job.images)
@@ -186,7 +203,7 @@ def _encode(jobs: list[ChunkJob], scratch: Path, workers: Workers, progress: Pro
 
 
 def _assemble(
-    plan: Plan,
+    plan: PackingPlan,
     lists: SplitLists,
     encoded: Encoded,
     store: Store,
@@ -200,7 +217,7 @@ def _assemble(
         packed[part], bad = sample_jobs(plan, encoded, part)
         skipped += bad
     if not any(packed.values()):
-        raise InputError("none of the split's lines can be packed: " + summary(skipped))
+        raise InputError(_nothing(plan, skipped))
     progress.phase("writing shards", sum(map(len, packed.values())), "samples")
 
     shards: list[Shard] = []
@@ -240,7 +257,7 @@ def _assemble(
     return manifest, skipped
 
 
-def report(plan: Plan, manifest: Manifest, skipped: list[Skipped]) -> str:
+def report(plan: PackingPlan, manifest: Manifest, skipped: list[Skipped]) -> str:
     """`report.json`: what was packed, from what, and every split line that gave no sample, with the reason."""
     content = {
         "inputs_sha256": plan.inputs_sha256,
@@ -266,19 +283,36 @@ def summary(skipped: list[Skipped]) -> str:
     return ", ".join(texts)
 
 
-def _published_report(store: Store) -> dict[str, Any]:
-    """The report of the dataset that is there already; empty where there is none."""
+def _nothing(plan: PackingPlan, skipped: list[Skipped]) -> str:
+    """Message if no line gives a sample, with the way out if the right camera is missing altogether."""
+    message = "none of the split's lines can be packed: " + summary(skipped)
+    if plan.content.stereo and not any(drive.images["r"] for drive in plan.found.values()):
+        message += "; there is no right camera (image_03): give --no-stereo to pack without it"
+    return message
+
+
+class _Report(BaseModel):
+    """What is read back of a published `report.json`; of a damaged or foreign one nothing is."""
+
+    inputs_sha256: str | None = None
+    skipped_lines: list[Skipped] | None = None
+
+
+def _published_report(store: Store) -> _Report:
+    """The report of the dataset that is published already; empty if there is none that can be read."""
     text = store.storage.read(REPORT, MAX_MANIFEST_BYTES)
-    content: dict[str, Any] = {} if text is None else json.loads(text)
-    return content
+    try:
+        return _Report() if text is None else _Report.model_validate_json(text)
+    except ValidationError:
+        return _Report()
 
 
 def _packed_from(store: Store) -> str | None:
-    """`Plan.inputs_sha256` of the dataset that is there already, where its report says so."""
-    return _published_report(store).get("inputs_sha256")
+    """`PackingPlan.inputs_sha256` of the dataset that is published already, if its report has it."""
+    return _published_report(store).inputs_sha256
 
 
-def _published_skips(store: Store, plan: Plan) -> list[Skipped]:
-    """What the report of the dataset that is there already lists."""
-    lines = _published_report(store).get("skipped_lines")
-    return plan.skipped if lines is None else [Skipped(**entry) for entry in lines]
+def _published_skips(store: Store, plan: PackingPlan) -> list[Skipped]:
+    """The lines that the report of the published dataset lists."""
+    lines = _published_report(store).skipped_lines
+    return plan.skipped if lines is None else lines

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from prep.packing.encode import ChunkJob, ImageFormat, Instant
+from prep.packing.encode import ChunkJob, ImageFormat, TimeStep
 from prep.raw.calibration import other
-from prep.raw.drives import Drive, Layout
-from prep.raw.splits import BadLine, Side, SplitLine, SplitLists
+from prep.raw.kitti import Drive, Layout
+from prep.raw.splits import BadLine, CameraSide, SplitLine, SplitLists
+from prep.raw.text import printable
 from prep.raw.velodyne import Convention
 from shards.dataset import SHARD_BYTES
 from shards.errors import InputError
@@ -21,8 +22,10 @@ DepthSource = Literal["velodyne", "improved", "dense"]
 OnError = Literal["stop", "skip"]
 
 BROKEN_DRIVE = "broken drive"
-INSTANTS_PER_CHUNK = 24
-"""Moments of a drive in one unit of work: about a second, so that a killed run loses little."""
+DRIVE_END = "drive's end"
+"""Begins the reason of lines whose neighbour lies beyond a drive's or clip's ends: it was never there."""
+TIME_STEPS_PER_CHUNK = 24
+"""Time steps of a drive in one unit of work: a few seconds, so that a killed run loses little."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,11 @@ class Content:
 
     Attributes:
         frames: offsets, 0 first.
-        depth: ground truth to pack where it is present, or None.
+        depth: ground truth to pack if present, or None.
         convention: which depth a lidar point has.
-        seed: of the global shuffle.
-        limit: at most so many lines of each part.
-        shard_bytes: a shard ends once it has so many.
+        seed: seed of the global shuffle.
+        limit: number of lines taken of each part; None: all.
+        shard_bytes: size at which a shard ends.
     """
 
     frames: tuple[int, ...]
@@ -54,45 +57,51 @@ class Content:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A split line that gave no sample. `detail` names the raw file or the drive, independent of where they lie."""
+    """A split line that gave no sample. `detail` names the raw file or the drive, wherever they lie."""
 
     part: str
     line: str
     reason: str
     detail: str
 
+    @property
+    def wanted(self) -> bool:
+        """Whether the line could have given a sample: a drive's ends have no neighbours for anybody."""
+        return not self.reason.startswith(DRIVE_END)
+
 
 @dataclass(frozen=True)
 class PlannedSample:
-    """A sample whose raw files are all there."""
+    """A sample whose raw files are all present."""
 
     key: str
     part: str
     drive: str
     frame: int
-    side: Side
+    side: CameraSide
     depth: bool
 
     @property
     def line(self) -> str:
-        return f"{self.drive} {self.frame} {self.side}"
+        return printable(f"{self.drive} {self.frame} {self.side}")
 
-    def image(self, offset: Offset) -> tuple[int, Side]:
+    def image(self, offset: Offset) -> tuple[int, CameraSide]:
         """Frame and side of one of its images."""
         return (self.frame, other(self.side)) if offset == "s" else (self.frame + offset, self.side)
 
 
 @dataclass
-class Plan:
+class PackingPlan:
     """What will be packed.
 
     Attributes:
         samples: part -> samples, in the lists' order.
         skipped: lines that give no sample.
         drives: by name as in the lists; those that samples come from.
-        found: all drives of the lists that are there.
+        found: all drives of the lists that have data.
         missing_drives: names without data.
-        instants: drive -> moments needed, by frame number.
+        time_steps: drive -> time steps needed, by frame number.
+        notes: what the user should know: odd data that can be packed.
     """
 
     content: Content
@@ -101,7 +110,8 @@ class Plan:
     drives: dict[str, Drive] = field(default_factory=dict)
     found: dict[str, Drive] = field(default_factory=dict)
     missing_drives: list[str] = field(default_factory=list)
-    instants: dict[str, list[Instant]] = field(default_factory=dict)
+    time_steps: dict[str, list[TimeStep]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -110,39 +120,43 @@ class Plan:
     @property
     def images(self) -> int:
         """Unique raw images to decode."""
-        return sum(len(i.images) for instants in self.instants.values() for i in instants)
+        return sum(len(i.images) for time_steps in self.time_steps.values() for i in time_steps)
 
     @property
     def input_bytes(self) -> int:
-        """Bytes to read (packed, where they lie in a zip)."""
-        return sum(ref.transfer for instants in self.instants.values() for i in instants for ref in i.refs())
+        """Bytes to read; of zip members the packed size."""
+        return sum(ref.transfer for time_steps in self.time_steps.values() for i in time_steps for ref in i.refs())
 
     @property
     def samples_sha256(self) -> str:
-        """Hash over the samples and which of them have depth: with other raw data present, another dataset."""
+        """Hash over the samples, which of them have depth, and the poses: with other raw data, another dataset."""
         digest = hashlib.sha256()
         for part, samples in sorted(self.samples.items()):
             for sample in samples:
                 digest.update(f"{part} {sample.key} {sample.depth}\n".encode())
+        for name, drive in sorted(self.drives.items()):
+            if drive.poses is not None:
+                digest.update(f"{name} {hashlib.sha256(drive.poses.tobytes()).hexdigest()}\n".encode())
         return digest.hexdigest()
 
     @property
     def inputs_sha256(self) -> str:
-        """Hash over the KITTI paths and sizes of the raw files: tells files that were mended or converted since."""
+        """Hash over the KITTI paths and sizes of the raw files: it changes if files are mended or converted."""
         digest = hashlib.sha256()
-        for _, instants in sorted(self.instants.items()):
-            for ref in (ref for instant in instants for ref in instant.refs()):
-                digest.update(f"{ref.path} {ref.size}\n".encode())
+        for _, time_steps in sorted(self.time_steps.items()):
+            for ref in (ref for time_step in time_steps for ref in time_step.refs()):
+                digest.update(f"{ref.path} {ref.size}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def jobs(self, folder: Path, skip_broken: bool, versions: str) -> Iterable[ChunkJob]:
         """The work in chunks, drive by drive, in the order of frames."""
-        for name, instants in sorted(self.instants.items()):
-            for start in range(0, len(instants), INSTANTS_PER_CHUNK):
+        for name, time_steps in sorted(self.time_steps.items()):
+            for start in range(0, len(time_steps), TIME_STEPS_PER_CHUNK):
                 yield ChunkJob(
                     drive=name,
-                    instants=tuple(instants[start : start + INSTANTS_PER_CHUNK]),
-                    rig=self.drives[name].rig,
+                    time_steps=tuple(time_steps[start : start + TIME_STEPS_PER_CHUNK]),
+                    calibration=self.drives[name].calibration,
+                    levels=self.drives[name].levels,
                     format=self.content.format,
                     convention=self.content.convention,
                     skip_broken=skip_broken,
@@ -158,11 +172,11 @@ def make_plan(
     on_error: OnError = "stop",
     parts: Iterable[str] | None = None,
     progress: Callable[[str], None] = lambda drive: None,
-) -> Plan:
+) -> PackingPlan:
     """Look up every line's files.
 
-    A frame or drive that is not there leaves its samples out, listed in `skipped`. What is there but broken (a line
-    that is none, a calibration, an archive) stops, or with `on_error="skip"` is listed too.
+    A missing frame or drive leaves its samples out, listed in `skipped`. What is present but broken (a malformed
+    line, a calibration, an archive that is needed) stops, or with `on_error="skip"` is listed, too.
 
     Args:
         parts: only these parts of the split.
@@ -171,23 +185,41 @@ def make_plan(
     Raises:
         InputError: see above; or the split has none of `parts`; or two drives have one key.
     """
-    plan = Plan(content)
+    plan = PackingPlan(content, notes=list(lists.notes))
     chosen = list(lists.parts) if parts is None else list(parts)
     for part in chosen:
         if part not in lists.parts:
             raise InputError(f"split {lists.name} has no part {part!r}; it has {', '.join(lists.parts)}")
         _note_bad_lines(plan, part, lists.bad[part], on_error)
     lines = {part: lists.parts[part][: content.limit] for part in chosen}
+    names = sorted({line.drive for rows in lines.values() for line in rows})
+    broken = _open_drives(plan, layout, names, on_error, progress)
+    for part, rows in lines.items():
+        plan.samples[part] = []
+        for line in rows:
+            problem = _plan_line(plan, part, line, broken)
+            if problem is not None and on_error == "stop":
+                raise InputError(problem)
+            if problem is not None:
+                plan.skipped.append(Skipped(part, line.text, "broken frame", layout.raw.without_place(problem)))
+    _collect_time_steps(plan)
+    return plan
+
+
+def _open_drives(
+    plan: PackingPlan, layout: Layout, names: list[str], on_error: OnError, progress: Callable[[str], None]
+) -> dict[str, str]:
+    """Open the drives into `plan`; returns those that are broken, with the reason."""
     broken: dict[str, str] = {}
     keys: dict[str, str] = {}
-    for name in sorted({line.drive for rows in lines.values() for line in rows}):
+    for name in names:
         progress(name)
         try:
             drive = layout.open(name)
         except InputError as error:
             if on_error == "stop":
                 raise
-            broken[name] = layout.raw.without_place(str(error))
+            broken[name] = printable(layout.raw.without_place(str(error)))
             continue
         if drive is None:
             plan.missing_drives.append(name)
@@ -195,27 +227,25 @@ def make_plan(
             raise InputError(f"drives {twin!r} and {name!r} would both be {drive.key} in the dataset; rename one")
         else:
             plan.found[name] = drive
-    for part, rows in lines.items():
-        plan.samples[part] = []
-        for line in rows:
-            _plan_line(plan, part, line, broken)
-    _collect_instants(plan)
-    return plan
+            plan.notes += drive.notes
+    return broken
 
 
-def _note_bad_lines(plan: Plan, part: str, bad: list[BadLine], on_error: OnError) -> None:
+def _note_bad_lines(plan: PackingPlan, part: str, bad: list[BadLine], on_error: OnError) -> None:
     for line in bad:
         if on_error == "stop":
             raise InputError(f"{line}; correct it, or give --on-error skip")
-        plan.skipped.append(Skipped(part, line.text, "not a split line", line.reason))
+        plan.skipped.append(Skipped(part, printable(line.text), "not a split line", line.reason))
 
 
-def _plan_line(plan: Plan, part: str, line: SplitLine, broken: dict[str, str]) -> None:
+def _plan_line(plan: PackingPlan, part: str, line: SplitLine, broken: dict[str, str]) -> str | None:
+    """Plan a line's sample or note why there is none; returned: the broken zip that should have one of its frames."""
     drive = plan.found.get(line.drive)
+    text = printable(line.text)
     if drive is None:
         reason = BROKEN_DRIVE if line.drive in broken else "missing drive"
-        plan.skipped.append(Skipped(part, line.text, reason, broken.get(line.drive, line.drive)))
-        return
+        plan.skipped.append(Skipped(part, text, reason, broken.get(line.drive, printable(line.drive))))
+        return None
     sample = PlannedSample(
         key=f"{drive.key}_{line.side}_{line.frame:010d}",
         part=part,
@@ -226,10 +256,18 @@ def _plan_line(plan: Plan, part: str, line: SplitLine, broken: dict[str, str]) -
     )
     for offset in plan.content.offsets:
         frame, side = sample.image(offset)
-        if frame not in drive.images[side]:
-            plan.skipped.append(Skipped(part, line.text, _missing(offset), f"{line.drive} {frame} {side}"))
-            return
+        present = frame in drive.images[side]
+        if present and not drive.crosses(line.frame, frame):
+            continue
+        if not present and side in drive.problems:
+            return drive.problems[side]
+        reason = _missing(offset)
+        if offset not in (0, "s") and drive.is_end(line.frame, frame, line.side):
+            reason = f"{DRIVE_END}, no neighbour {offset:+d}"
+        plan.skipped.append(Skipped(part, text, reason, f"{printable(line.drive)} {frame} {side}"))
+        return None
     plan.samples[part].append(sample)
+    return None
 
 
 def _missing(offset: Offset) -> str:
@@ -242,10 +280,10 @@ def _has_depth(drive: Drive, line: SplitLine) -> bool:
     return line.frame in drive.scans or line.frame in drive.depth_maps.get(line.side, {})
 
 
-def _collect_instants(plan: Plan) -> None:
-    """What the samples need of each drive, every raw file once."""
-    images: dict[str, set[tuple[int, Side]]] = {}
-    depth: dict[str, set[tuple[int, Side]]] = {}
+def _collect_time_steps(plan: PackingPlan) -> None:
+    """Collect what the samples need of each drive, every raw file once."""
+    images: dict[str, set[tuple[int, CameraSide]]] = {}
+    depth: dict[str, set[tuple[int, CameraSide]]] = {}
     for sample in (s for samples in plan.samples.values() for s in samples):
         images.setdefault(sample.drive, set()).update(sample.image(o) for o in plan.content.offsets)
         if sample.depth:
@@ -253,18 +291,27 @@ def _collect_instants(plan: Plan) -> None:
     for name, wanted in images.items():
         drive, with_depth = plan.found[name], depth.get(name, set())
         plan.drives[name] = drive
-        plan.instants[name] = [_instant(drive, frame, wanted, with_depth) for frame in sorted({f for f, _ in wanted})]
+        typical = sorted(ref.size for ref in drive.scans.values())[len(drive.scans) // 2] if drive.scans else 0
+        frames = sorted({frame for frame, _ in wanted})
+        plan.time_steps[name] = [_time_step(drive, frame, wanted, with_depth, typical) for frame in frames]
 
 
-def _instant(drive: Drive, frame: int, images: set[tuple[int, Side]], depth: set[tuple[int, Side]]) -> Instant:
-    sides: list[Side] = ["l", "r"]
+def _time_step(
+    drive: Drive,
+    frame: int,
+    images: set[tuple[int, CameraSide]],
+    depth: set[tuple[int, CameraSide]],
+    typical_scan: int,
+) -> TimeStep:
+    sides: list[CameraSide] = ["l", "r"]
     depth_sides = [side for side in sides if (frame, side) in depth]
     ready = {side: drive.depth_maps[side][frame] for side in depth_sides if frame in drive.depth_maps.get(side, {})}
     projected = tuple(side for side in depth_sides if side not in ready)
-    return Instant(
+    return TimeStep(
         frame=frame,
         images={side: drive.images[side][frame] for side in sides if (frame, side) in images},
         scan=drive.scans[frame] if projected else None,
+        typical_scan=typical_scan if projected else 0,
         depth_sides=projected,
         depth_maps=ready,
     )
@@ -275,8 +322,8 @@ def component_sources(sample: PlannedSample, drive: Drive, offsets: Iterable[Off
     sources = {}
     for offset in offsets:
         frame, side = sample.image(offset)
-        sources[f"{offset_name(offset)}.{extension}"] = drive.images[side][frame].path
+        sources[f"{offset_name(offset)}.{extension}"] = printable(drive.images[side][frame].path)
     if sample.depth:
         ready = drive.depth_maps.get(sample.side, {}).get(sample.frame)
-        sources[DEPTH] = (ready or drive.scans[sample.frame]).path
+        sources[DEPTH] = printable((ready or drive.scans[sample.frame]).path)
     return sources

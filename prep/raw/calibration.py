@@ -1,4 +1,4 @@
-"""Camera and lidar calibration of a drive: KITTI raw (one set of files a date), KITTI odometry, your own.
+"""Camera and lidar calibration: KITTI raw (one set of files a date) and KITTI odometry (one file a sequence).
 
 Conventions: camera coordinates x right, y down, z forward, metres; pixel centres at integers. "Rectified"
 coordinates are those of the rectified grey camera 0, which KITTI's P_rect matrices start from.
@@ -8,44 +8,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from prep.raw.splits import Side
+from prep.raw.splits import CameraSide
+from prep.raw.text import decode_text
 from shards.errors import InputError
 
 Matrix = npt.NDArray[np.float64]
 Read = Callable[[str], bytes]
-"""Content of a raw file by its KITTI path; raises InputError where there is none."""
+"""Returns the content of a raw file by its KITTI path; raises InputError if there is no such file."""
 
-CAMERA_NUMBER: dict[Side, str] = {"l": "02", "r": "03"}
+CAMERA_NUMBER: dict[CameraSide, str] = {"l": "02", "r": "03"}
+_WIDEST, _LONGEST = 1 / 20, 20
+"""Bounds of a focal length, in image widths: fields of view of 168 and 2.9 degrees."""
+_NORMALISED = 10
+"""A focal length below this is in image widths, not in pixels."""
 
 
-def other(side: Side) -> Side:
+def other(side: CameraSide) -> CameraSide:
     """The stereo partner's side."""
     return "r" if side == "l" else "l"
 
 
 @dataclass(frozen=True)
-class Rig:
+class StereoCalibration:
     """The calibrated cameras of one drive.
 
     Attributes:
         projection: side -> (3, 4), pixels = projection · rectified point (homogeneous), at native size.
-        size: native (width, height) in pixels; None where the calibration does not say (odometry).
+        size: native (width, height) in pixels; None if the calibration does not say (odometry).
         velodyne: (4, 4), lidar coordinates -> rectified coordinates; None without lidar calibration.
         where: the calibration's files, for messages.
     """
 
-    projection: dict[Side, Matrix]
+    projection: dict[CameraSide, Matrix]
     size: tuple[int, int] | None
     velodyne: Matrix | None
     where: str
 
-    def intrinsics(self, side: Side, native: tuple[int, int], stored: tuple[int, int]) -> npt.NDArray[np.float32]:
-        """fx, fy, cx, cy in pixels of the stored image.
+    def intrinsics(self, side: CameraSide, native: tuple[int, int], stored: tuple[int, int]) -> npt.NDArray[np.float32]:
+        """(4,) fx, fy, cx, cy in pixels of the stored image.
 
         Resizing maps pixel areas, so with centres at integers cx' = (cx + 0.5) · w'/w - 0.5.
 
@@ -58,16 +62,16 @@ class Rig:
         k = [p[0, 0] * sx, p[1, 1] * sy, (p[0, 2] + 0.5) * sx - 0.5, (p[1, 2] + 0.5) * sy - 0.5]
         return np.array(k, dtype=np.float32)
 
-    def stereo_translation(self, side: Side) -> float:
-        """x translation in metres that takes coordinates of camera `side` to its partner's.
+    def stereo_translation(self, side: CameraSide) -> float:
+        """Translation along x in metres from coordinates of camera `side` to its partner's.
 
         Negative for the left camera (its partner stands to the right), positive for the right one.
         """
         target, partner = self.projection[side], self.projection[other(side)]
         return float((partner[0, 3] - target[0, 3]) / target[0, 0])
 
-    def lidar_projection(self, side: Side) -> Matrix:
-        """(3, 4): pixels (homogeneous, native size) = result · lidar point; the third row is camera z.
+    def lidar_projection(self, side: CameraSide) -> Matrix:
+        """(3, 4): pixels (homogeneous, native size) = result · lidar point; the third row gives camera z.
 
         Raises:
             InputError: the drive has no lidar calibration.
@@ -77,79 +81,99 @@ class Rig:
         return _product(self.projection[side], self.velodyne)
 
 
-def read_raw_rig(date: str, read: Read, depth: bool) -> Rig:
-    """Rig of a date of KITTI raw, from `calib_cam_to_cam.txt` and, for depth, `calib_velo_to_cam.txt`.
+def read_raw_calibration(date: str, read: Read, depth: bool) -> StereoCalibration:
+    """Calibration of a date of KITTI raw, from `calib_cam_to_cam.txt` and, for depth, `calib_velo_to_cam.txt`.
 
     Raises:
-        InputError: a file is missing, or lacks a line, or a line is not numbers; names file and line.
+        InputError: a file or a line is missing or malformed; names both.
     """
-    cameras = _Calibration(f"{date}/calib_cam_to_cam.txt", read)
+    cameras = _CalibrationFile(f"{date}/calib_cam_to_cam.txt", read)
     velodyne = None
     if depth:
-        lidar = _Calibration(f"{date}/calib_velo_to_cam.txt", read)
+        lidar = _CalibrationFile(f"{date}/calib_velo_to_cam.txt", read)
         rectify = _homogeneous(cameras.matrix("R_rect_00", 3, 3))
         velodyne = _product(rectify, _homogeneous(np.hstack([lidar.matrix("R", 3, 3), lidar.matrix("T", 3, 1)])))
-    width, height = (int(v) for v in cameras.matrix("S_rect_02", 1, 2)[0])
-    projection: dict[Side, Matrix] = {side: cameras.camera(f"P_rect_{n}") for side, n in CAMERA_NUMBER.items()}
-    return Rig(projection, (width, height), velodyne, cameras.path)
+    width, height = cameras.matrix("S_rect_02", 1, 2)[0]
+    size = (int(min(width, 1e6)), int(min(height, 1e6)))
+    projection: dict[CameraSide, Matrix] = {
+        side: cameras.camera(f"P_rect_{number}", size) for side, number in CAMERA_NUMBER.items()
+    }
+    return StereoCalibration(projection, size, velodyne, cameras.path)
 
 
-def read_odometry_rig(folder: str, read: Read, depth: bool) -> Rig:
-    """Rig of a sequence of KITTI odometry (`sequences/09`), from its `calib.txt` (P2, P3 and, for depth, Tr).
-
-    Raises:
-        InputError: as `read_raw_rig`.
-    """
-    calibration = _Calibration(f"{folder}/calib.txt", read)
-    missing = "unpack data_odometry_calib.zip last, whose calib.txt has it unlike that beside the images; or --no-depth"
-    velodyne = _homogeneous(calibration.matrix("Tr", 3, 4, missing)) if depth else None
-    projection: dict[Side, Matrix] = {"l": calibration.camera("P2"), "r": calibration.camera("P3")}
-    return Rig(projection, None, velodyne, calibration.path)
-
-
-def read_poses(path: str, content: bytes) -> Matrix:
-    """(N, 3, 4) camera-to-world poses of a sequence, metres: 12 numbers a line, row-major.
+def read_odometry_calibration(folder: str, read: Read, depth: bool) -> StereoCalibration:
+    """Calibration of a sequence of KITTI odometry (`sequences/09`), from its `calib.txt`: P2, P3 and, for depth, Tr.
 
     Raises:
-        InputError: a line is not 12 numbers; names it.
+        InputError: as `read_raw_calibration`.
     """
-    rows = []
-    for number, line in enumerate(content.decode("ascii", errors="replace").splitlines(), start=1):
-        rows.append(_numbers(line, 12, f"{path}:{number}"))
-    return np.array(rows, dtype=np.float64).reshape(-1, 3, 4)
+    file = _CalibrationFile(f"{folder}/calib.txt", read)
+    remedy = "unpack data_odometry_calib.zip last: its calib.txt has the line, the one beside the images has not"
+    velodyne = _homogeneous(file.matrix("Tr", 3, 4, f"{remedy}; or pack with --no-depth")) if depth else None
+    projection: dict[CameraSide, Matrix] = {"l": file.camera("P2", None), "r": file.camera("P3", None)}
+    return StereoCalibration(projection, None, velodyne, file.path)
 
 
-class _Calibration:
-    """A calibration file: lines `name: numbers`."""
+def check_intrinsics(
+    fx: float, fy: float, cx: float, cy: float, size: tuple[int, int] | None, where: str, remedy: str
+) -> None:
+    """Refuse intrinsics that cannot be in pixels of the image.
+
+    Args:
+        size: (width, height) of the image; None if unknown.
+        remedy: what to do, for the message.
+
+    Raises:
+        InputError: a focal length or principal point out of bounds; normalised intrinsics (in image widths and
+            heights, the convention of Monodepth2's own code) are recognised and converted in the message.
+    """
+    if not (fx > 0 and fy > 0):
+        raise InputError(f"{where}: no positive focal length; {remedy}")
+    width, height = size or (1242, 375)
+    if fx < _NORMALISED and fy < _NORMALISED and width >= 2 * _NORMALISED:
+        if abs(cx) <= 2 and abs(cy) <= 2 and fx > _WIDEST and size is not None:
+            remedy = (
+                f"these look normalised; in pixels they are fx: {fx * width:g}, fy: {fy * height:g}, "
+                f"cx: {cx * width:g}, cy: {cy * height:g}"
+            )
+        raise InputError(f"{where}: fx = {fx:g} cannot be pixels of an image {width} wide; {remedy}")
+    for name, focal in (("fx", fx), ("fy", fy)):
+        if not _WIDEST * min(width, height) <= focal <= _LONGEST * max(width, height):
+            raise InputError(
+                f"{where}: {name} = {focal:g} is not a focal length in pixels of a {width}x{height} image; {remedy}"
+            )
+    for name, centre, extent in (("cx", cx, size and size[0]), ("cy", cy, size and size[1])):
+        if extent is not None and not -0.5 <= centre <= extent - 0.5:
+            raise InputError(f"{where}: {name} = {centre:g} lies outside the {width}x{height} image; {remedy}")
+
+
+class _CalibrationFile:
+    """Lines `name: numbers` of a calibration file."""
 
     def __init__(self, path: str, read: Read) -> None:
         self.path = path
-        text = read(path).decode("ascii", errors="replace")
-        self._lines = {
-            name.strip(): rest for name, colon, rest in (row.partition(":") for row in text.splitlines()) if colon
-        }
+        rows = (row.partition(":") for row in decode_text(read(path)).splitlines())
+        self._lines = {name.strip(): rest for name, colon, rest in rows if colon}
 
-    def matrix(self, name: str, rows: int, columns: int, missing: str = "fetch the calibration again") -> Matrix:
+    def matrix(self, name: str, rows: int, columns: int, remedy: str = "fetch the calibration again") -> Matrix:
+        """The numbers of a line."""
+        where = f"{self.path}: line '{name}:'"
         if name not in self._lines:
-            raise InputError(f"{self.path}: line '{name}:' is missing; {missing}")
-        values = _numbers(self._lines[name], rows * columns, f"{self.path}: line '{name}:'")
+            raise InputError(f"{where} is missing; {remedy}")
+        try:
+            values = [float(word) for word in self._lines[name].split()]
+        except ValueError as error:
+            raise InputError(f"{where} is not numbers ({str(error)[:80]}); {remedy}") from error
+        if len(values) != rows * columns or not np.isfinite(values).all():
+            raise InputError(f"{where} has {len(values)} numbers, not {rows * columns} finite ones; {remedy}")
         return np.array(values, dtype=np.float64).reshape(rows, columns)
 
-    def camera(self, name: str) -> Matrix:
+    def camera(self, name: str, size: tuple[int, int] | None) -> Matrix:
+        """A projection matrix whose intrinsics can be pixels of an image of this size."""
         p = self.matrix(name, 3, 4)
-        if not (p[0, 0] > 0 and p[1, 1] > 0):
-            raise InputError(f"{self.path}: line '{name}:' has no positive focal length; fetch the calibration again")
+        where = f"{self.path}: line '{name}:'"
+        check_intrinsics(p[0, 0], p[1, 1], p[0, 2], p[1, 2], size, where, "fetch the calibration again")
         return p
-
-
-def _numbers(text: str, count: int, where: str) -> list[float]:
-    try:
-        values = [float(word) for word in text.split()]
-    except ValueError as error:
-        raise InputError(f"{where} is not numbers ({error}); fetch the file again") from error
-    if len(values) != count or not np.isfinite(values).all():
-        raise InputError(f"{where} has {len(values)} numbers, not {count} finite ones; fetch the file again")
-    return values
 
 
 def _product(a: Matrix, b: Matrix) -> Matrix:
@@ -160,7 +184,7 @@ def _product(a: Matrix, b: Matrix) -> Matrix:
     return total
 
 
-def _homogeneous(m: npt.NDArray[Any]) -> Matrix:
+def _homogeneous(m: Matrix) -> Matrix:
     """(3, 3) or (3, 4) -> (4, 4)."""
     full = np.eye(4)
     full[: m.shape[0], : m.shape[1]] = m

@@ -1,73 +1,50 @@
 """Your own drives: folders of frames and a small YAML with the camera.
 
-    drives/camera.yaml              one for all drives, or one in each
-    drives/monday/left/000001.png   frames of the (left) camera, .png or .jpg, in the order of their names
-    drives/monday/right/000001.png  optional, the right camera of a rectified pair, under the same names
-    drives/monday/depth/000001.png  optional ground truth of the left frames: 16-bit PNG, metres x 256, 0 = none
-
-camera.yaml, in pixels of the frames as they are, pixel centres at integers:
-
-    width: 1280
-    height: 720
-    fx: 912.4
-    fy: 912.4
-    cx: 639.5
-    cy: 359.5
-    baseline: 0.12     # metres between the cameras; only with a right camera
+drives/camera.yaml              one for all drives, or one in each (prep/raw/camera.py)
+drives/monday/left/000001.png   frames of the (left) camera, .png or .jpg, in the order of their names
+drives/monday/right/000001.png  optional, the right camera of a rectified pair, under the same names
+drives/monday/depth/000001.png  optional ground truth of the left frames: 16-bit PNG, metres x 256, 0 = none
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from PIL import Image
 
-from prep.raw.calibration import Rig
-from prep.raw.drives import Drive, Frames
-from prep.raw.sources import RawData, Ref, read
-from prep.raw.splits import Side, SplitLine, SplitLists
-from shards.errors import InputError
+from prep.raw.calibration import other
+from prep.raw.camera import CAMERA_FILE, Camera, parse_camera
+from prep.raw.clips import clip_starts, counter_of, natural
+from prep.raw.files import MAX_TEXT_BYTES, RawData, read
+from prep.raw.kitti import Drive, FrameRefs
+from prep.raw.splits import CameraSide, SplitLine, SplitLists
+from prep.raw.zips import Ref
+from shards.errors import InputError, SampleError
 
-CAMERA_FILE = "camera.yaml"
 _IMAGE = re.compile(r"(.+)\.(png|jpg|jpeg)", re.IGNORECASE)
 _DEPTH = re.compile(r"(.+)\.png", re.IGNORECASE)
-_DIGITS = re.compile(r"(\d+)")
+_OTHER_IMAGE = re.compile(r".+\.(bmp|tiff?|pgm|ppm|webp|gif|heic|exr|npy|npz|raw)", re.IGNORECASE)
+_VIDEO = re.compile(r".+\.(mp4|avi|mov|mkv|ts|webm|m4v|wmv|flv)", re.IGNORECASE)
+_CAMERA_LIKE = re.compile(r"(cam|calib|intrinsic)\w*\.(ya?ml|txt|json|xml)", re.IGNORECASE)
+_MOST_FOLDERS = 500
+_FEW_DRIVES = 3
+_SIDE_WORD = re.compile(r"left|right|(?:(?<=[_\-. \d])|^)(?:l|r|cam[01]|image_?0?[0-3])(?=[_\-. ]|$)", re.IGNORECASE)
+_NOTES = ("txt", "csv", "json", "yaml", "yml", "md", "db")
+"""Files that may lie anywhere."""
 _DEEPEST = 4
 _LONGEST_KEY = 70
 """A tar's names are below 100 characters, of which side, frame and component take 24."""
-
-
-class Camera(BaseModel):
-    """`camera.yaml`. Folders are relative to a drive's; `left: .` where frames lie in the drive's folder itself.
-
-    `numbering` says what makes two frames neighbours: `order`, that their names follow each other (timestamps do);
-    `names`, that the last number in their names does, so that a dropped frame is a gap.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    width: int = Field(gt=0)
-    height: int = Field(gt=0)
-    fx: float = Field(gt=0)
-    fy: float = Field(gt=0)
-    cx: float
-    cy: float
-    baseline: float | None = Field(None, gt=0)
-    left: str = "left"
-    right: str = "right"
-    depth: str = "depth"
-    numbering: Literal["order", "names"] = "order"
-
-    def rig(self, where: str) -> Rig:
-        """A rectified pair: the right camera is `baseline` metres to the right, with the same intrinsics."""
-        left = np.array([[self.fx, 0, self.cx, 0], [0, self.fy, self.cy, 0], [0, 0, 1, 0]], dtype=np.float64)
-        right = left.copy()
-        right[0, 3] = -self.fx * (self.baseline or 0.0)
-        return Rig({"l": left, "r": right}, (self.width, self.height), None, where)
+_PNG_DEPTH, _PNG_COLOUR = 24, 25
+"""Where a PNG says how many bits a channel has, and which channels."""
+_SAMPLED = 9
+"""Frames that decide the range of a drive with more than 8 bits."""
+_FORMS = "frames are read as PNG or JPEG"
 
 
 class FolderLayout:
@@ -76,25 +53,25 @@ class FolderLayout:
     Args:
         raw: folders that hold the drives.
         depth: whether ground truth is wanted.
+        stereo: False ignores the right camera.
     """
 
-    def __init__(self, raw: RawData, depth: bool = True) -> None:
+    def __init__(self, raw: RawData, depth: bool = True, stereo: bool | None = None) -> None:
         self.raw = raw
         self._depth = depth
+        self._stereo = stereo
         self._cameras: dict[str, Camera | None] = {}
+        self._drives: dict[str, Drive | None] = {}
 
     def drives(self) -> list[str]:
-        """Names of all drives, sorted: folders, relative to the raw data's, that hold frames.
+        """Names of all drives, sorted: folders, relative to the raw location, that hold frames.
 
         Raises:
-            InputError: there is none; or a camera file is broken.
+            InputError: no drive was found, with what was found instead; or a camera file is malformed.
         """
         found = self._below("", 0)
         if not found:
-            raise InputError(
-                f"{', '.join(self.raw.urls)}: no drives; expected: {CAMERA_FILE} with width, height, fx, fy, cx, "
-                "cy, and a folder for each drive with its frames in left/, for example drives/monday/left/000001.png"
-            )
+            raise InputError(f"{', '.join(self.raw.urls)}: no drives; {next(self._what_is_there())}")
         return found
 
     def _below(self, folder: str, level: int) -> list[str]:
@@ -103,70 +80,170 @@ class FolderLayout:
             return [folder]
         if level == _DEEPEST:
             return []
-        inner = [
-            f"{folder}/{name}" if folder else name for name in self.raw.folders(folder) if not name.startswith(".")
-        ]
-        return sorted(name for path in inner for name in self._below(path, level + 1))
+        return sorted(name for path in self._inner(folder) for name in self._below(path, level + 1))
+
+    def _inner(self, folder: str) -> list[str]:
+        names = [name for name in self.raw.folders(folder) if not name.startswith(".")]
+        return [f"{folder}/{name}" if folder else name for name in names]
+
+    def _what_is_there(self) -> Iterator[str]:
+        """Likely reasons why no drive was found, and what to do; the likeliest first."""
+        cameras, videos, strange, flat = list[str](), list[str](), list[str](), list[str]()
+        folders = [("", 0)]
+        for folder, level in folders:
+            names = [name for name in self.raw.files(folder) if not name.startswith(".")]
+            cameras += [_join(folder, name) for name in names if _CAMERA_LIKE.fullmatch(name) and name != CAMERA_FILE]
+            videos += [_join(folder, name) for name in names if _VIDEO.fullmatch(name)]
+            strange += [_join(folder, name) for name in names if _OTHER_IMAGE.fullmatch(name)]
+            flat += [folder] if any(_IMAGE.fullmatch(name) for name in names) else []
+            if level < _DEEPEST + 4 and len(folders) < _MOST_FOLDERS:
+                folders += [(path, level + 1) for path in self._inner(folder)]
+        if videos and not flat:
+            yield (
+                f"{videos[0]} is a video: extract its frames first, for example ffmpeg -i {videos[0]} "
+                "drives/monday/left/%06d.png"
+            )
+        if not any(CAMERA_FILE in self.raw.files(folder) for folder, _ in folders):
+            renamed = f"; rename {cameras[0]} to {CAMERA_FILE}" if cameras else ""
+            yield (
+                f"there is no {CAMERA_FILE}{renamed}; it holds width, height, fx, fy, cx, cy and lies above the drives "
+                "or in each of them (docs/prep.md)"
+            )
+        if flat and flat[0].count("/") > _DEEPEST:
+            yield f"frames lie too deep, in {flat[0]}; give a folder nearer to them as --raw"
+        if flat == [""]:
+            yield f"frames lie in --raw itself; give its parent folder as --raw, and write left: . in {CAMERA_FILE}"
+        if flat:
+            drive, _, last = flat[0].rpartition("/")
+            inner = f"left: {last} in {CAMERA_FILE} if {drive} is the drive, or " if drive else ""
+            yield f"frames lie in {flat[0]}: write {inner}left: . if {flat[0]} is the drive"
+        if strange:
+            yield f"{strange[0]}: {_FORMS}; convert them"
+        yield (
+            f"expected: {CAMERA_FILE} with width, height, fx, fy, cx, cy, and a folder for each drive with its frames "
+            "in left/, for example drives/monday/left/000001.png"
+        )
 
     def open(self, name: str) -> Drive | None:
+        if name not in self._drives:
+            self._drives[name] = self._open(name)
+        return self._drives[name]
+
+    def _open(self, name: str) -> Drive | None:
+        if name.startswith(("/", "~")) or not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise InputError(f"drive {name!r}: a drive is a folder inside --raw, without .. or /")
         camera = self._camera(name)
         if camera is None:
             raise InputError(f"{name}: no {CAMERA_FILE} in this drive's folder or above it")
         left = self._images(name, camera.left)
         if not left:
             return None
-        right = self._images(name, camera.right) if camera.baseline is not None else {}
-        depth = matching(self.raw.files(_join(name, camera.depth)), _DEPTH) if self._depth else {}
-        numbers = _numbers(sorted(left, key=natural), camera.numbering, name)
+        notes: list[str] = []
+        right = self._right(name, camera, left, notes) if self._stereo is not False else {}
+        depth = self._depth_maps(name, camera, left) if self._depth else {}
+        stems = sorted(left, key=natural)
+        numbers = _numbers(stems, camera.numbering, name)
+        starts = [numbers[stems[i]] for i in clip_starts(stems)]
+        if starts:
+            notes.append(
+                f"{name}: by their names the frames are {len(starts) + 1} clips (the second begins with "
+                f"{next(stem for stem in stems if numbers[stem] == starts[0])}); no sample reaches across"
+            )
+        levels = _levels([left[stem] for stem in stems])
+        if levels is not None:
+            notes.append(f"{name}: frames of 16 bits; their values {levels[0]} to {levels[1]} become 0 to 255")
         return Drive(
             name=name,
             key=drive_key(name),
             images={"l": _frames(left, numbers), "r": _frames(right, numbers)},
             scans={},
             depth_maps={"l": _frames(depth, numbers), "r": {}},
-            rig=camera.rig(_join(name, CAMERA_FILE)),
+            calibration=camera.calibration(_join(name, CAMERA_FILE)),
             kitti=False,
+            levels=levels,
+            clip_starts=tuple(starts),
+            notes=tuple(notes),
         )
 
     def _images(self, drive: str, folder: str) -> dict[str, Ref]:
         return matching(self.raw.files(_join(drive, folder)), _IMAGE)
+
+    def _right(self, drive: str, camera: Camera, left: dict[str, Ref], notes: list[str]) -> dict[str, Ref]:
+        """Right frames by the left frames' stems.
+
+        Raises:
+            InputError: there are some, but without a baseline, in another format, or under names that do not match.
+        """
+        folder = _join(drive, camera.right)
+        right = self._images(drive, camera.right) if camera.right != camera.left else {}
+        if not right:
+            self._refuse_others(folder, _FORMS, "--no-stereo")
+            return {}
+        if camera.baseline is None:
+            raise InputError(
+                f"{folder}: there are right frames, but {CAMERA_FILE} has no baseline; add it (metres between the "
+                "cameras), or give --no-stereo"
+            )
+        if left.keys() & right.keys():
+            return right
+        bare = {_SIDE_WORD.sub("", stem): ref for stem, ref in right.items()}
+        pairs = {stem: bare[key] for stem in left if (key := _SIDE_WORD.sub("", stem)) in bare}
+        if len(bare) == len(right) and len(pairs) == len({_SIDE_WORD.sub("", stem) for stem in left}) > 0:
+            notes.append(f"{drive}: pairs by name without left and right, as {min(left)} with {min(right)}")
+            return pairs
+        raise InputError(
+            f"{folder}: none of its {len(right)} frames has a left frame's name ({min(right)}, {min(left)}); rename "
+            "them, or give --no-stereo"
+        )
+
+    def _depth_maps(self, drive: str, camera: Camera, left: dict[str, Ref]) -> dict[str, Ref]:
+        """Ground truth by the left frames' stems.
+
+        Raises:
+            InputError: there are files, but none that can be read, or none under a frame's name.
+        """
+        folder = _join(drive, camera.depth)
+        maps = matching(self.raw.files(folder), _DEPTH) if camera.depth not in (camera.left, camera.right) else {}
+        if not maps:
+            self._refuse_others(
+                folder, "ground truth is read as 16-bit PNG, metres x 256, 0 = no measurement", "--no-depth"
+            )
+        elif not left.keys() & maps.keys():
+            raise InputError(
+                f"{folder}: none of its {len(maps)} maps has a frame's name ({min(maps)}, {min(left)}); rename them, "
+                "or give --no-depth"
+            )
+        return maps
+
+    def _refuse_others(self, folder: str, forms: str, option: str) -> None:
+        names = [name for name in self.raw.files(folder) if not name.startswith(".")]
+        kinds = Counter(match[1].lower() for name in names if (match := re.fullmatch(r".+\.(\w+)", name)))
+        kinds = Counter(
+            {kind: n for kind, n in kinds.items() if kind not in ("txt", "csv", "json", "yaml", "md", "db")}
+        )
+        if kinds:
+            kind, count = kinds.most_common(1)[0]
+            raise InputError(f"{folder}: {count} files .{kind}; {forms}; convert them, or give {option}")
 
     def _camera(self, folder: str) -> Camera | None:
         """The camera file of the folder or the nearest one above it."""
         if folder not in self._cameras:
             ref = self.raw.files(folder).get(CAMERA_FILE)
             above = None if not folder else self._camera(folder.rpartition("/")[0])
-            self._cameras[folder] = above if ref is None else parse_camera(read(ref), ref.place)
+            self._cameras[folder] = above if ref is None else parse_camera(read(ref, MAX_TEXT_BYTES), ref.place)
         return self._cameras[folder]
 
 
 def drive_key(name: str) -> str:
     """A drive's name in sample keys: letters, digits, `_`, `-`, and short enough for a tar.
 
-    What that takes away from names in other scripts, or from long ones, comes back as a hash.
+    Names in other scripts and long ones are told apart by a hash.
     """
     key = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
     if name.isascii() and len(key) <= _LONGEST_KEY:
         return key
-    return f"{key[: _LONGEST_KEY - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def parse_camera(content: bytes, where: str) -> Camera:
-    """A camera file's content; `where` goes into the message.
-
-    Raises:
-        InputError: not YAML, or a field missing, unknown or impossible; names it.
-    """
-    try:
-        data = yaml.safe_load(content.decode())
-    except (yaml.YAMLError, ValueError) as error:  # also: not UTF-8, or a date that there is not
-        raise InputError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
-    try:
-        return Camera.model_validate(data if data is not None else {})
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "file"
-        raise InputError(f"{where}: {field}: {first['msg']}; needed are width, height, fx, fy, cx, cy") from error
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+    return f"{key[: _LONGEST_KEY - 9]}_{digest[:8]}"
 
 
 def matching(files: dict[str, Ref], pattern: re.Pattern[str]) -> dict[str, Ref]:
@@ -174,14 +251,9 @@ def matching(files: dict[str, Ref], pattern: re.Pattern[str]) -> dict[str, Ref]:
     found: dict[str, Ref] = {}
     for name in sorted(files, reverse=True):
         match = pattern.fullmatch(name)
-        if match is not None and not name.startswith("."):  # macOS puts `._frame.png` beside each frame
+        if match is not None and not name.startswith("."):  # macOS writes `._frame.png` beside each frame
             found.setdefault(match[1], files[name])
     return found
-
-
-def natural(stem: str) -> list[tuple[int, int | str]]:
-    """Sort key: `frame2` before `frame10`."""
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in _DIGITS.split(stem) if part]
 
 
 def _numbers(stems: list[str], numbering: Literal["order", "names"], drive: str) -> dict[str, int]:
@@ -192,18 +264,52 @@ def _numbers(stems: list[str], numbering: Literal["order", "names"], drive: str)
     """
     if numbering == "order":
         return {stem: number for number, stem in enumerate(stems)}
-    numbers: dict[str, int] = {}
-    for stem in stems:
-        digits = _DIGITS.findall(stem)
-        if not digits or int(digits[-1]) in numbers.values():
+    counters = counter_of(stems)
+    seen: dict[int, str] = {}
+    for stem, number in zip(stems, counters, strict=True):
+        if number is None or number in seen:
+            cause = "no number in its name" if number is None else f"the same number as {seen[number]!r}"
             raise InputError(
-                f"{drive}: frame {stem!r}: no number, or another frame's; give numbering: order in {CAMERA_FILE}"
+                f"{drive}: frame {stem!r}: {cause}; give numbering: order in {CAMERA_FILE}, or each clip a folder"
             )
-        numbers[stem] = int(digits[-1])
-    return numbers
+        seen[number] = stem
+    return {stem: number for number, stem in seen.items()}
 
 
-def _frames(files: dict[str, Ref], numbers: dict[str, int]) -> Frames:
+def _levels(refs: Sequence[Ref]) -> tuple[int, int] | None:
+    """Lowest and highest value of a drive whose 16-bit frames use a part of the range; None for others.
+
+    Cameras of 10 to 14 bits store their values in 16-bit PNGs, whose upper 8 bits are then nearly constant. One range
+    for the drive, from a few of its frames, keeps the brightness of its frames comparable.
+
+    Raises:
+        InputError: such frames in colour, which cannot be read at their full depth.
+    """
+    if not refs[0].path.lower().endswith(".png"):
+        return None
+    samples = []
+    for ref in refs[:: max(1, len(refs) // _SAMPLED)][:_SAMPLED]:
+        try:
+            data = read(ref)
+            if len(data) <= _PNG_COLOUR or data[_PNG_DEPTH] != 16:
+                return None
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                samples.append(np.asarray(image)[::2, ::2].ravel())
+            if data[_PNG_COLOUR] & 2 and max(sample.max() for sample in samples) >= 1 << 6:
+                return None  # colour that fills at least 14 bits, of which the upper 8 are good
+        except (SampleError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue  # a broken frame is named when it is packed
+    if not samples:
+        return None
+    if samples[0].dtype == np.uint8:
+        raise InputError(
+            f"{refs[0].place}: 16-bit colour that uses less than 14 bits; convert the frames to 8 bits a channel"
+        )
+    low, high = (int(np.quantile(np.concatenate(samples), q, method="nearest")) for q in (0.0005, 0.9995))
+    return None if high <= low or high >= 1 << 15 else (low, high)
+
+
+def _frames(files: dict[str, Ref], numbers: dict[str, int]) -> FrameRefs:
     return {numbers[stem]: ref for stem, ref in files.items() if stem in numbers}
 
 
@@ -214,8 +320,9 @@ def _join(folder: str, name: str) -> str:
 def split_drives(drives: list[Drive], name: str, frames: tuple[int, ...], stereo: bool, val: float = 0.1) -> SplitLists:
     """Lists for all drives: the last tenth of each is for validation, the rest for training.
 
-    Frames at a drive's ends, and those around the border whose neighbours the other part holds, are left out: they
-    give no sample.
+    Frames at the ends of drives and clips, and those around the border whose neighbours the other part holds, are left
+    out: they give no sample. A drive whose last tenth would give none is for training as a whole; if that is true of
+    all of three or more drives, the last tenth of the drives is for validation.
 
     Args:
         val: share of each drive's frames that goes to `val`.
@@ -223,24 +330,43 @@ def split_drives(drives: list[Drive], name: str, frames: tuple[int, ...], stereo
     Raises:
         InputError: no drive is long enough for a training sample.
     """
-    before, after = max(0, *(-f for f in frames)), max(0, *frames)
-    parts: dict[str, list[SplitLine]] = {"train": [], "val": []}
+    chosen: dict[str, dict[str, list[SplitLine]]] = {}
     for drive in drives:
-        sides: list[Side] = ["l", "r"] if stereo and drive.images["r"] else ["l"]
+        usable = _usable(drive, frames, stereo)
         numbers = sorted(drive.images["l"])
-        border = numbers[len(numbers) - round(len(numbers) * val)] if round(len(numbers) * val) else numbers[-1] + 1
-        for number in numbers:
-            neighbours = [number + f for f in frames]
-            for side in sides:
-                if any(n not in drive.images[side] for n in neighbours):
-                    continue
-                if number + after < border:
-                    parts["train"].append(SplitLine(drive.name, number, side, drive.name))
-                elif number - before >= border:
-                    parts["val"].append(SplitLine(drive.name, number, side, drive.name))
+        held = round(len(numbers) * val)
+        border = numbers[-held] if held else numbers[-1] + 1
+        before, after = max(0, *(-f for f in frames)), max(0, *frames)
+        last = [line for line in usable if line.frame - before >= border]
+        first = [line for line in usable if line.frame + after < border] if last else usable
+        if first or last:
+            chosen[drive.name] = {"train": first, "val": last}
+    if val and chosen and not any(lines["val"] for lines in chosen.values()):
+        held = max(1, round(len(chosen) * val)) if len(chosen) >= _FEW_DRIVES else 0
+        for drive_name in list(chosen)[len(chosen) - held :]:
+            chosen[drive_name] = {"train": [], "val": chosen[drive_name]["train"]}
+    parts = {part: [line for lines in chosen.values() for line in lines[part]] for part in ("train", "val")}
     if not parts["train"]:
-        names, offsets = ", ".join(drive.name for drive in drives), ",".join(map(str, frames))
+        names, offsets = ", ".join(drive.name for drive in drives[:5]), ",".join(map(str, frames))
         raise InputError(f"{names}: too few frames for --frames {offsets}")
+    notes: tuple[str, ...] = ()
+    if val and not parts["val"]:
+        notes = (
+            f"no val part: a tenth of {len(drives[0].images['l'])} frames holds none with its neighbours, so training "
+            "has no validation; add frames or drives, or give --split",
+        )
     parts = {part: lines for part, lines in parts.items() if lines}
     text = "".join(f"{part}\n" + "".join(f"{line.text}\n" for line in lines) for part, lines in sorted(parts.items()))
-    return SplitLists(name, parts, {part: [] for part in parts}, hashlib.sha256(text.encode()).hexdigest())
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    return SplitLists(name, parts, {part: [] for part in parts}, digest, notes)
+
+
+def _usable(drive: Drive, frames: tuple[int, ...], stereo: bool) -> list[SplitLine]:
+    """Lines of all frames that have their neighbours, in order."""
+    sides: list[CameraSide] = ["l", other("l")] if stereo and drive.images["r"] else ["l"]
+    return [
+        SplitLine(drive.name, number, side, drive.name)
+        for number in sorted(drive.images["l"])
+        for side in sides
+        if all(number + f in drive.images[side] and not drive.crosses(number, number + f) for f in frames)
+    ]

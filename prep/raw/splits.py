@@ -1,8 +1,9 @@
 """Split lists: which frames of which drives make a dataset's parts.
 
 A line is `2011_09_26/2011_09_26_drive_0022_sync 473 r`: drive folder, frame number, side `l` (camera 02) or
-`r` (camera 03); for KITTI's odometry `9 12 l`: sequence, frame, side. A split is a name, a file, or a folder
-of `train_files.txt`, `val_files.txt`, `test_files.txt`:
+`r` (camera 03); for KITTI's odometry `9 12 l`: sequence, frame, side. The lists of other projects are read, too:
+image paths (Monodepth, BTS, PackNet) and `2011_09_26_drive_0022_sync_03 473` (SfMLearner). A split is a name, a
+file, or a folder of `train_files.txt`, `val_files.txt`, `test_files.txt`:
 
     lists = read_split("eigen_zhou", splits_dir=None)   # downloaded once, checked, cached
     lists = read_split("my_split/train_files.txt")      # a file is the part that it is named after
@@ -20,18 +21,28 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from shards.errors import InputError, UsageError
+from prep.raw.text import decode_text
+from shards.errors import InputError, UsageError, first_line
 from shards.files import cache_folder
 
-Side = Literal["l", "r"]
+CameraSide = Literal["l", "r"]
 
 SPLITS_URL = "https://raw.githubusercontent.com/nianticlabs/monodepth2/master/splits"
 """Public home of the named lists: `<url>/<split>/<file>`."""
 SPLITS_URL_ENV = "MD2_SPLITS_URL"
-_LINE = re.compile(r"(\S.*?)\s+(\d{1,10})\s+([lr])")
+_FRAME = re.compile(r"\d{1,10}")
+_SIDES: Mapping[str, CameraSide] = MappingProxyType({"l": "l", "r": "r", "2": "l", "3": "r"})
+"""Monodepth2's own code takes the camera's number as well."""
+_IMAGE_PATH = re.compile(
+    r"(?:.*/)?(\d{4}_\d\d_\d\d/\d{4}_\d\d_\d\d_drive_\d{4}_(?:sync|extract))/image_0([23])/data/(\d{1,10})\.(?:png|jpe?g)",
+    re.IGNORECASE,
+)
+_DRIVE_AND_CAMERA = re.compile(r"((\d{4}_\d\d_\d\d)_drive_\d{4}_(?:sync|extract))_0([23])")
 _PART = re.compile(r"[a-z0-9_]+")
-_ENCODING = "utf-8-sig"
-"""Editors on Windows put a mark in front, which is no part of the first drive's name."""
+_ENDS_IN_PART = re.compile(r".*_(train|val|test)")
+_MAX_LIST_BYTES = 64 << 20
+_MAX_LINE = 1000
+_SHOWN = 120
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ class SplitLine:
 
     drive: str
     frame: int
-    side: Side
+    side: CameraSide
     where: str = field(compare=False, default="")
 
     @property
@@ -104,7 +115,7 @@ class SplitLine:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that is not one, with the reason."""
+    """A malformed or repeated line, with the reason."""
 
     where: str
     text: str
@@ -116,15 +127,17 @@ class BadLine:
 
 @dataclass(frozen=True)
 class SplitLists:
-    """A split: part name -> lines, in the lists' order; lines that are not lines; the hash of it all.
+    """A split: part name -> lines, in the lists' order; malformed lines; and a hash of both.
 
-    `sha256` is over part names and texts of all lines, good and bad, so it does not depend on line ends.
+    `sha256` is over part names and texts of all lines, good and bad, so it does not depend on line ends. `notes` are
+    what the user should know about it.
     """
 
     name: str
     parts: dict[str, list[SplitLine]]
     bad: dict[str, list[BadLine]]
     sha256: str
+    notes: tuple[str, ...] = ()
 
     @property
     def named(self) -> NamedSplit | None:
@@ -144,7 +157,10 @@ def read_split(split: str, splits_dir: Path | None = None, url: str | None = Non
         UsageError: no such name, file or folder; the nearest names are listed.
         InputError: a list cannot be read, downloaded or verified, or holds no lines at all.
     """
-    files = _find(split, splits_dir)
+    try:
+        files = _find(split, splits_dir)
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
+        raise UsageError(f"--split {split[:_SHOWN]!r}: not a name or path ({first_line(error)})") from error
     if files is None:
         if split not in NAMED:
             raise UsageError(_unknown(split, splits_dir))
@@ -154,7 +170,7 @@ def read_split(split: str, splits_dir: Path | None = None, url: str | None = Non
 
 
 def _find(split: str, splits_dir: Path | None) -> list[Path] | None:
-    """Files of a split that is on this machine; None if it is not."""
+    """Files of a split on this machine; None if it is not here."""
     candidates = [splits_dir / split, splits_dir / f"{split}.txt"] if splits_dir is not None else []
     if splits_dir is not None and not splits_dir.is_dir():
         raise InputError(f"{splits_dir}: no such folder of splits")
@@ -162,7 +178,8 @@ def _find(split: str, splits_dir: Path | None) -> list[Path] | None:
         candidates.append(Path(split))
     for path in candidates:
         if path.is_dir():
-            files = sorted(path.glob("*_files*.txt"))
+            # macOS writes `._NAME` beside each file on other file systems.
+            files = sorted(file for file in path.glob("*_files*.txt") if not file.name.startswith("."))
             if not files:
                 raise InputError(f"{path}: no train_files.txt, val_files.txt or test_files.txt there{_inner(path)}")
             return files
@@ -172,7 +189,7 @@ def _find(split: str, splits_dir: Path | None) -> list[Path] | None:
 
 
 def _inner(folder: Path) -> str:
-    """What to do with a folder that holds splits instead of lists, for messages."""
+    """Advice for a folder that holds splits instead of lists, for messages."""
     names = sorted(path.parent.name for path in folder.glob("*/*_files*.txt"))
     return f"; it holds splits by name: give --split {names[0]} --splits {folder}" if names else ""
 
@@ -197,28 +214,44 @@ def _download(split: str, url: str) -> list[Path]:
     paths = []
     for name, sha256 in NAMED[split].files.items():
         source = f"{url.rstrip('/')}/{split}/{name}"
+        shown = f"{_without_secrets(url)}/{split}/{name}"
         try:
             pooch.get_logger().setLevel("WARNING")
             paths.append(Path(pooch.retrieve(source, known_hash=f"sha256:{sha256}", fname=name, path=folder)))
-        except ValueError as error:  # pooch's word for another sha256
-            raise InputError(f"{source}: not the published list (sha256 differs from {sha256})") from error
         except OSError as error:
+            # An error's text repeats the address, secrets included.
+            cause = _cause(error) if shown == source else type(error).__name__
             raise InputError(
-                f"{source}: cannot be downloaded ({_cause(error)}); put the lists into DIR/{split}/ and give "
-                f"--splits DIR, or set {SPLITS_URL_ENV} to a mirror"
-            ) from error
+                f"{shown}: cannot be downloaded ({cause}); put the lists into DIR/{split}/ and give --splits DIR, or "
+                f"set {SPLITS_URL_ENV} to a mirror"
+            ) from None
+        except ValueError as error:
+            if "hash" not in str(error):  # not pooch's own: a malformed address
+                raise InputError(f"{shown}: not a web address; set {SPLITS_URL_ENV} to one") from None
+            raise InputError(f"{shown}: not the published list (sha256 differs from {sha256})") from None
     return paths
+
+
+def _without_secrets(url: str) -> str:
+    """A URL without user, password and query."""
+    scheme, colon, rest = url.partition("://")
+    rest = rest.partition("?")[0].partition("#")[0].rstrip("/")
+    host, slash, path = rest.partition("/")
+    if "@" in rest:  # a password may have a slash in it
+        return f"{scheme}://…"
+    return f"{scheme}{colon}{host}{slash}{path}"
 
 
 def _cause(error: Exception) -> str:
     """Why a download failed: without the connection pool and the retries that urllib3 wraps its reasons in."""
     reason = getattr(error.args[0], "reason", None) if error.args else None
-    text = str(error) if reason is None else str(reason).rpartition(": ")[2]
-    return (text.splitlines() or [type(error).__name__])[0]
+    return first_line(error if reason is None else OSError(str(reason).rpartition(": ")[2]))
 
 
 def part_of(path: Path) -> str:
-    """Part that a list's file name stands for: `train_files.txt` -> `train`, `test_files_09.txt` -> `test_09`.
+    """Part that a list's file name stands for.
+
+    `train_files.txt` -> `train`, `test_files_09.txt` -> `test_09`, `eigen_train_files.txt` -> `train`.
 
     Raises:
         InputError: a name that cannot be a part's.
@@ -226,7 +259,8 @@ def part_of(path: Path) -> str:
     part = re.sub(r"[-. ]", "_", path.stem.lower().replace("_files", ""))
     if not _PART.fullmatch(part):
         raise InputError(f"{path}: a list is named after its part: train_files.txt, val_files.txt, test_files.txt")
-    return part
+    other = _ENDS_IN_PART.fullmatch(part)
+    return other[1] if other else part
 
 
 def _parse(name: str, files: list[Path]) -> SplitLists:
@@ -235,36 +269,62 @@ def _parse(name: str, files: list[Path]) -> SplitLists:
     digest = hashlib.sha256()
     for path in files:
         part = part_of(path)
-        parts[part], bad[part] = _parse_file(path)
+        if part in parts:
+            raise InputError(f"{path}: a second list for the part {part}; keep one, or give one file as --split")
+        text = _read(path)
+        parts[part], bad[part] = _parse_list(text, path)
         digest.update(f"{part}\n".encode())
-        for line in path.read_text(encoding=_ENCODING, errors="replace").splitlines():
-            digest.update(f"{line.strip()}\n".encode())
+        for line in text.splitlines():
+            digest.update(f"{line.strip()}\n".encode(errors="surrogateescape"))
     if not any(parts.values()) and not any(bad.values()):
         raise InputError(f"{files[0]}: no lines in the split's lists")
     return SplitLists(name, parts, bad, digest.hexdigest())
 
 
-def _parse_file(path: Path) -> tuple[list[SplitLine], list[BadLine]]:
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding=_ENCODING, errors="replace")
+        with path.open("rb") as file:
+            data = file.read(_MAX_LIST_BYTES + 1)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
+    if len(data) > _MAX_LIST_BYTES:
+        raise InputError(f"{path}: larger than {_MAX_LIST_BYTES >> 20} MiB; this is not a split list")
+    return decode_text(data)
+
+
+def _parse_list(text: str, path: Path) -> tuple[list[SplitLine], list[BadLine]]:
     lines: list[SplitLine] = []
     bad: list[BadLine] = []
     first: dict[SplitLine, int] = {}
     for number, raw in enumerate(text.splitlines(), start=1):
         row = raw.strip()
-        where = f"{path}:{number}"
         if not row or row.startswith("#"):
             continue
-        match = _LINE.fullmatch(row)
-        if match is None:
-            bad.append(BadLine(where, row[:120]))
-            continue
-        line = SplitLine(match[1].rstrip("/"), int(match[2]), "l" if match[3] == "l" else "r", where)
-        if line in first:
-            bad.append(BadLine(where, row[:120], f"repeats line {first[line]}"))
-            continue
-        first[line] = number
-        lines.append(line)
+        where, shown = f"{path}:{number}", row[:_SHOWN]
+        line = parse_line(row, where)
+        if line is None:
+            bad.append(BadLine(where, shown))
+        elif line in first:
+            bad.append(BadLine(where, shown, f"repeats line {first[line]}"))
+        else:
+            first[line] = number
+            lines.append(line)
     return lines, bad
+
+
+def parse_line(row: str, where: str = "") -> SplitLine | None:
+    """A split line in any of the forms that are read; None if it is malformed.
+
+    Split at white space rather than matched by a pattern, which would try every space of a line of a million.
+    """
+    if len(row) > _MAX_LINE:
+        return None
+    words = row.rsplit(maxsplit=2)
+    if len(words) == 3 and words[2] in _SIDES and _FRAME.fullmatch(words[1]):
+        return SplitLine(words[0].rstrip("/"), int(words[1]), _SIDES[words[2]], where)
+    words = row.split()
+    if (image := _IMAGE_PATH.fullmatch(words[0])) is not None:
+        return SplitLine(image[1], int(image[3]), _SIDES[image[2]], where)
+    if len(words) == 2 and _FRAME.fullmatch(words[1]) and (drive := _DRIVE_AND_CAMERA.fullmatch(words[0])) is not None:
+        return SplitLine(f"{drive[2]}/{drive[1]}", int(words[1]), _SIDES[drive[3]], where)
+    return None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
+import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,37 +15,66 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from prep.raw.calibration import Matrix
-from prep.raw.depth_png import encode_sparse
 from shards.errors import SampleError
 from shards.sample import DEPTH_SCALE
 
 Convention = Literal["camera_z", "lidar_x"]
 _POINT_BYTES = 16
 _BEYOND = 1 << 16
+_FARTHEST = 1000.0
+"""Metres; no lidar measures that far."""
+_IMPLAUSIBLE = 0.05
+_ZERO_TAIL = 4096
+"""A copy that was interrupted on a file system that reserves space ends in zeros, whole pages of them."""
 
 
-def read_scan(data: bytes, name: str) -> npt.NDArray[np.float32]:
+def read_scan(data: bytes, name: str, typical: int = 0) -> npt.NDArray[np.float32]:
     """(N, 4) x forward, y left, z up in metres, reflectance, from a `.bin` file's content.
 
+    Args:
+        name: the file, for messages.
+        typical: usual size in bytes of this drive's scans; 0 if unknown.
+
     Raises:
-        SampleError: its length is 0 or not a multiple of 16 bytes; `name` goes into the message.
+        SampleError: the file is empty, cut short, ends in zeros, or does not hold four float32 a point.
     """
+    again = "fetch the scan again"
     if not data:
-        raise SampleError(f"{name}: empty; fetch the scan again")
+        raise SampleError(f"{name}: empty; {again}")
     if len(data) % _POINT_BYTES:
-        raise SampleError(f"{name}: {len(data)} bytes, not a multiple of {_POINT_BYTES}; fetch the scan again")
-    return np.frombuffer(data, dtype="<f4").reshape(-1, 4)
+        raise SampleError(f"{name}: {len(data)} bytes, not a multiple of {_POINT_BYTES}; {again}")
+    if 2 * len(data) < typical:
+        # A copy cut at a page boundary has a whole number of points: only its neighbours show that most are missing.
+        raise SampleError(
+            f"{name}: {len(data) // _POINT_BYTES:,} points, where this drive's scans have about "
+            f"{typical // _POINT_BYTES:,}: cut short; {again}"
+        )
+    if len(data) >= _ZERO_TAIL and not any(data[-_ZERO_TAIL:]):
+        raise SampleError(f"{name}: ends in zeros: the copy was interrupted; {again}")
+    scan = np.frombuffer(data, dtype="<f4").reshape(-1, 4)
+    with np.errstate(invalid="ignore"):
+        strange = (np.abs(scan[:, :3]) > _FARTHEST).any(axis=1) | (scan[:, 3] < 0)
+    if np.count_nonzero(strange) > _IMPLAUSIBLE * len(scan):
+        raise SampleError(
+            f"{name}: {np.count_nonzero(strange):,} of {len(scan):,} points are beyond {_FARTHEST:.0f} m or have a "
+            "negative reflectance; a scan holds float32 x, y, z, reflectance for each point"
+        )
+    return scan
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def points_in_view(scan: npt.NDArray[np.float32], projections: Sequence[Matrix], width: int) -> npt.NDArray[np.float64]:
     """(3, n) x, y, z of the points that any of the cameras may see: the lidar's x >= 0, between the images' sides.
 
-    About a quarter of a scan; what it costs is shared by the cameras. Single precision with slack decides, so that
-    some points beside the images are left.
+    About a quarter of a scan remains, and the cameras share the cost. The test is in single precision with slack, so
+    a few points beside the images remain, too. Points with a coordinate that is not finite are dropped.
     """
     # A row as one 16-byte number: numpy takes those four times as fast as rows of four.
     ahead = scan.view(np.complex128)[:, 0][scan[:, 0] >= 0].view(np.float32).reshape(-1, _POINT_BYTES // 4)
     x, y, z = np.ascontiguousarray(ahead.T[:3])
+    finite = np.isfinite(x + y + z)
+    if not finite.all():
+        ahead, x, y, z = ahead[finite], x[finite], y[finite], z[finite]
     seen = np.ones(len(ahead), dtype=bool)
     for side in ([p[0] for p in projections], [(width + 2) * p[2] - p[0] for p in projections]):
         # The cameras of a rectified pair differ in the last column alone: then one plane holds for both.
@@ -76,8 +108,21 @@ class SparseDepth:
         return image.reshape(height, width)
 
     def png(self) -> bytes:
-        """16-bit greyscale PNG."""
-        return encode_sparse(self.pixels, self.values, self.size)
+        """16-bit greyscale PNG.
+
+        Written with zlib's run-length strategy, which suits a map that is nineteen parts zeros: 5 ms, where a
+        general compressor takes 14.
+        """
+        width, height = self.size
+        rows = np.zeros((height, 1 + 2 * width), dtype=np.uint8)
+        rows[:, 1:] = self.dense().astype(">u2").view(np.uint8)
+        deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
+        body = deflate.compress(rows.tobytes()) + deflate.flush()
+        chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)), (b"IDAT", body), (b"IEND", b""))
+        return b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
 
 
 def project(
@@ -90,7 +135,7 @@ def project(
 
     Args:
         points: (3, n) as `points_in_view` gives them.
-        projection: (3, 4), `Rig.lidar_projection`.
+        projection: (3, 4), `StereoCalibration.lidar_projection`.
         size: (width, height) of the native image, pixels.
         convention: `camera_z`, the depth along the camera's axis; or `lidar_x`, the lidar's forward x, which
             the published Eigen evaluation uses.
@@ -119,14 +164,17 @@ def check_depth_png(data: bytes, size: tuple[int, int], name: str) -> None:
         SampleError: with `name` and what is wrong.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=("PNG",))
+        with image:
             found, mode = image.size, image.mode
+            if not mode.startswith("I;16"):
+                raise SampleError(f"{name}: mode {mode}, not a 16-bit greyscale PNG of metres x 256")
+            if found != size:  # before its pixels take any memory
+                raise SampleError(f"{name}: {found[0]}x{found[1]} pixels, its image has {size[0]}x{size[1]}")
+            image.load()
     except UnidentifiedImageError as error:  # its own words are the address of a buffer
         raise SampleError(f"{name}: broken depth map (not a PNG); fetch it again") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SampleError(f"{name}: broken depth PNG ({error}); fetch it again") from error
-    if not mode.startswith("I;16"):
-        raise SampleError(f"{name}: mode {mode}, not a 16-bit greyscale PNG of metres x 256")
-    if found != size:
-        raise SampleError(f"{name}: {found[0]}x{found[1]} pixels, its image has {size[0]}x{size[1]}")

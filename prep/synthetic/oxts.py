@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from prep.synthetic.rig import FRAME_SECONDS, Array, Rig, Trajectory
+from prep.synthetic.rig import FRAME_SECONDS, Array, CameraRig, Trajectory
 
 FORMAT = """lat:     latitude of the oxts-unit (deg)
 lon:     longitude of the oxts-unit (deg)
@@ -47,7 +47,7 @@ _GRAVITY = np.array([0.0, 0.0, 9.81])
 _ENU_FROM_WORLD = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
 
 
-def oxts_line(trajectory: Trajectory, rig: Rig, frame: int) -> str:
+def oxts_line(trajectory: Trajectory, rig: CameraRig, frame: int) -> str:
     """The thirty values of one frame. Position is KITTI's Mercator projection about the drive's first frame."""
 
     def imu(at: float) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from prep.synthetic.cast import GROUND, QUADRIC_FACE, SKY, Array, Hits, Pinhole, RayGrid, Spinning, cast
 from prep.synthetic.noise import Floats, Noise
 from prep.synthetic.paint import PAINTERS, Surface, paint_ground, paint_sky
-from prep.synthetic.rig import Rig, inverse
+from prep.synthetic.rig import CameraRig, inverse
 from prep.synthetic.shadow import GroundShadow
 from prep.synthetic.street import Street
 
@@ -30,7 +30,7 @@ class Renderer:
         rig: the cameras and the lidar.
     """
 
-    def __init__(self, street: Street, rig: Rig) -> None:
+    def __init__(self, street: Street, rig: CameraRig) -> None:
         self.street = street
         self.rig = rig
         self.solids = [thing.solid for thing in street.things]

@@ -62,7 +62,7 @@ def _as_written(value: float) -> float:
 
 
 @dataclass(frozen=True)
-class Rig:
+class CameraRig:
     """Cameras of one image size with KITTI-like field of view and deliberately off-centre principal point.
 
     Attributes:

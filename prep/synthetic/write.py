@@ -26,7 +26,7 @@ from PIL import Image
 
 from prep.synthetic.oxts import FORMAT, oxts_line
 from prep.synthetic.render import Renderer
-from prep.synthetic.rig import COLOUR_CAMERAS, DATE, FRAME_SECONDS, Rig, inverse
+from prep.synthetic.rig import COLOUR_CAMERAS, DATE, FRAME_SECONDS, CameraRig, inverse
 from prep.synthetic.street import build_street
 from prep.workers import run, start_workers
 from shards.errors import InputError, UsageError
@@ -96,7 +96,7 @@ def write_drives(
     with _appearing(out) as partial:
         date = partial / DATE
         date.mkdir()
-        for name, text in Rig(size).calibration_files().items():
+        for name, text in CameraRig(size).calibration_files().items():
             (date / name).write_text(text)
         for drive in jobs:
             _write_small_files(date / drive.name, drive)
@@ -175,7 +175,7 @@ def _render(date: Path, jobs: list[_Drive], workers: int, progress: Callable[[in
 
 @lru_cache(maxsize=2)
 def _renderer(drive: _Drive) -> Renderer:
-    return Renderer(build_street(drive.seed, drive.number, drive.frames), Rig(drive.size))
+    return Renderer(build_street(drive.seed, drive.number, drive.frames), CameraRig(drive.size))
 
 
 def _write_frame(job: tuple[Path, _Drive, int]) -> None:
@@ -191,7 +191,7 @@ def _write_frame(job: tuple[Path, _Drive, int]) -> None:
 
 def _write_small_files(folder: Path, drive: _Drive) -> None:
     """Folders, time stamps, oxts and poses of a drive."""
-    renderer, rig = _renderer(drive), Rig(drive.size)
+    renderer, rig = _renderer(drive), CameraRig(drive.size)
     sensors = ["oxts", "image_02", "image_03"] + (["velodyne_points"] if drive.lidar else [])
     for name in [*sensors, "true_depth_02", "true_depth_03"]:
         (folder / name / "data").mkdir(parents=True)

@@ -24,7 +24,7 @@ from md2.evaluation.odometry import (
 )
 from md2.evaluation.run_odometry import dataset_motions, open_frames, predict_motions, report_motions, square
 from md2.inference.predictor import Predictor, load
-from prep.raw.sequence import open_sequence
+from prep.raw.kitti import open_sequence
 from shards.dataset import open_dataset, write_dataset
 from shards.errors import DatasetError, InputError, UsageError
 from shards.manifest import Split

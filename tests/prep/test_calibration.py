@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from prep.raw.calibration import Rig, read_odometry_rig, read_poses, read_raw_rig
+from prep.raw.calibration import StereoCalibration, read_odometry_calibration, read_raw_calibration
 from shards.errors import InputError
 
 CAMERAS = """\
@@ -36,12 +36,12 @@ def files(cameras: str = CAMERAS, lidar: str = LIDAR) -> Callable[[str], bytes]:
     return lambda path: content[path].encode()
 
 
-def rig() -> Rig:
-    return read_raw_rig("2011_09_26", files(), depth=True)
+def calibration() -> StereoCalibration:
+    return read_raw_calibration("2011_09_26", files(), depth=True)
 
 
 def test_intrinsics_at_native_size_are_those_of_the_file() -> None:
-    k = rig().intrinsics("l", (1242, 375), (1242, 375))
+    k = calibration().intrinsics("l", (1242, 375), (1242, 375))
     np.testing.assert_array_equal(k, np.array([700, 710, 600, 170], np.float32))
     assert k.dtype == np.float32
 
@@ -49,7 +49,7 @@ def test_intrinsics_at_native_size_are_those_of_the_file() -> None:
 def test_intrinsics_of_a_resized_image_keep_pixel_areas() -> None:
     # Halving: the centre of the new pixel 0 lies between the old pixels 0 and 1, at 0.5; so cx' = (cx - 0.5) / 2.
     np.testing.assert_allclose(
-        rig().intrinsics("l", (1242, 376), (621, 188)), [350, 355, (600 - 0.5) / 2, (170 - 0.5) / 2]
+        calibration().intrinsics("l", (1242, 376), (621, 188)), [350, 355, (600 - 0.5) / 2, (170 - 0.5) / 2]
     )
 
 
@@ -57,7 +57,7 @@ def test_intrinsics_of_a_resized_image_keep_pixel_areas() -> None:
 def test_the_image_centre_stays_the_image_centre(width: int, height: int) -> None:
     native = (1242, 375)
     p = np.array([[700, 0, (native[0] - 1) / 2, 0], [0, 700, (native[1] - 1) / 2, 0], [0, 0, 1, 0]])
-    k = Rig({"l": p, "r": p}, native, None, "").intrinsics("l", native, (width, height))
+    k = StereoCalibration({"l": p, "r": p}, native, None, "").intrinsics("l", native, (width, height))
     np.testing.assert_allclose(k[2:], [(width - 1) / 2, (height - 1) / 2], rtol=1e-6)
 
 
@@ -69,28 +69,28 @@ def test_intrinsics_follow_what_pillow_does_to_pixels() -> None:
     spot = np.exp(-((x - 150) ** 2 + (y - 70) ** 2) / (2 * 8.0**2)).astype(np.float32)
     small = np.asarray(Image.fromarray(spot).resize(stored, Image.Resampling.LANCZOS), np.float64)
     y, x = np.mgrid[: stored[1], : stored[0]]
-    k = Rig({"l": p, "r": p}, native, None, "").intrinsics("l", native, stored)
+    k = StereoCalibration({"l": p, "r": p}, native, None, "").intrinsics("l", native, stored)
     np.testing.assert_allclose([(small * x).sum() / small.sum(), (small * y).sum() / small.sum()], k[2:], atol=0.01)
 
 
 def test_the_stereo_translation_is_signed() -> None:
     # A point straight ahead of the left camera appears left of the centre in the right one: x decreases.
-    assert rig().stereo_translation("l") == pytest.approx((-343 - 42) / 700)
-    assert rig().stereo_translation("r") == pytest.approx((343 + 42) / 700)
+    assert calibration().stereo_translation("l") == pytest.approx((-343 - 42) / 700)
+    assert calibration().stereo_translation("r") == pytest.approx((343 + 42) / 700)
 
 
 def test_the_lidar_projection_by_hand() -> None:
     # Lidar point (10, 2, -1): T_velo_cam gives (-2 + 0.1, 1 - 0.2, 10 - 0.3); R_rect_00 turns (x, y) to (-y, x).
     x, y, z = -(1 - 0.2), -2 + 0.1, 10 - 0.3
     expected = np.array([700 * x + 600 * z + 42, 710 * y + 170 * z + 0.2, z + 0.003])
-    np.testing.assert_allclose(rig().lidar_projection("l") @ [10, 2, -1, 1], expected)
+    np.testing.assert_allclose(calibration().lidar_projection("l") @ [10, 2, -1, 1], expected)
 
 
 def test_the_lidar_projection_does_not_depend_on_the_blas_library() -> None:
     """Every number is its four products added up in order, each rounded, as any machine does it."""
     random = np.random.default_rng(0)
     projection, velodyne = random.normal(size=(3, 4)), random.normal(size=(4, 4))
-    found = Rig({"l": projection, "r": projection}, None, velodyne, "x").lidar_projection("l")
+    found = StereoCalibration({"l": projection, "r": projection}, None, velodyne, "x").lidar_projection("l")
     for row in range(3):
         for column in range(4):
             a, b, c, d = (float(projection[row, k]) * float(velodyne[k, column]) for k in range(4))
@@ -99,14 +99,14 @@ def test_the_lidar_projection_does_not_depend_on_the_blas_library() -> None:
 
 def test_without_depth_the_lidar_file_is_not_needed() -> None:
     content = {"2011_09_26/calib_cam_to_cam.txt": CAMERAS.encode()}
-    assert read_raw_rig("2011_09_26", content.__getitem__, depth=False).size == (1242, 375)
+    assert read_raw_calibration("2011_09_26", content.__getitem__, depth=False).size == (1242, 375)
 
 
 @pytest.mark.parametrize("name", ["S_rect_02", "R_rect_00", "P_rect_02", "P_rect_03"])
 def test_a_missing_line_is_named(name: str) -> None:
     without = "".join(line for line in CAMERAS.splitlines(keepends=True) if not line.startswith(name))
     with pytest.raises(InputError, match=rf"2011_09_26/calib_cam_to_cam\.txt: line '{name}:' is missing"):
-        read_raw_rig("2011_09_26", files(cameras=without), depth=True)
+        read_raw_calibration("2011_09_26", files(cameras=without), depth=True)
 
 
 @pytest.mark.parametrize(
@@ -121,33 +121,24 @@ def test_a_missing_line_is_named(name: str) -> None:
 )
 def test_a_broken_line_is_named(broken: str, says: str) -> None:
     with pytest.raises(InputError, match=says) as caught:
-        read_raw_rig("2011_09_26", files(cameras=broken), depth=False)
+        read_raw_calibration("2011_09_26", files(cameras=broken), depth=False)
     assert "calib_cam_to_cam.txt" in str(caught.value)
 
 
 def test_odometry_calibration() -> None:
     text = "P0: 1 0 0 0 0 1 0 0 0 0 1 0\nP2: 700 0 600 42 0 700 170 0 0 0 1 0\nP3: 700 0 600 -343 0 700 170 0 0 0 1 0\n"
     tr = "Tr: 0 -1 0 0.1 0 0 -1 -0.2 1 0 0 -0.3\n"
-    odometry = read_odometry_rig("sequences/09", lambda path: (text + tr).encode(), depth=True)
+    odometry = read_odometry_calibration("sequences/09", lambda path: (text + tr).encode(), depth=True)
     assert odometry.size is None
     assert odometry.stereo_translation("l") == pytest.approx(-385 / 700)
     np.testing.assert_allclose(odometry.lidar_projection("r")[2] @ [10, 2, -1, 1], 10 - 0.3)
     with pytest.raises(InputError, match=r"sequences/09/calib\.txt: line 'Tr:' is missing"):
-        read_odometry_rig("sequences/09", lambda path: text.encode(), depth=True)
-
-
-def test_poses() -> None:
-    text = b"1 0 0 0 0 1 0 0 0 0 1 0\n1 0 0 0.5 0 1 0 0 0 0 1 1.5\n"
-    poses = read_poses("poses/09.txt", text)
-    assert poses.shape == (2, 3, 4)
-    np.testing.assert_array_equal(poses[1, :, 3], [0.5, 0, 1.5])
-    with pytest.raises(InputError, match=r"poses/09\.txt:2"):
-        read_poses("poses/09.txt", text.replace(b" 1.5", b""))
+        read_odometry_calibration("sequences/09", lambda path: text.encode(), depth=True)
 
 
 @pytest.mark.kitti
 def test_the_real_baseline(kitti: Path) -> None:
-    real = read_raw_rig("2011_09_26", lambda path: (kitti / "raw" / path).read_bytes(), depth=True)
+    real = read_raw_calibration("2011_09_26", lambda path: (kitti / "raw" / path).read_bytes(), depth=True)
     assert real.size == (1242, 375)
     # From the file: (-3.395242e+02 - 4.485728e+01) / 7.215377e+02.
     assert real.stereo_translation("l") == pytest.approx(-0.5327254, abs=1e-6)

@@ -20,7 +20,7 @@ from prep_data import DATE, DRIVE, VAL_DRIVE, copy_raw, files_of, long_raw, read
 
 from prep.packing.encode import ImageFormat, encode_image
 from prep.packing.pack import scratch_folder
-from prep.raw.sources import Ref
+from prep.raw.zips import Ref
 from shards.errors import InputError, SampleError, StorageError
 from shards.sample import Codec
 
@@ -184,8 +184,8 @@ def test_what_is_missing_is_counted_by_reason(drive: Path, tmp_path: Path) -> No
     raw = copy_raw(drive, tmp_path / "raw")
     (raw / DATE / DRIVE / "image_03" / "data" / "0000000004.png").unlink()
     lines = {
-        f"{DATE}/{DRIVE} 0 l": "missing neighbour -1",
-        f"{DATE}/{DRIVE} 7 l": "missing neighbour +1",
+        f"{DATE}/{DRIVE} 0 l": "drive's end, no neighbour -1",
+        f"{DATE}/{DRIVE} 7 l": "drive's end, no neighbour +1",
         f"{DATE}/{DRIVE} 99 l": "missing frame",
         f"{DATE}/{DRIVE} 4 l": "missing stereo partner",
         f"{DATE}/{DRIVE} 3 r": "missing neighbour +1",
@@ -214,18 +214,27 @@ def test_a_repaired_source_gives_a_new_version_and_never_overwrites(drive: Path,
 
 
 def test_a_drive_name_of_no_layout(drive: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"'holiday' is neither .*--dataset folder"):
-        run_pack(write_split(tmp_path, "holiday 3 l"), drive, tmp_path / "out")
+    split = write_split(tmp_path, "holiday 3 l")
+    failed = md2("prep", "--split", split, "--raw", drive, "--out", tmp_path / "out")
+    assert failed.returncode == 3
+    assert "'holiday' is neither KITTI raw's" in failed.stderr
+    assert "--dataset folder" in failed.stderr
+    with pytest.raises(InputError, match=rf"did you mean {DATE}/{DRIVE}\?$"):
+        run_pack(write_split(tmp_path, f"{DRIVE} 3 l"), drive, tmp_path / "out")
 
 
 def test_commands_end_with_the_documented_exit_codes(drive: Path, tmp_path: Path) -> None:
-    write_split(tmp_path / "split", f"{DATE}/{DRIVE} 0 l", TRAIN[2])
+    write_split(tmp_path / "split", f"{DATE}/{DRIVE} 99 l", TRAIN[2])
     write_split(tmp_path / "split", f"{DATE}/{VAL_DRIVE} 3 l", part="val")
+    ends = write_split(tmp_path / "ends", f"{DATE}/{DRIVE} 0 l", TRAIN[2])
+    whole = md2("prep", "--split", ends, "--size", "96x32", "--raw", drive, "--out", tmp_path / "whole")
+    assert whole.returncode == 0  # a drive's first frame has no neighbour for anybody
+    assert "1 line left out: 1 drive's end, no neighbour -1" in whole.stdout
     common = ["prep", "--split", tmp_path / "split", "--size", "96x32", "--workers", "1"]
     incomplete = md2(*common, "--raw", drive, "--out", tmp_path / "out")
     assert incomplete.returncode == 4
     assert "1 train, 1 val samples" in incomplete.stdout
-    assert "1 lines left out: 1 missing neighbour -1" in incomplete.stdout
+    assert "1 line left out: 1 missing frame" in incomplete.stdout
     assert "report.json" in incomplete.stdout
     nothing = md2(*common, cwd=tmp_path)  # --raw is ./kitti_data
     assert nothing.returncode == 3
@@ -234,7 +243,7 @@ def test_commands_end_with_the_documented_exit_codes(drive: Path, tmp_path: Path
     assert "Traceback" not in nothing.stderr
     check = md2(*common, "--raw", drive, "--check", cwd=tmp_path)
     assert check.returncode == 4
-    assert "frames   11 needed, 10 present, 1 missing" in check.stdout
+    assert "frames   12 needed, 8 present, 4 missing" in check.stdout
     assert not (tmp_path / "kitti_shards").exists()
     raw = copy_raw(drive, tmp_path / "[raw]")
     (raw / DATE / "calib_velo_to_cam.txt").unlink()
@@ -287,13 +296,13 @@ def test_download_takes_a_url_or_stands_alone(drive: Path, tmp_path: Path, monke
     from prep_data import serve, zip_raw
     from typer.testing import CliRunner
 
-    import prep.job
+    import prep.request
     from cli.main import app
 
     split = str(write_split(tmp_path, TRAIN[2]))
     monkeypatch.chdir(tmp_path)
     with serve(zip_raw(drive, tmp_path / "zips", nested=True)) as web:
-        monkeypatch.setattr(prep.job, "PUBLIC_ARCHIVE", web.url)
+        monkeypatch.setattr(prep.request, "PUBLIC_ARCHIVE", web.url)
         for number, arguments in enumerate((["--download", web.url], ["--download", "--workers", "1"], ["--download"])):
             out = f"out{number}"
             result = CliRunner().invoke(
@@ -344,7 +353,7 @@ def test_a_full_disk_says_so_and_leaves_nothing_half_written(drive: Path, tmp_pa
 def test_a_full_disk_under_workers(drive: Path, tmp_path: Path) -> None:
     raw, split = long_raw(drive, tmp_path / "raw", 60)
     options = ["--out", tmp_path / "out", "--scratch", tmp_path / "scratch", "--size", "native", "--workers", "2"]
-    full = md2("prep", "--split", split, "--raw", raw, *options, limit=300_000)
+    full = md2("prep", "--split", split, "--raw", raw, "--follow-links", *options, limit=300_000)
     assert full.returncode == 5, full.stderr
     scratch = scratch_folder(str(tmp_path / "out"), tmp_path / "scratch")
     assert f"{scratch}: cannot be written (File too large)" in full.stderr.replace("\n", "")

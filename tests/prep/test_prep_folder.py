@@ -15,10 +15,12 @@ from prep_data import DATE, DRIVE, image, read_part, write_split
 from train_data import losses, train
 
 import md2
-from prep.job import Job, make_job
 from prep.packing.pack import Packed, pack
-from prep.raw.folder import FolderLayout, natural, parse_camera, split_drives
-from prep.raw.sources import RawData
+from prep.raw.camera import parse_camera
+from prep.raw.clips import natural
+from prep.raw.files import RawData
+from prep.raw.folder import FolderLayout, split_drives
+from prep.request import Request, make_request
 from prep.workers import start_workers
 from shards.errors import InputError, UsageError
 
@@ -32,7 +34,7 @@ def write_camera(folder: Path, **fields: Any) -> None:
 
 
 def write_drive(drive: Path, folder: Path, frames: int = 8, name: str = "{:06d}", right: bool = False) -> None:
-    """Frames of the synthetic drive under other names."""
+    """FrameRefs of the synthetic drive under other names."""
     for side, camera in [("left", "02")] + ([("right", "03")] if right else []):
         (folder / side).mkdir(parents=True)
         for number in range(frames):
@@ -40,10 +42,10 @@ def write_drive(drive: Path, folder: Path, frames: int = 8, name: str = "{:06d}"
             shutil.copy(source, folder / side / (name.format(number) + ".png"))
 
 
-def job(raw: Path, out: Path, **options: Any) -> Job:
+def job(raw: Path, out: Path, **options: Any) -> Request:
     content = {"size": "96x32", "frames": None, "stereo": None, "depth": True, "depth_source": None, "codec": "png"}
     fixed = {"dataset": "folder", "split": None, "splits": None, "raw": [str(raw)], "download": None, "out": str(out)}
-    return make_job(**{**fixed, **content, **options})  # type: ignore[arg-type]
+    return make_request(**{**fixed, **content, **options})  # type: ignore[arg-type]
 
 
 def run_job(raw: Path, out: Path, **options: Any) -> Packed:
@@ -73,8 +75,8 @@ def test_frames_intrinsics_and_an_automatic_split(drive: Path, tmp_path: Path) -
     assert (packed.manifest.stereo, packed.manifest.depth, packed.manifest.split.name) == (False, None, "drives")
     assert packed.manifest.components == ["0.png", "k.f32", "m1.png", "meta.json", "p1.png"]
     train, val = ({int(s["__key__"][-10:]): s for s in read_part(tmp_path / "out", part)} for part in ("train", "val"))
-    # Of 20 frames the last 2 are val's; 0 and 19 have no neighbour, 17's is val's and 18's is train's.
-    assert sorted(train) == list(range(1, 17))
+    # Of 20 frames the last 2 would be val's, but neither has its neighbours there: then no frame is lost to it.
+    assert sorted(train) == list(range(1, 19))
     assert not val
     for number, sample in train.items():
         assert sample["__key__"] == f"monday_l_{number:010d}"
@@ -135,7 +137,7 @@ def test_several_drives_with_their_own_cameras(drive: Path, tmp_path: Path) -> N
     write_drive(drive, tmp_path / "drives" / "b" / "one")
     layout = FolderLayout(RawData([str(tmp_path / "drives")]))
     assert layout.drives() == ["a/first run", "b/one"]
-    focal = [layout.open(name).rig.projection["l"][0, 0] for name in layout.drives()]  # type: ignore[union-attr]
+    focal = [layout.open(name).calibration.projection["l"][0, 0] for name in layout.drives()]  # type: ignore[union-attr]
     assert focal == [111.36, 200.0]
     run_job(tmp_path / "drives", tmp_path / "out")
     assert {s["__key__"].rsplit("_", 2)[0] for s in read_part(tmp_path / "out")} == {"a_first_run", "b_one"}
@@ -147,7 +149,7 @@ def test_own_lists(drive: Path, tmp_path: Path) -> None:
     (tmp_path / "val_files.txt").write_text("monday 3 l\nmonday 0 l\n")
     packed = run_job(tmp_path / "drives", tmp_path / "out", split=str(tmp_path / "val_files.txt"))
     assert [s["__key__"] for s in read_part(tmp_path / "out", "val")] == ["monday_l_0000000003"]
-    assert [skip.reason for skip in packed.skipped] == ["missing neighbour -1"]
+    assert [skip.reason for skip in packed.skipped] == ["drive's end, no neighbour -1"]
 
 
 def test_timestamps_follow_each_other_by_order_and_gaps_count_by_name(drive: Path, tmp_path: Path) -> None:
@@ -194,7 +196,7 @@ def test_frames_in_the_drives_folder_itself(drive: Path, tmp_path: Path) -> None
         ("".join(f"{k}: {v}\n" for k, v in (CAMERA | {"fx": ".inf"}).items()), "fx: Input should be a finite number"),
         ("", "width: Field required"),
         ("- 1\n", "camera.yaml"),
-        ("".join(f"{k}: {v}\n" for k, v in CAMERA.items()) + "focal: 3\n", "focal: Extra inputs"),
+        ("".join(f"{k}: {v}\n" for k, v in CAMERA.items()) + "focal: 3\n", "focal: no such field"),
         ("".join(f"{k}: {v}\n" for k, v in (CAMERA | {"fx": -1}).items()), "fx: Input should be greater than 0"),
         ("".join(f"{k}: {v}\n" for k, v in (CAMERA | {"baseline": 0}).items()), "baseline"),
     ],
@@ -225,7 +227,7 @@ def test_drives_in_any_script_have_keys_of_their_own(drive: Path, tmp_path: Path
 
 
 def test_what_cannot_be(drive: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no drives; expected: camera\.yaml"):
+    with pytest.raises(InputError, match=r"no drives; there is no camera\.yaml"):
         job(tmp_path, tmp_path / "out")
     write_camera(tmp_path / "drives")
     write_drive(drive, tmp_path / "drives" / "monday", frames=2)

@@ -18,13 +18,12 @@ import numpy as np
 import pytest
 from prep_data import files_of, long_raw, run_pack
 
-from prep.packing.assemble import Place, SampleJob, ShardJob
-from prep.packing.encode import ChunkJob, ImageFormat, Instant
+from prep.packing.assemble import SampleJob, ShardJob
+from prep.packing.encode import ChunkJob, Extent, ImageFormat, TimeStep, encode_chunk, read_chunk, versions
 from prep.packing.pack import scratch_folder
-from prep.packing.scratch import Blob, ChunkReader, ChunkWriter, read_chunk_index
-from prep.raw.calibration import Rig
-from prep.raw.sources import Member, Ref
-from prep.raw.splits import Side
+from prep.raw.calibration import StereoCalibration
+from prep.raw.splits import CameraSide
+from prep.raw.zips import Member, Ref
 from prep.workers import run, start_workers
 from shards.errors import DatasetError, Md2Error, UsageError
 from shards.publish import Store
@@ -82,7 +81,19 @@ def test_sigkill_at_any_moment(long: tuple[Path, Path], expected: dict[str, byte
     within.mkdir()
     (within / "notes.txt").write_text("not prep's")
     scratch = scratch_folder(str(out), within)
-    command = [sys.executable, "-m", "cli.main", "prep", "--split", str(split), "--raw", str(raw), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "cli.main",
+        "prep",
+        "--split",
+        str(split),
+        "--raw",
+        str(raw),
+        "--follow-links",
+        "--out",
+        str(out),
+    ]
     command += ["--scratch", str(within), "--size", "native", "--shard-mb", "5", "--workers", "2"]
 
     def chunks() -> dict[str, int]:
@@ -135,7 +146,19 @@ def test_sigkill_at_any_moment(long: tuple[Path, Path], expected: dict[str, byte
 def test_ctrl_c_ends_all_processes(long: tuple[Path, Path], tmp_path: Path, presses: int) -> None:
     raw, split = long
     scratch = scratch_folder(str(tmp_path / "out"), tmp_path)
-    command = [sys.executable, "-m", "cli.main", "prep", "--split", str(split), "--raw", str(raw), "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "cli.main",
+        "prep",
+        "--split",
+        str(split),
+        "--raw",
+        str(raw),
+        "--follow-links",
+        "--workers",
+        "2",
+    ]
     command += ["--out", str(tmp_path / "out"), "--scratch", str(tmp_path), "--size", "native"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     assert wait_until(lambda: bool(list(scratch.glob("*.chunk"))), process)
@@ -255,74 +278,88 @@ def test_a_worker_that_dies_is_one_line(tmp_path: Path) -> None:
         list(run(workers, os._exit, [9, 9]))
 
 
-def test_a_damaged_chunk_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "a.chunk"
-    with ChunkWriter(path) as writer:
-        blobs = [writer.add(data) for data in (b"first" * 100, b"second" * 100)]
-        writer.finish({"broken": {}})
-    assert read_chunk_index(path) == {"broken": {}}
+def test_a_damaged_chunk_is_noticed(drive: Path, tmp_path: Path) -> None:
+    """Any byte changed, or the end cut off: every file is read back as it was, or an error is raised."""
+    names = [f"2011_09_26/2011_09_26_drive_0001_sync/image_02/data/{n:010d}.png" for n in (1, 2)]
+    refs = [Ref(name, str(drive / name), (drive / name).stat().st_size) for name in names]
+    steps = tuple(TimeStep(n, {"l": ref}) for n, ref in enumerate(refs, start=1))
+    p = np.array([[100.0, 0, 96, 0], [0, 100, 32, 0], [0, 0, 1, 0]])
+    calibration = StereoCalibration({"l": p, "r": p}, (192, 64), None, "calib")
+    form = ImageFormat((24, 8), "png", None)
+    name = encode_chunk(ChunkJob("d", steps, calibration, form, "camera_z", False, tmp_path, versions()))
+    path = tmp_path / name
+    chunk = read_chunk(path)
+    assert chunk is not None
+    assert (sorted(chunk.files), chunk.sizes["image 1 l"], chunk.broken) == (["image 1 l", "image 2 l"], (192, 64), {})
+    content = {label: extent.read(tmp_path) for label, extent in chunk.files.items()}
+    assert all(data.startswith(b"\x89PNG") for data in content.values())
     whole = path.read_bytes()
-    with ChunkReader(tmp_path) as reader:
-        assert reader.read("a.chunk", blobs[1]) == b"second" * 100
     for position in range(0, len(whole), 7):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        if position < blobs[1].offset + blobs[1].size:
-            blob: Blob = blobs[position >= blobs[1].offset]
-            with ChunkReader(tmp_path) as reader, pytest.raises(DatasetError, match=r"a\.chunk: damaged scratch file"):
-                reader.read("a.chunk", blob)
-        else:
-            assert read_chunk_index(path) is None
+        with suppress(DatasetError):
+            assert {label: extent.read(tmp_path) for label, extent in chunk.files.items()} == content
+        damaged = read_chunk(path)
+        if damaged is not None and set(damaged.files) == set(content):
+            with suppress(DatasetError):
+                assert {label: extent.read(tmp_path) for label, extent in damaged.files.items()} == content
+    extent = chunk.files["image 1 l"]
+    path.write_bytes(whole[: extent.offset] + bytes([whole[extent.offset] ^ 1]) + whole[extent.offset + 1 :])
+    with pytest.raises(DatasetError, match=r"\.chunk: damaged scratch file"):
+        extent.read(tmp_path)
     for size in range(0, len(whole), 11):
         path.write_bytes(whole[:size])
-        assert read_chunk_index(path) is None
+        assert read_chunk(path) is None
 
 
 def chunk_job() -> ChunkJob:
-    """Of two instants: both images, a scan and a ready-made depth map in the first; the left image in the second."""
+    """Of two time_steps: both images, a scan and a ready-made depth map in the first; the left image in the second."""
     names = enumerate(("l", "r", "scan", "map"))
     refs = {name: Ref(name, f"file:///raw/{name}", 100 + number) for number, name in names}
     packed = Ref("next", "file:///raw.zip", 7, Member(0, 1, 5, 8, 99))
-    instants = (
-        Instant(3, {"l": refs["l"], "r": refs["r"]}, refs["scan"], ("l",), {"r": refs["map"]}),
-        Instant(4, {"l": packed}),
+    time_steps = (
+        TimeStep(3, {"l": refs["l"], "r": refs["r"]}, refs["scan"], ("l",), {"r": refs["map"]}),
+        TimeStep(4, {"l": packed}),
     )
-    projection: dict[Side, np.ndarray] = {side: np.arange(12.0).reshape(3, 4) + len(side) for side in ("l", "r")}
-    rig = Rig(projection, (192, 64), np.eye(4), "calib")
-    return ChunkJob("d", instants, rig, ImageFormat((96, 32), "jpeg", 90), "camera_z", False, Path("scratch"), "1")
+    projection: dict[CameraSide, np.ndarray] = {side: np.arange(12.0).reshape(3, 4) + len(side) for side in ("l", "r")}
+    calibration = StereoCalibration(projection, (192, 64), np.eye(4), "calib")
+    return ChunkJob(
+        "d", time_steps, calibration, ImageFormat((96, 32), "jpeg", 90), "camera_z", False, Path("scratch"), "1"
+    )
 
 
 def changed_jobs(job: ChunkJob) -> Iterator[tuple[str, ChunkJob]]:
-    first, second = job.instants
+    first, second = job.time_steps
     assert first.scan is not None and second.images["l"].member is not None
 
-    def instant(**changes: Any) -> ChunkJob:
-        return replace(job, instants=(replace(first, **changes), second))
+    def time_step(**changes: Any) -> ChunkJob:
+        return replace(job, time_steps=(replace(first, **changes), second))
 
-    def rig(**changes: Any) -> ChunkJob:
-        return replace(job, rig=replace(job.rig, **changes))
+    def calibration(**changes: Any) -> ChunkJob:
+        return replace(job, calibration=replace(job.calibration, **changes))
 
     yield "drive", replace(job, drive="e")
-    yield "frame", instant(frame=2)
-    yield "image", instant(images={"l": first.images["l"]})
-    yield "side", instant(images={"l": first.images["r"], "r": first.images["l"]})
-    yield "size of a file", instant(images={**first.images, "l": replace(first.images["l"], size=1)})
-    yield "place of a file", instant(scan=replace(first.scan, url="file:///other/scan"))
-    yield "scan", instant(scan=None, depth_sides=())
-    yield "side of the depth", instant(depth_sides=("r",))
-    yield "both depths", instant(depth_sides=("l", "r"))
-    yield "ready-made depth", instant(depth_maps={})
+    yield "frame", time_step(frame=2)
+    yield "image", time_step(images={"l": first.images["l"]})
+    yield "side", time_step(images={"l": first.images["r"], "r": first.images["l"]})
+    yield "size of a file", time_step(images={**first.images, "l": replace(first.images["l"], size=1)})
+    yield "place of a file", time_step(scan=replace(first.scan, url="file:///other/scan"))
+    yield "scan", time_step(scan=None, depth_sides=())
+    yield "side of the depth", time_step(depth_sides=("r",))
+    yield "both depths", time_step(depth_sides=("l", "r"))
+    yield "ready-made depth", time_step(depth_maps={})
     crc = replace(second.images["l"], member=replace(second.images["l"].member, crc=98))
-    yield "content of a zip", replace(job, instants=(first, replace(second, images={"l": crc})))
-    yield "fewer", replace(job, instants=(first,))
-    yield "calibration", rig(projection={**job.rig.projection, "r": np.zeros((3, 4))})
-    yield "native size", rig(size=(192, 63))
-    yield "lidar", rig(velodyne=np.eye(4)[::-1])
-    yield "no lidar", rig(velodyne=None)
+    yield "content of a zip", replace(job, time_steps=(first, replace(second, images={"l": crc})))
+    yield "fewer", replace(job, time_steps=(first,))
+    yield "calibration", calibration(projection={**job.calibration.projection, "r": np.zeros((3, 4))})
+    yield "native size", calibration(size=(192, 63))
+    yield "lidar", calibration(velodyne=np.eye(4)[::-1])
+    yield "no lidar", calibration(velodyne=None)
     for number, form in enumerate((ImageFormat(None, "jpeg", 90), ImageFormat((96, 32), "png", 90))):
         yield f"format {number}", replace(job, format=form)
     yield "quality", replace(job, format=ImageFormat((96, 32), "jpeg", 91))
     yield "convention", replace(job, convention="lidar_x")
     yield "versions", replace(job, versions="2")
+    yield "levels", replace(job, levels=(0, 4095))
 
 
 def test_a_chunk_is_named_after_everything_that_decides_its_bytes() -> None:
@@ -336,23 +373,9 @@ def test_a_chunk_is_named_after_everything_that_decides_its_bytes() -> None:
 
 def test_a_shard_is_told_by_all_that_goes_into_it() -> None:
     def spec(key: str = "k", small: bytes = b"abc", size: int = 5, crc: int = 6, name: str = "0.jpg") -> str:
-        sample = SampleJob(key, {"k.f32": small}, {name: Place("a.chunk", Blob(0, size, crc))})
+        sample = SampleJob(key, {"k.f32": small}, {name: Extent("a.chunk", 0, size, crc)})
         return ShardJob("train", 0, [sample], Path("scratch"), Store("out")).spec
 
     changes: list[dict[str, Any]] = [{"key": "l"}, {"small": b"abd"}, {"size": 4}, {"crc": 7}, {"name": "s.jpg"}]
     assert len({spec(), *(spec(**change) for change in changes)}) == 6
     assert spec() == spec()
-
-
-def test_few_chunk_files_are_open_at_a_time(tmp_path: Path) -> None:
-    blobs = []
-    for number in range(40):
-        with ChunkWriter(tmp_path / f"{number}.chunk") as writer:
-            blobs.append(writer.add(f"content {number}".encode()))
-            writer.finish({})
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    with ChunkReader(tmp_path, limit=4) as reader:
-        for number in [*range(40), *reversed(range(40))]:
-            assert reader.read(f"{number}.chunk", blobs[number]) == f"content {number}".encode()
-            assert len(list(Path("/proc/self/fd").iterdir())) <= before + 4
-    assert len(list(Path("/proc/self/fd").iterdir())) == before

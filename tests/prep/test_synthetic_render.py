@@ -12,7 +12,7 @@ from prep.synthetic.cast import Solid
 from prep.synthetic.noise import Noise, resolved
 from prep.synthetic.paint import _band, _repeated
 from prep.synthetic.render import Renderer
-from prep.synthetic.rig import Rig
+from prep.synthetic.rig import CameraRig
 from prep.synthetic.street import Street, build_street
 
 
@@ -23,8 +23,8 @@ def street() -> Street:
 
 def test_a_small_picture_is_the_mean_of_a_large_one(street: Street) -> None:
     """Point samples would shimmer from frame to frame; a camera's pixel is the mean over its area."""
-    small = Renderer(street, Rig((160, 64))).image(4, 2)[0] / 255
-    large = Renderer(street, Rig((640, 256))).image(4, 2)[0] / 255
+    small = Renderer(street, CameraRig((160, 64))).image(4, 2)[0] / 255
+    large = Renderer(street, CameraRig((640, 256))).image(4, 2)[0] / 255
     mean = large.reshape(64, 4, 160, 4, 3).mean(axis=(1, 3))
     sampled = large[2::4, 2::4]
     assert np.abs(small - mean).mean() < 0.02
@@ -33,14 +33,14 @@ def test_a_small_picture_is_the_mean_of_a_large_one(street: Street) -> None:
 
 def test_depth_is_that_of_the_pixels_centre(street: Street) -> None:
     """Depth must not be averaged over edges: each value is one that a three times finer picture has in its middle."""
-    coarse = Renderer(street, Rig((96, 48))).image(2, 3)[1]
-    fine = Renderer(street, Rig((288, 144))).image(2, 3)[1][1::3, 1::3]
+    coarse = Renderer(street, CameraRig((96, 48))).image(2, 3)[1]
+    fine = Renderer(street, CameraRig((288, 144))).image(2, 3)[1][1::3, 1::3]
     same = np.isclose(coarse, fine, rtol=1e-4) | (coarse == fine)
     assert same.mean() > 0.995
 
 
 def test_shadows_lie_where_the_sun_is_blocked(street: Street) -> None:
-    renderer = Renderer(street, Rig((320, 96)))
+    renderer = Renderer(street, CameraRig((320, 96)))
     rng = np.random.default_rng(0)
     z = rng.uniform(0, 60, 120)
     x = street.road.centre(z) + rng.uniform(-7, 7, 120)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from prep.raw.calibration import read_raw_rig
+from prep.raw.calibration import read_raw_calibration
 from prep.raw.velodyne import Convention, SparseDepth, check_depth_png, points_in_view, read_scan
 from prep.raw.velodyne import project as project_points
 from shards.errors import SampleError
@@ -132,13 +132,13 @@ def test_against_the_synthetic_drives_true_depth(drive: Path, side: str, camera:
     KITTI's convention counts pixels from 1 and the synthetic cameras from 0, so truth is one pixel down and right.
     Everything that is out by a pixel or by a swapped camera fits worse.
     """
-    rig = read_raw_rig("2011_09_26", lambda path: (drive / path).read_bytes(), depth=True)
+    calibration = read_raw_calibration("2011_09_26", lambda path: (drive / path).read_bytes(), depth=True)
     folder = drive / "2011_09_26" / "2011_09_26_drive_0001_sync"
     errors: dict[tuple[int, int], list[np.ndarray]] = {}
     for frame in range(0, 8, 3):
         points = read_scan((folder / "velodyne_points" / "data" / f"{frame:010d}.bin").read_bytes(), "scan")
-        assert rig.size is not None
-        depth = project(points, rig.lidar_projection(side), rig.size) / 256.0  # type: ignore[arg-type]
+        assert calibration.size is not None
+        depth = project(points, calibration.lidar_projection(side), calibration.size) / 256.0  # type: ignore[arg-type]
         truth = np.load(folder / f"true_depth_{camera}" / "data" / f"{frame:010d}.npy").astype(np.float64)
         inner = depth[3:-3, 3:-3]
         assert np.count_nonzero(inner) > 300
@@ -158,10 +158,10 @@ def test_against_the_synthetic_drives_true_depth(drive: Path, side: str, camera:
 @pytest.mark.kitti
 def test_a_real_scan_is_where_kittis_scene_is(kitti: Path) -> None:
     raw = kitti / "raw"
-    rig = read_raw_rig("2011_09_26", lambda path: (raw / path).read_bytes(), depth=True)
+    calibration = read_raw_calibration("2011_09_26", lambda path: (raw / path).read_bytes(), depth=True)
     path = raw / "2011_09_26" / "2011_09_26_drive_0002_sync" / "velodyne_points" / "data" / "0000000005.bin"
     points = read_scan(path.read_bytes(), "scan")
-    left, right = (project(points, rig.lidar_projection(side), (1242, 375)) for side in ("l", "r"))
+    left, right = (project(points, calibration.lidar_projection(side), (1242, 375)) for side in ("l", "r"))
     for depth in (left, right):
         assert 15_000 < np.count_nonzero(depth) < 25_000
         assert not depth[:100].any()  # the scanner looks no higher than 2 degrees up
@@ -181,16 +181,16 @@ def test_a_real_scan_is_where_kittis_scene_is(kitti: Path) -> None:
 def test_against_the_published_procedure(kitti: Path) -> None:
     """Eigen's ground truth as everybody makes it: matrix product, round, minus one, minimum of duplicates."""
     raw = kitti / "raw"
-    rig = read_raw_rig("2011_09_26", lambda path: (raw / path).read_bytes(), depth=True)
+    calibration = read_raw_calibration("2011_09_26", lambda path: (raw / path).read_bytes(), depth=True)
     path = raw / "2011_09_26" / "2011_09_26_drive_0002_sync" / "velodyne_points" / "data" / "0000000003.bin"
     points = np.fromfile(path, np.float32).reshape(-1, 4)
     front = points[points[:, 0] >= 0].astype(np.float64)
-    pixels = np.hstack([front[:, :3], np.ones((len(front), 1))]) @ rig.lidar_projection("l").T
+    pixels = np.hstack([front[:, :3], np.ones((len(front), 1))]) @ calibration.lidar_projection("l").T
     order = np.argsort(-front[:, 0], kind="stable")  # the last to be written, the nearest, stays
     expected = np.zeros((375, 1242))
     for (u, v, w), x in zip(pixels[order], front[order, 0], strict=True):
         column, row = round(u / w) - 1, round(v / w) - 1
         if 0 <= column < 1242 and 0 <= row < 375 and w > 0:
             expected[row, column] = x
-    found = project(points, rig.lidar_projection("l"), (1242, 375), "lidar_x") / 256.0
+    found = project(points, calibration.lidar_projection("l"), (1242, 375), "lidar_x") / 256.0
     np.testing.assert_allclose(found, expected, atol=0.5 / 256 + 1e-9)

@@ -389,12 +389,12 @@ def test_a_broken_claim_or_receipt_is_named(tmp_path: Path, packed: Packed) -> N
 def test_prep_publishes_to_a_bucket_what_it_publishes_to_a_folder(
     rclone_bucket: Bucket, drive: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    from prep.options import make_content
     from prep.packing.pack import pack
     from prep.packing.plan import make_plan
-    from prep.raw.drives import Kitti
-    from prep.raw.sources import RawData
+    from prep.raw.files import RawData
+    from prep.raw.kitti import Kitti
     from prep.raw.splits import read_split
+    from prep.request import make_content
     from prep.workers import start_workers
 
     lists = read_split(str(drive / "splits" / "sample"))

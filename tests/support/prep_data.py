@@ -20,13 +20,13 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from prep.options import make_content
 from prep.packing.pack import Packed, pack
 from prep.packing.plan import OnError, make_plan
-from prep.raw.calibration import read_raw_rig
-from prep.raw.drives import Kitti
-from prep.raw.sources import RawData
+from prep.raw.calibration import read_raw_calibration
+from prep.raw.files import RawData
+from prep.raw.kitti import Kitti
 from prep.raw.splits import read_split
+from prep.request import make_content
 from prep.workers import Workers, start_workers
 
 DATE = "2011_09_26"
@@ -42,13 +42,14 @@ def run_pack(
     workers: Workers | None = None,
     on_error: OnError = "stop",
     parts: list[str] | None = None,
+    follow_links: bool = True,
     **content_options: Any,
 ) -> Packed:
     """What `md2 prep` does, in this process unless `workers` are given."""
     lists = read_split(str(split))
     content = make_content(lists, **{"size": "96x32", **content_options})
     urls = raw if isinstance(raw, list) else [str(raw)]
-    plan = make_plan(lists, Kitti(RawData(urls), content.depth), content, on_error, parts)
+    plan = make_plan(lists, Kitti(RawData(urls, follow_links), content.depth), content, on_error, parts)
     scratch = out.with_name(f".{out.name}.scratch")
     if workers is not None:
         return pack(plan, lists, str(out), scratch, workers, skip_broken=on_error == "skip")
@@ -115,9 +116,9 @@ def odometry_raw(drive: Path, top: Path) -> Path:
     (sequence / "velodyne").mkdir()
     for path in (drive / DATE / VAL_DRIVE / "velodyne_points" / "data").glob("*.bin"):
         shutil.copy(path, sequence / "velodyne" / f"{int(path.stem):06d}.bin")
-    rig = read_raw_rig(DATE, lambda path: (drive / path).read_bytes(), depth=True)
-    assert rig.velodyne is not None
-    rows = {"P2": rig.projection["l"], "P3": rig.projection["r"], "Tr": rig.velodyne[:3]}
+    calibration = read_raw_calibration(DATE, lambda path: (drive / path).read_bytes(), depth=True)
+    assert calibration.velodyne is not None
+    rows = {"P2": calibration.projection["l"], "P3": calibration.projection["r"], "Tr": calibration.velodyne[:3]}
     (sequence / "calib.txt").write_text(
         "".join(f"{n}: {' '.join(map(repr, m.ravel().tolist()))}\n" for n, m in rows.items())
     )

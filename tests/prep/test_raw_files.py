@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prep_data import DATE, DRIVE, VAL_DRIVE, files_of, odometry_raw, read_part, run_pack, serve, write_split, zip_raw
 
-from prep.options import make_content, refuse_empty
 from prep.packing.pack import pack
 from prep.packing.plan import make_plan
-from prep.raw.drives import Kitti
-from prep.raw.sources import RawData, read, read_many
+from prep.raw.files import RawData, read, read_many
+from prep.raw.kitti import Kitti
 from prep.raw.splits import read_split
+from prep.request import make_content, refuse_empty
 from prep.workers import start_workers
 from shards.errors import InputError, SampleError, StorageError, UsageError
 
@@ -156,7 +156,7 @@ def test_nothing_there_says_what_is_expected_and_how_to_get_it(drive: Path, tmp_
     content = make_content(lists)
     plan = make_plan(lists, Kitti(RawData([str(tmp_path / "nothing")]), content.depth), content)
     with pytest.raises(InputError) as caught:
-        refuse_empty(plan, [str(tmp_path / "nothing")])
+        refuse_empty(plan, RawData([str(tmp_path / "nothing")]), ", or --download")
     for word in (
         str(tmp_path / "nothing"),
         DRIVE,
@@ -174,7 +174,7 @@ def test_odometry_that_is_not_there_says_what_odometry_looks_like(tmp_path: Path
     content = make_content(lists)
     plan = make_plan(lists, Kitti(RawData([str(tmp_path)]), content.depth), content)
     with pytest.raises(InputError, match=r"sequences/00/image_2/000000\.png.*data_odometry_calib\.zip"):
-        refuse_empty(plan, [str(tmp_path)])
+        refuse_empty(plan, RawData([str(tmp_path)]))
 
 
 @pytest.mark.parametrize("over_http", [False, True])

@@ -1,0 +1,267 @@
+"""Drives in KITTI's layouts, raw and odometry: the files of each by frame number, and its calibration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from prep.raw.calibration import (
+    CAMERA_NUMBER,
+    Matrix,
+    StereoCalibration,
+    read_odometry_calibration,
+    read_raw_calibration,
+)
+from prep.raw.files import RawData, read
+from prep.raw.poses import MAX_POSE_BYTES, parse_poses
+from prep.raw.splits import CameraSide
+from prep.raw.zips import Ref
+from shards.errors import InputError
+
+FrameRefs = dict[int, Ref]
+"""Frame number -> file."""
+
+_IMAGE = re.compile(r"(\d{1,18})\.(png|jpg|jpeg)", re.IGNORECASE)
+_SCAN = re.compile(r"(\d{1,18})\.bin", re.IGNORECASE)
+_DEPTH = re.compile(r"(\d{1,18})\.png", re.IGNORECASE)
+_RAW_DRIVE = re.compile(r"(\d{4}_\d\d_\d\d)/(\1_drive_\d{4}_(?:sync|extract))")
+_BARE_DRIVE = re.compile(r"(\d{4}_\d\d_\d\d)_drive_\d{4}_(?:sync|extract)")
+_NOT_KITTI = "true_pose_02.txt"
+"""A file that `md2 sample` writes into its drives, and KITTI never does."""
+_SEQUENCE = re.compile(r"\d{1,2}")
+
+
+@dataclass(frozen=True)
+class Drive:
+    """One drive (a sequence, in KITTI odometry).
+
+    Attributes:
+        name: as the split's lines have it.
+        key: the same for sample keys: letters, digits, `_`, `-`.
+        images: side -> frames.
+        scans: lidar scans by frame; empty if depth is not wanted.
+        depth_maps: side -> ground-truth PNGs by frame (improved or dense); empty if not wanted.
+        calibration: of its cameras.
+        kitti: whether the images are KITTI's, whose licence goes with them.
+        poses: (N, 3, 4) camera-to-world poses by frame, metres, if the sequence has them.
+        levels: lowest and highest value of frames with more than 8 bits; they become 0 and 255.
+        clip_starts: first frames of clips; no sample reaches from one clip into another.
+        problems: side -> why frames may be missing (a broken zip).
+        notes: what the user should know about this drive.
+    """
+
+    name: str
+    key: str
+    images: dict[CameraSide, FrameRefs]
+    scans: FrameRefs
+    depth_maps: dict[CameraSide, FrameRefs]
+    calibration: StereoCalibration
+    kitti: bool = True
+    poses: Matrix | None = None
+    levels: tuple[int, int] | None = None
+    clip_starts: tuple[int, ...] = ()
+    problems: dict[CameraSide, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def is_end(self, frame: int, neighbour: int, side: CameraSide) -> bool:
+        """Whether a missing neighbour lies beyond the drive's (or clip's) first or last frame: nobody could have it."""
+        if self.crosses(frame, neighbour):
+            return True
+        frames = self.images[side]
+        return frame in frames and (neighbour < min(frames) or neighbour > max(frames))
+
+    def crosses(self, frame: int, neighbour: int) -> bool:
+        """Whether a clip begins between two frames."""
+        low, high = sorted((frame, neighbour))
+        return any(low < start <= high for start in self.clip_starts)
+
+
+class Layout(Protocol):
+    """How drives lie in the raw data."""
+
+    raw: RawData
+
+    def open(self, name: str) -> Drive | None:
+        """The drive; None if there is no such drive.
+
+        Raises:
+            InputError: its calibration or the archive it is in is missing or broken.
+        """
+
+
+class Kitti:
+    """KITTI raw (`2011_09_26/2011_09_26_drive_0001_sync`) and KITTI odometry (`9`), told apart by the drive's name.
+
+    Args:
+        raw: where the files lie.
+        depth: None, or which ground truth to look for.
+        advice: what to do about a drive of another layout, for messages.
+    """
+
+    def __init__(self, raw: RawData, depth: str | None, advice: str = "") -> None:
+        self.raw = raw
+        self._advice = advice
+        self._depth = depth
+        self._calibrations: dict[tuple[str, bool], StereoCalibration] = {}
+
+    def open(self, name: str) -> Drive | None:
+        match = _RAW_DRIVE.fullmatch(name)
+        if match is not None:
+            return self._open_raw(date=match[1], drive=match[2])
+        if _SEQUENCE.fullmatch(name):
+            return self._open_sequence(name)
+        bare = _BARE_DRIVE.fullmatch(name)
+        hint = f"; did you mean {bare[1]}/{name}?" if bare else self._advice
+        raise InputError(
+            f"drive {name!r} is neither KITTI raw's (2011_09_26/2011_09_26_drive_0001_sync) nor odometry's (09){hint}"
+        )
+
+    def _open_raw(self, date: str, drive: str) -> Drive | None:
+        folder = f"{date}/{drive}"
+        folders = {side: f"{folder}/image_{number}/data" for side, number in CAMERA_NUMBER.items()}
+        images = {side: numbered(self.raw.files(path), _IMAGE) for side, path in folders.items()}
+        if not any(images.values()):
+            if (problem := self.raw.problem(folders["l"])) is not None:
+                raise InputError(problem)
+            return None
+        scans = self._scans(f"{folder}/velodyne_points/data")
+        maps = {side: self._improved(date, drive, number) for side, number in CAMERA_NUMBER.items()}
+        known = (date, bool(scans))
+        if known not in self._calibrations:
+            self._calibrations[known] = read_raw_calibration(date, self.raw.read, depth=bool(scans))
+        return Drive(
+            name=folder,
+            key=drive,
+            images=images,
+            scans=scans,
+            depth_maps=maps,
+            calibration=self._calibrations[known],
+            kitti=_NOT_KITTI not in self.raw.files(folder),
+            problems=self._problems(folders),
+        )
+
+    def _scans(self, folder: str) -> FrameRefs:
+        if self._depth != "velodyne":
+            return {}
+        scans = numbered(self.raw.files(folder), _SCAN)
+        if not scans and (problem := self.raw.problem(folder)) is not None:
+            raise InputError(problem)
+        return scans
+
+    def _problems(self, folders: dict[CameraSide, str]) -> dict[CameraSide, str]:
+        found = {side: self.raw.problem(folder) for side, folder in folders.items()}
+        return {side: problem for side, problem in found.items() if problem is not None}
+
+    def _improved(self, date: str, drive: str, camera: str) -> FrameRefs:
+        """The depth benchmark's maps, as its zip has them or moved into the raw folders."""
+        if self._depth != "improved":
+            return {}
+        inner = f"{drive}/proj_depth/groundtruth/image_{camera}"
+        frames: FrameRefs = {}
+        for top in ("train", "val", date, ""):
+            frames = numbered(self.raw.files(f"{top}/{inner}" if top else inner), _DEPTH) | frames
+        if not frames and (problem := self.raw.problem(f"train/{inner}")) is not None:
+            raise InputError(problem)
+        return frames
+
+    def _open_sequence(self, name: str) -> Drive | None:
+        number = f"{int(name):02d}"
+        for top in ("sequences", "dataset/sequences"):
+            folder = f"{top}/{number}"
+            folders: dict[CameraSide, str] = {"l": f"{folder}/image_2", "r": f"{folder}/image_3"}
+            images = {side: numbered(self.raw.files(path), _IMAGE) for side, path in folders.items()}
+            if any(images.values()):
+                break
+        else:
+            if (problem := self.raw.problem(f"sequences/{number}/image_2")) is not None:
+                raise InputError(problem)
+            return None
+        scans = self._scans(f"{folder}/velodyne")
+        poses, notes = self._poses(folder.replace(f"sequences/{number}", "poses"), f"{number}.txt")
+        return Drive(
+            name=name,
+            key=f"odom_{number}",
+            images=images,
+            scans=scans,
+            depth_maps={"l": {}, "r": {}},
+            calibration=read_odometry_calibration(folder, self.raw.read, depth=bool(scans)),
+            poses=poses,
+            problems=self._problems(folders),
+            notes=notes,
+        )
+
+    def _poses(self, folder: str, name: str) -> tuple[Matrix | None, tuple[str, ...]]:
+        """The sequence's poses; None and a note if they cannot be used: images and depth do not need them."""
+        ref = self.raw.files(folder).get(name)
+        if ref is None:
+            return None, ()
+        try:
+            return parse_poses(read(ref, MAX_POSE_BYTES), ref.place), ()
+        except InputError as error:
+            return None, (str(error),)
+
+
+def numbered(files: dict[str, Ref], pattern: re.Pattern[str]) -> FrameRefs:
+    """Files whose name is a frame number, by that number; of several with one number the last by name.
+
+    So `.png` comes before `.jpg`, which was made from it.
+    """
+    frames: FrameRefs = {}
+    for name in sorted(files, reverse=True):
+        match = pattern.fullmatch(name)
+        if match is not None:
+            frames.setdefault(int(match[1]), files[name])
+    return frames
+
+
+@dataclass(frozen=True)
+class FrameSequence:
+    """Consecutive frames of one camera, for odometry.
+
+    Attributes:
+        name: as asked for.
+        frames: number -> file, in order, without a gap.
+        poses: (N, 3, 4) camera-to-world, metres, of all frames of the sequence; None if it has none.
+    """
+
+    name: str
+    frames: FrameRefs
+    poses: Matrix | None
+
+    def read(self) -> Iterator[tuple[str, bytes]]:
+        """Name and content of each frame's file.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        for number, ref in self.frames.items():
+            yield f"{self.name} frame {number}", read(ref)
+
+
+def open_sequence(raw: Sequence[str], name: str, side: CameraSide = "l") -> FrameSequence:
+    """Find a sequence in raw data.
+
+    Args:
+        raw: folders or URLs, as for `md2 prep --raw`.
+        name: `09` (KITTI odometry), or `2011_09_26/2011_09_26_drive_0002_sync` (raw).
+        side: which camera.
+
+    Raises:
+        InputError: not there, a frame is missing between others, or its calibration or poses are broken.
+    """
+    drive = Kitti(RawData(list(raw), follow_links=True), None).open(name)
+    found = drive.images[side] if drive is not None else {}
+    if drive is None or not found:
+        raise InputError(
+            f"sequence {name} is not at {', '.join(raw)}; expected there: sequences/{name}/image_2/000000.png (or "
+            f".jpg), sequences/{name}/calib.txt and, for the error, poses/{name}.txt"
+        )
+    if drive.notes:
+        raise InputError(drive.notes[0])
+    numbers = sorted(found)
+    gap = next((number for number in range(numbers[0], numbers[-1]) if number not in found), None)
+    if gap is not None:
+        raise InputError(f"sequence {name}: frame {gap} is missing; a trajectory needs every frame")
+    return FrameSequence(name, {number: found[number] for number in numbers}, drive.poses)

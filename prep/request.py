@@ -1,0 +1,236 @@
+"""One `md2 prep` from its options: which data, which split, which layout, what a sample holds; then the plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from prep.packing.encode import ImageFormat
+from prep.packing.plan import Content, DepthSource, OnError, PackingPlan, make_plan
+from prep.raw.files import PUBLIC_ARCHIVE, RawData
+from prep.raw.folder import FolderLayout, split_drives
+from prep.raw.kitti import Kitti, Layout
+from prep.raw.missing import what_is_there
+from prep.raw.splits import NamedSplit, SplitLists, read_split
+from prep.raw.velodyne import Convention
+from shards.errors import InputError, UsageError
+from shards.sample import Chroma, Codec
+
+DEFAULT_SHARD_MB = 256
+PUBLIC = "public"
+"""Value of `--download` that stands for KITTI's public archive."""
+_MAX_SIDE = 16_384
+_MAX_OFFSET = 1000
+_MAX_OFFSETS = 100
+"""As the manifest has it."""
+_SHOWN = 5
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """`640x192` -> (640, 192), width first; `native` -> None.
+
+    Raises:
+        UsageError: anything else, or a side outside 8 … 16384.
+    """
+    if text == "native":
+        return None
+    match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
+    if match is None:
+        raise UsageError(f"--size {text}: give width and height in pixels, for example 640x192, or native")
+    size = int(match[1]), int(match[2])
+    if not all(8 <= side <= _MAX_SIDE for side in size):
+        raise UsageError(f"--size {text}: each side must be 8 to {_MAX_SIDE} pixels")
+    return size
+
+
+def parse_frames(text: str) -> tuple[int, ...]:
+    """`0,-1,1` -> (0, -1, 1): the target first, then the others as given.
+
+    Raises:
+        UsageError: not whole numbers, 0 missing, a repeated or far-off one, or too many.
+    """
+    try:
+        frames = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--frames {text[:80]}: give offsets with commas, for example 0,-1,1") from None
+    shown = text if len(text) <= 80 else text[:80] + "…"
+    if 0 not in frames:
+        raise UsageError(f"--frames {shown}: offsets must hold 0, the target itself")
+    if len(set(frames)) != len(frames):
+        raise UsageError(f"--frames {shown}: an offset is repeated")
+    if far := [frame for frame in frames if abs(frame) > _MAX_OFFSET]:
+        raise UsageError(f"--frames {shown}: {far[0]} is too far; offsets are -{_MAX_OFFSET} to {_MAX_OFFSET}")
+    if len(frames) > _MAX_OFFSETS:
+        raise UsageError(f"--frames {shown}: {len(frames)} offsets; at most {_MAX_OFFSETS}")
+    return (0, *(frame for frame in frames if frame))
+
+
+def make_content(
+    lists: SplitLists,
+    *,
+    size: str = "640x192",
+    frames: str | None = None,
+    stereo: bool | None = None,
+    depth: bool = True,
+    depth_source: DepthSource | None = None,
+    depth_convention: Convention | None = None,
+    codec: Codec = "jpeg",
+    quality: int | None = None,
+    chroma: Chroma | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    shard_mb: int = DEFAULT_SHARD_MB,
+) -> Content:
+    """What a sample holds. None takes the named split's default: everything that mono, stereo and validation need.
+
+    Raises:
+        UsageError: an impossible value, or options that contradict each other.
+    """
+    default = lists.named or NamedSplit({})
+    if quality is not None and not 1 <= quality <= 100:
+        raise UsageError(f"--quality {quality}: 1 to 100; without it, steps chosen for training")
+    if quality is not None and codec != "jpeg":
+        raise UsageError(f"--quality {quality} goes with --codec jpeg; {codec} keeps every pixel as it is")
+    if chroma is not None and codec != "jpeg":
+        raise UsageError(f"--chroma {chroma} goes with --codec jpeg; {codec} keeps every pixel as it is")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}: at least 1")
+    if not 1 <= shard_mb <= 10_000:
+        raise UsageError(f"--shard-mb {shard_mb}: 1 to 10000")
+    source = depth_source or default.depth_source
+    convention = depth_convention or (default.depth_convention if source == "velodyne" else "camera_z")
+    if source != "velodyne" and convention == "lidar_x":
+        raise UsageError(
+            "--depth-convention lidar_x goes with --depth-source velodyne only; improved maps are camera_z"
+        )
+    return Content(
+        frames=default.frames if frames is None else parse_frames(frames),
+        stereo=default.stereo if stereo is None else stereo,
+        depth=source if depth else None,
+        convention=convention,
+        format=ImageFormat(parse_size(size), codec, quality, chroma or "420"),
+        seed=seed,
+        limit=limit,
+        shard_bytes=shard_mb << 20,
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to pack, and where to: the split's lists, the layout of the raw data, what a sample holds."""
+
+    lists: SplitLists
+    layout: Layout
+    content: Content
+    urls: list[str]
+    out: str
+
+    def drives(self, parts: Sequence[str] | None) -> int:
+        """Number of drives that the lists of these parts name (None: of all)."""
+        chosen = self.lists.parts if parts is None else parts
+        lines = (self.lists.parts.get(part, [])[: self.content.limit] for part in chosen)
+        return len({line.drive for rows in lines for line in rows})
+
+    def plan(
+        self, on_error: OnError, parts: Sequence[str] | None, progress: Callable[[str], None] = lambda drive: None
+    ) -> PackingPlan:
+        """Look up every line's files; as `make_plan`."""
+        return make_plan(self.lists, self.layout, self.content, on_error, parts, progress)
+
+    def refuse_empty(self, plan: PackingPlan) -> None:
+        """Say what was expected if not one drive of the split has data.
+
+        Raises:
+            InputError: that message.
+        """
+        if isinstance(self.layout, FolderLayout) and plan.missing_drives and not plan.found:
+            raise InputError(
+                f"none of the split's {len(plan.missing_drives)} drives (first: {plan.missing_drives[0]}) is at "
+                f"{', '.join(self.urls)}; drives there: {', '.join(self.layout.drives()[:_SHOWN])}"
+            )
+        refuse_empty(plan, self.layout.raw, f", or --download to read them from {PUBLIC_ARCHIVE}")
+
+
+def make_request(
+    *,
+    dataset: Literal["kitti", "folder"],
+    split: str | None,
+    splits: Path | None,
+    raw: Sequence[str],
+    download: str | None,
+    out: str | None,
+    follow_links: bool = False,
+    **content: Any,
+) -> Request:
+    """Put the options together; `content` are those of `make_content`.
+
+    Raises:
+        UsageError: options that are impossible or contradict each other.
+        InputError: a split or a camera file cannot be read, or there are no drives.
+    """
+    urls = [*raw, *([] if download is None else [PUBLIC_ARCHIVE if download == PUBLIC else download])]
+    if dataset == "folder":
+        for option, value in (("--download", download), ("--depth-source", content.get("depth_source"))):
+            if value is not None:
+                raise UsageError(f"{option} is for KITTI; --dataset folder takes what lies at --raw")
+        return _own_drives(split, splits, RawData(urls, follow_links), out, content)
+    if split is None:
+        raise UsageError("--split is missing: eigen_zhou, eigen_full, eigen, eigen_benchmark, odom, a file or a folder")
+    lists = read_split(split, splits)
+    what = make_content(lists, **content)
+    layout = Kitti(RawData(urls, follow_links), what.depth, "; for your own drives give --dataset folder")
+    return Request(lists, layout, what, urls, out or f"./kitti_shards/{lists.name}")
+
+
+def _own_drives(
+    split: str | None, splits: Path | None, raw: RawData, out: str | None, content: dict[str, Any]
+) -> Request:
+    """Own drives: stereo and ground truth default to whether there are any."""
+    layout = FolderLayout(raw, depth=bool(content["depth"]), stereo=content["stereo"])
+    drives = [drive for name in layout.drives() if (drive := layout.open(name)) is not None]
+    pairs = any(drive.images["r"] for drive in drives)
+    if content["stereo"] and not pairs:
+        raise UsageError(f"--stereo: no drive at {', '.join(raw.urls)} has a right camera with baseline in camera.yaml")
+    content["stereo"] = pairs if content["stereo"] is None else content["stereo"]
+    content["depth"] = content["depth"] and any(drive.depth_maps["l"] for drive in drives)
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(raw.urls[0].rstrip("/")).resolve().name) or "drives"
+    unsplit = SplitLists(name, {}, {}, "")
+    what = make_content(unsplit, **{**content, "depth_source": "dense" if content["depth"] else None})
+    lists = split_drives(drives, name, what.frames, what.stereo) if split is None else read_split(split, splits)
+    return Request(lists, layout, what, raw.urls, out or f"./shards/{lists.name}")
+
+
+def refuse_empty(plan: PackingPlan, raw: RawData, download: str = "") -> None:
+    """Say what is expected at `--raw`, and what lies there instead, if not one drive of the split has data.
+
+    Args:
+        download: advice of a command that can download, for the message.
+
+    Raises:
+        InputError: that message.
+    """
+    if plan.found or not plan.missing_drives:
+        return
+    missing = plan.missing_drives
+    there = what_is_there(raw, missing[0])
+    if missing[0].isdecimal():
+        expected = (
+            "KITTI odometry: sequences/00/image_2/000000.png (or .jpg), image_3, calib.txt, and poses/00.txt; or its "
+            "zips as downloaded, data_odometry_color.zip and data_odometry_calib.zip"
+        )
+        page = "https://www.cvlibs.net/datasets/kitti/eval_odometry.php"
+    else:
+        expected = (
+            "2011_09_26/2011_09_26_drive_0001_sync/image_02/data/0000000000.png (or .jpg), image_03, velodyne_points, "
+            "and 2011_09_26/calib_cam_to_cam.txt; or KITTI's zips as downloaded, 2011_09_26_drive_0001_sync.zip and "
+            "2011_09_26_calib.zip"
+        )
+        page = "https://www.cvlibs.net/datasets/kitti/raw_data.php"
+    raise InputError(
+        f"none of the split's {len(missing)} drives (first: {missing[0]}) is at {', '.join(raw.urls)}"
+        f"{'; ' + there if there else ''}; expected there: {expected}; give their folder or base URL as --raw"
+        f"{download} (or see {page})"
+    )
