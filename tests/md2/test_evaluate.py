@@ -406,3 +406,132 @@ def test_ranking_and_latex_row() -> None:
 def test_sixteen_bit_depth_keeps_zero_for_no_depth() -> None:
     depth = np.array([[1.0, 0.001, 300.0, np.nan, np.inf, 0.0]], np.float32)
     assert depth_to_uint16(depth).tolist() == [[256, 1, 65535, 0, 0, 0]]
+
+
+# Files of other projects
+
+
+def ramp(low: float, high: float) -> np.ndarray[Any, Any]:
+    """16-bit ground truth that rises from left to right."""
+    return np.broadcast_to((np.linspace(low, high, 120) * 256).astype(np.uint16), (40, 120)).copy()
+
+
+def test_depth_that_was_saved_instead_of_disparity_is_noticed(tmp_path: Path) -> None:
+    truth = [ramp(4, 30), ramp(10, 50)]
+    packed = pack_truth(tmp_path / "eigen", truth)
+    depth = np.stack(truth).astype(np.float32) / 256
+
+    def warned(rows: np.ndarray[Any, Any]) -> bool:
+        np.save(tmp_path / "p.npy", rows.astype(np.float32))
+        keys_file(tmp_path / "p.npy").write_text("drive_000 drive_001")
+        return any("look like depth" in warning for warning in run(packed, predictions=tmp_path / "p.npy").warnings)
+
+    assert warned(depth)
+    assert not warned(1 / depth)
+    rng = np.random.default_rng(0)
+    # A bad disparity, noise of a factor two in both directions; and one that says nothing at all.
+    assert not warned(np.exp(rng.uniform(-0.7, 0.7, depth.shape)) / depth)
+    assert not warned(np.ones_like(depth))
+
+
+def save_ground_truth(path: Path, maps: list[np.ndarray[Any, Any]]) -> Path:
+    """As the official export does: maps of several sizes become an array of objects."""
+    ragged = np.empty(len(maps), dtype=object)
+    for place, depth in enumerate(maps):
+        ragged[place] = depth
+    np.savez_compressed(path, data=ragged)
+    return path
+
+
+def test_the_official_codes_ground_truth_serves_predictions(tmp_path: Path) -> None:
+    """The numbers of `test_saved_disparities_by_hand`, without a dataset."""
+    maps = [
+        np.full(size, depth, np.float32) for size, depth in (((40, 120), 4.0), ((36, 110), 10.0), ((40, 120), 20.0))
+    ]
+    truth = save_ground_truth(tmp_path / "gt_depths.npz", maps)
+    np.save(tmp_path / "d.npy", np.stack([np.full((8, 24), 1 / depth, np.float32) for depth in (2, 10, 40)]))
+    report = run(truth, predictions=tmp_path / "d.npy", scale=1.0, csv_file=tmp_path / "e.csv")
+    assert report.evaluation.metrics["abs_rel"] == pytest.approx((0.5 + 0 + 1) / 3, rel=1e-5)
+    assert report.evaluation.metrics["sq_rel"] == pytest.approx((4 / 4 + 0 + 400 / 20) / 3, rel=1e-5)
+    assert [row["key"] for row in csv.DictReader((tmp_path / "e.csv").read_text().splitlines())] == [
+        "000000",
+        "000001",
+        "000002",
+    ]
+    assert report.evaluation.protocol == EIGEN
+    equal = save_ground_truth(tmp_path / "equal.npz", [])
+    np.savez(equal, data=np.stack([maps[0], maps[2]]))
+    np.save(tmp_path / "two.npy", np.load(tmp_path / "d.npy")[[0, 2]])
+    assert run(equal, predictions=tmp_path / "two.npy", scale=1.0).evaluation.metrics["rmse"] == pytest.approx(11)
+    with pytest.raises(InputError, match="3 predictions for 2 images"):
+        run(equal, predictions=tmp_path / "d.npy")
+    with pytest.raises(UsageError, match="--sheet shows images"):
+        run(truth, predictions=tmp_path / "d.npy", sheet=tmp_path / "s.png")
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("/tmp/md2_hostile_ground_truth"),)
+
+
+def test_ground_truth_cannot_run_code_and_broken_files_are_one_line(tmp_path: Path) -> None:
+    marker = Path("/tmp/md2_hostile_ground_truth")
+    marker.unlink(missing_ok=True)
+    np.save(tmp_path / "d.npy", np.ones((1, 4, 4), np.float32))
+    hostile = save_ground_truth(tmp_path / "hostile.npz", [Hostile()])  # type: ignore[list-item]
+    with pytest.raises(InputError, match=r"cannot be read \(it holds .*, which is no array\)"):
+        run(hostile, predictions=tmp_path / "d.npy")
+    assert not marker.exists()
+    good = save_ground_truth(tmp_path / "good.npz", [np.ones((4, 4), np.float32)]).read_bytes()
+    (tmp_path / "cut.npz").write_bytes(good[: len(good) // 2])
+    (tmp_path / "text.npz").write_text("no archive")
+    np.savez(tmp_path / "other.npz", depths=np.ones((1, 4, 4)))
+    save_ground_truth(tmp_path / "flat.npz", [np.ones(4, np.float32)])
+    for name, message in (
+        ("cut", "not an .npz archive"),
+        ("text", "not an .npz archive"),
+        ("other", "no array 'data'"),
+        ("flat", "entry 0 is not a floating-point depth map"),
+        ("absent", "no such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(tmp_path / f"{name}.npz", predictions=tmp_path / "d.npy")
+
+
+def test_a_folder_of_depth_pngs_is_a_prediction(packed: Path, tmp_path: Path) -> None:
+    """Metres x 256 for true 4, 10, 20: predicted 2, 10, 40, by key, or in the split's order under other names."""
+    for folder, names in (("keys", [f"drive_00{n}" for n in range(3)]), ("numbers", ["1", "9", "10"])):
+        (tmp_path / folder).mkdir()
+        for name, metres in zip(names, (2, 10, 40), strict=True):
+            Image.fromarray(constant(metres, 30, 90)).save(tmp_path / folder / f"{name}.png")
+    by_key = run(packed, predictions=tmp_path / "keys").evaluation
+    assert by_key.scaling == 1.0
+    assert by_key.metrics["abs_rel"] == pytest.approx((0.5 + 0 + 1) / 3, rel=1e-4)
+    order = [f"drive_00{n}" for n in range(3)]
+    assert run(packed, predictions=tmp_path / "numbers", order=order).evaluation.metrics == by_key.metrics
+    with pytest.raises(InputError, match=r"no drive_000\.png.*--split"):
+        run(packed, predictions=tmp_path / "numbers")
+    with pytest.raises(InputError, match="3 PNGs for 2 lines"):
+        run(packed, predictions=tmp_path / "numbers", order=order[:2])
+    Image.new("RGB", (9, 9)).save(tmp_path / "keys" / "drive_001.png")
+    with pytest.raises(InputError, match="16-bit grey"):
+        run(packed, predictions=tmp_path / "keys")
+
+
+def test_files_that_cannot_be_written_are_found_before_the_work(packed: Path, mono: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    worked = []
+    for option in ("json_file", "csv_file", "sheet", "save_predictions", "save_png"):
+        with pytest.raises(InputError, match="cannot write"):
+            options = EvalOptions(model="m", dataset=str(packed), **{option: tmp_path / "file" / "x"})
+            run_eval(options, load(mono, "cpu"), lambda done, total: worked.append(done))
+    with pytest.raises(InputError, match="it is a folder"):
+        run(packed, model=str(mono), csv_file=tmp_path)
+    assert not worked
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_images_without_any_ground_truth_say_so(tmp_path: Path, mono: Path) -> None:
+    packed = pack_truth(tmp_path / "late", [None, None, constant(5)])
+    with pytest.raises(DatasetError, match="none of the 2 images has ground truth"):
+        run(packed, model=str(mono), limit=2)

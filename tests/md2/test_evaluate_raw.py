@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -12,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_data import constant, pack_truth, tiny_checkpoint, tiny_config
+from evaluation_data import ROOT, constant, pack_truth, tiny_checkpoint, tiny_config
 from PIL import Image
 from pipeline_data import smooth
 from prep_data import DATE, DRIVE
 from typer.testing import CliRunner
 
 from cli.main import app
-from prep.evaluation import evaluation_part, is_packed, line_keys, pack_for_evaluation
+from md2.inference.inputs import require_model
+from prep.evaluation import evaluation_part, find_evaluation_data, is_packed, line_keys, pack_for_evaluation
 from prep.raw.splits import read_split
 from shards.errors import INCOMPLETE, InputError, UsageError
 
@@ -271,3 +274,60 @@ def test_the_whole_chain_against_the_published_formulas_from_raw_files(kitti: Pa
         assert row["abs_rel"] == pytest.approx(np.mean(np.abs(true - depth) / true), rel=1e-3)
         assert row["rmse"] == pytest.approx(np.sqrt(np.mean((true - depth) ** 2)), rel=1e-3)
         assert row["a1"] == pytest.approx(np.mean(np.maximum(true / depth, depth / true) < 1.25), abs=1e-3)
+
+
+def test_a_split_with_a_packed_dataset_is_refused_where_it_would_be_ignored(
+    drive: Path, mono: Path, dataset: Path, tmp_path: Path
+) -> None:
+    lists = read_split(str(drive / "splits" / "sample"))
+    _, _, error = md2("eval", mono, dataset, "--split", drive / "splits" / "sample")
+    assert isinstance(error, UsageError)
+    assert "packed already: --split chooses lines of raw KITTI" in str(error)
+    # With predictions it is their order.
+    found = find_evaluation_data(str(dataset), lists, "val", [], (96, 32), for_predictions=True)
+    assert (found.url, found.part, found.order) == (str(dataset), "val", line_keys(lists, "val"))
+    with pytest.raises(UsageError, match="--raw goes with raw KITTI"):
+        find_evaluation_data(str(dataset), None, None, [str(tmp_path)], (96, 32), for_predictions=False)
+
+
+def test_a_list_of_any_name_is_evaluated_as_the_part_that_it_makes(drive: Path, mono: Path, tmp_path: Path) -> None:
+    line = (drive / "splits" / "sample" / "val_files.txt").read_text().splitlines()[0]
+    (tmp_path / "frames.txt").write_text(f"{line}\n")
+    code, output, error = md2("eval", mono, drive, "--split", tmp_path / "frames.txt", "--csv", tmp_path / "e.csv")
+    assert (code, error) == (0, None), output
+    assert len((tmp_path / "e.csv").read_text().splitlines()) == 2
+
+
+def test_the_table_is_printed_when_a_file_cannot_be_written_in_the_end(
+    drive: Path, mono: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise InputError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("md2.evaluation.run.write_file", full)
+    packed = pack_truth(tmp_path / "eigen", [constant(5)])
+    _, output, error = md2("eval", mono, packed, "--json", tmp_path / "e.json")
+    assert isinstance(error, InputError)
+    assert "abs_rel" in output and "published M 640x192" in output
+
+
+def test_names_that_cannot_be_models_are_named_before_pytorch_is_imported(tmp_path: Path, dataset: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for name, message in (
+        ("monodepth2_resnet18_kitti_mono_640x192", "is a recipe, not a trained model: train it first"),
+        ("nowhere", "no such run, checkpoint or folder of Monodepth2 weights"),
+        (str(tmp_path / "a.png"), "the model comes first"),
+        (str(dataset), "the model comes first"),
+    ):
+        with pytest.raises(InputError, match=message):
+            require_model(name)
+    script = (
+        "import sys; from cli.main import app; from cli.console import run\n"
+        "code = run(app, sys.argv[1:]); print(code, [m for m in ('torch', 'nvidia.dali') if m in sys.modules])"
+    )
+    for words in (["predict", "nope", "x"], ["eval", "nope", "x"], ["export", "nope", "--to", "onnx"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        )
+        assert done.stdout == "3 []\n", done
+        assert done.stderr.startswith("md2: nope: no such run")

@@ -22,7 +22,16 @@ from md2.evaluation.odometry import (
     trajectory_scale,
     write_poses,
 )
-from md2.evaluation.run_odometry import dataset_motions, open_frames, predict_motions, report_motions, square
+from md2.evaluation.run_odometry import (
+    OdometryOptions,
+    OdometryReport,
+    dataset_motions,
+    open_frames,
+    predict_motions,
+    report_motions,
+    run_odometry,
+    square,
+)
 from md2.inference.predictor import Predictor, load
 from prep.raw.kitti import open_sequence
 from shards.dataset import open_dataset, write_dataset
@@ -220,6 +229,61 @@ def test_a_network_that_sees_three_frames_goes_along_windows(tmp_path: Path, pic
     assert len(found) == FRAMES - 1
     with pytest.raises(InputError, match="three"):
         predict_motions(model, iter(pictures[:2]))
+
+
+def test_a_trajectory_leaves_the_model_as_it_is(tmp_path: Path, pictures: list[Image.Image]) -> None:
+    model = predictor(tmp_path)
+    frames, temporal = list(model.networks.frames), list(model.networks.temporal)
+    predict_motions(model, iter(pictures))
+    assert (model.networks.frames, model.networks.temporal) == (frames, temporal) == ([0, -1, 1], [-1, 1])
+    images = {offset: pixels(pictures[0]) for offset in frames}
+    assert set(model.networks.poses(images)) == {-1, 1}
+
+
+def test_what_the_command_decides(tmp_path: Path, pictures: list[Image.Image]) -> None:
+    """Frames, a raw sequence and a packed one, each with the poses that are given or found."""
+    model = predictor(tmp_path)
+    expected = predict_motions(model, iter(pictures))
+    for number, picture in enumerate(pictures):
+        (tmp_path / "frames").mkdir(exist_ok=True)
+        picture.save(tmp_path / "frames" / f"{number}.png")
+    poses = np.stack([move(z=float(z)) for z in range(FRAMES)])[:, :3]
+
+    class Raw:
+        frames = dict.fromkeys(range(FRAMES))
+
+        def __init__(self) -> None:
+            self.poses = poses
+
+        def read(self) -> Any:
+            yield from ((f"frame {n}", (tmp_path / "frames" / f"{n}.png").read_bytes()) for n in range(FRAMES))
+
+    def run(source: str, **options: Any) -> OdometryReport:
+        chosen = OdometryOptions(model="m", source=source, out=tmp_path / "out", **options)
+        return run_odometry(model, chosen, lambda place, name: Raw())
+
+    packed = str(pack_sequence(tmp_path / "d", pictures, [0, -1, 1], [3, 1, 4, 2]))
+    given = run(str(tmp_path / "frames"), poses=poses)
+    found = run("kitti", sequence="09")
+    stored = run(packed, packed=True, sequence="09", poses=poses)
+    assert given.error is not None and found.error is not None and stored.error is not None
+    assert given.name == "frames" and found.name == stored.name == "09"
+    by_hand = snippet_error(motions_of(square(poses)), expected)
+    for report in (given, found, stored):
+        assert report.error is not None
+        assert report.error.errors == pytest.approx(by_hand.errors, abs=1e-5)
+    assert run(str(tmp_path / "frames"), limit=3).frames == 3
+    for source, options, message in (
+        (packed, {"packed": True}, "name a sequence with --sequence, or a --part"),
+        (str(tmp_path / "frames"), {"part": "test_09"}, "--part names a part of a packed dataset"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(source, **options)
+    with pytest.raises(InputError, match=r"6 frames, but 4 true poses; .*--limit 4"):
+        run(str(tmp_path / "frames"), poses=poses[:4])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        run_odometry(model, OdometryOptions("m", "nowhere", tmp_path / "file"), lambda place, name: Raw())
 
 
 def test_a_model_without_pose_network_says_why(tmp_path: Path, pictures: list[Image.Image]) -> None:

@@ -193,3 +193,11 @@ def test_the_gpu_predicts_the_same_depth(stereo_file: Path, picture: Array) -> N
         load(stereo_file, "gpu").predict(picture, flip=True),
     )
     np.testing.assert_allclose(there.depth, here.depth, rtol=1e-2)
+
+
+def test_a_model_introduces_itself_and_md2_lists_what_it_offers(mono: Predictor, stereo: Predictor) -> None:
+    assert repr(stereo) == "Predictor(resnet18, 96x64, 5.4 m per unit, on cpu)"
+    assert repr(mono) == "Predictor(resnet18, 96x64, depth of unknown unit, on cpu)"
+    import md2
+
+    assert sorted(md2.__all__) == ["__version__", "load"]

@@ -128,6 +128,38 @@ def test_frames_are_taken_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         assert [image.name for image in find_images([given])] == ["frame1", "frame2", "frame10"]
 
 
+def test_folders_are_searched_through_links_and_circles_end(tmp_path: Path) -> None:
+    save_image(tmp_path / "elsewhere" / "drive" / "2.png")
+    save_image(tmp_path / "in" / "real" / "1.png")
+    (tmp_path / "in" / "a_link").symlink_to(tmp_path / "in" / "real")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    for name in ("circle", "circle2"):
+        (tmp_path / "in" / "real" / name).symlink_to(tmp_path / "in")
+    for given in (tmp_path / "in", tmp_path / "in" / "**" / "*.png"):
+        assert [image.name for image in find_images([str(given)])] == ["linked/drive/2", "real/1"]
+    assert [image.name for image in find_images([str(tmp_path / "in" / "**" / "drive" / "*")])] == ["linked/drive/2"]
+    assert [image.name for image in find_images([str(tmp_path / "in" / "*" / "*.png")])] == ["a_link/1", "real/1"]
+
+
+def test_what_macos_writes_beside_files_is_no_image(tmp_path: Path, mono: Predictor) -> None:
+    image = save_image(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "._a.png").write_bytes(b"\0\5\26\7")
+    for given in (tmp_path / "in", tmp_path / "in" / "*.png"):
+        assert [found.path for found in find_images([str(given)])] == [image]
+    found = run_predict(mono, [str(tmp_path / "in")], PredictOptions(tmp_path / "out", save="npy"))
+    assert (found.images, found.failed) == (1, [])
+
+
+def test_advice_names_what_the_command_takes(tmp_path: Path) -> None:
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.mp4").write_bytes(b"")
+    with pytest.raises(InputError, match=r"it holds videos: give .*films/\*\.mp4"):
+        find_images([str(tmp_path / "films")])
+    with pytest.raises(InputError, match="from files, not from URLs"):
+        find_images(["rtsp://camera/1"])
+    assert sort_inputs(["a.flv", "b.wmv", "c.3gp"]).videos == [Path("a.flv"), Path("b.wmv"), Path("c.3gp")]
+
+
 def test_a_broken_image_is_listed_and_the_others_go_on(tmp_path: Path, mono: Predictor) -> None:
     good = save_image(tmp_path / "good.png")
     bad = tmp_path / "bad.png"
@@ -286,6 +318,66 @@ def test_a_cut_video_gives_its_frames_and_says_where_it_ends(
     assert not (tmp_path / "none").exists()
     with pytest.raises(InputError, match="no such video"):
         open_video(tmp_path / "absent.mp4")
+
+
+def test_a_film_whose_size_changes_ends_there(tmp_path: Path, stereo: Predictor, pictures: list[Array]) -> None:
+    """Two MPEG streams in a row, as some cameras write when their resolution is changed."""
+    import av
+
+    for name, size in (("a", (96, 64)), ("b", (128, 64))):
+        with av.open(str(tmp_path / f"{name}.ts"), "w") as container:
+            stream: Any = container.add_stream("libx264", rate=10)
+            (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+            for number in range(6):
+                pixels = np.full((size[1], size[0], 3), 40 * number, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+    (tmp_path / "change.ts").write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
+    found = run_predict(stereo, [str(tmp_path / "change.ts")], PredictOptions(tmp_path / "out"))
+    (failure,) = found.failed
+    assert f"after {found.images} frames the size changes from 96x64 to 128x64" in failure
+    assert 4 <= found.images <= 6
+    kept = open_video(tmp_path / "out" / "change.mp4")
+    assert len(list(kept)) == found.images
+    kept.close()
+
+
+def test_frames_keep_their_times(tmp_path: Path, stereo: Predictor, pictures: list[Array]) -> None:
+    """A film of variable rate: 0, 1, 1.1, 4 seconds; an even rate would show its frames elsewhere."""
+    times = [0.0, 1.0, 1.1, 4.0]
+    with VideoWriter(tmp_path / "uneven.mp4", Fraction(10)) as writer:
+        for picture, seconds in zip(pictures, times, strict=False):
+            writer.write(picture, seconds)
+    for path in (tmp_path / "uneven.mp4", tmp_path / "out" / "uneven.mp4"):
+        source = open_video(path)
+        assert [frame.info["seconds"] for frame in source] == pytest.approx(times, abs=1e-3)
+        source.close()
+        run_predict(stereo, [str(tmp_path / "uneven.mp4")], PredictOptions(tmp_path / "out"))
+
+
+def test_times_that_run_backwards_or_are_missing_still_make_a_film(tmp_path: Path, pictures: list[Array]) -> None:
+    with VideoWriter(tmp_path / "a.mp4", Fraction(10)) as writer:
+        for picture, seconds in zip(pictures, [5.0, 4.0, None, 5.05, 9.0], strict=False):
+            writer.write(picture, seconds)
+    source = open_video(tmp_path / "a.mp4")
+    found = [frame.info["seconds"] for frame in source]
+    source.close()
+    assert len(found) == 5
+    assert found == sorted(set(found))
+    assert found[-1] == pytest.approx(4.0, abs=1e-3)
+
+
+def test_pictures_carry_a_scale_in_metres_where_there_is_room(tmp_path: Path, stereo: Predictor) -> None:
+    image = save_image(tmp_path / "a.png", width=300, height=100)
+    run_predict(stereo, [str(image)], PredictOptions(tmp_path / "out", save="side_by_side,disparity"))
+    both = np.asarray(Image.open(tmp_path / "out" / "a.png"))
+    colours = np.asarray(Image.open(tmp_path / "out" / "a_disparity.png"))
+    assert both.shape == (100 + 4 + 100 + 22, 300, 3)
+    np.testing.assert_array_equal(both[104:204], colours)
+    strip = both[204:]
+    ramp = colorize(np.linspace(0, 1, 150)[None], low=0, high=1)[0]
+    np.testing.assert_array_equal(strip[10, 75:225], ramp)
+    assert (strip[:, :70] < 100).any() and (strip[:, 230:] < 100).any(), "labels on both sides"
 
 
 def test_a_phones_film_is_turned_upright(tmp_path: Path) -> None:
