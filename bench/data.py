@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from bench.write_dataset import write_dataset
 from prep.packing.pack import pack
 from prep.packing.plan import make_plan
 from prep.raw.files import RawData
@@ -19,7 +20,7 @@ from prep.raw.splits import read_split
 from prep.request import make_content
 from prep.synthetic import write_drives
 from prep.workers import start_workers
-from shards.dataset import LocalDataset, open_dataset, write_dataset
+from shards.dataset import LocalDataset, open_dataset
 from shards.errors import InputError
 from shards.sample import Codec, Sample
 from shards.tar import read_samples

@@ -29,10 +29,11 @@ import torch
 from PIL import Image
 
 from bench.machine import busy, processor, versions
+from bench.write_dataset import write_dataset
 from md2.config import DataConfig
 from md2.data.batch import Batch
 from md2.pipeline import Loader
-from shards.dataset import open_dataset, write_dataset
+from shards.dataset import open_dataset
 from shards.manifest import Split
 from shards.sample import Sample
 

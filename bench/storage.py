@@ -37,9 +37,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bench.write_dataset import write_dataset
 from shards.cache.folder import Cache, _in_use
 from shards.copy import copy_dataset
-from shards.dataset import open_dataset, write_dataset
+from shards.dataset import open_dataset
 from shards.manifest import Manifest, Split
 from shards.sample import Sample
 from shards.stream import stream_samples

@@ -1,4 +1,4 @@
-"""README.md of a dataset: what it holds, how it was packed, how to read it with and without md2."""
+"""README.md of a dataset: its content, how it was packed, how to read it with and without md2."""
 
 from __future__ import annotations
 
@@ -9,52 +9,37 @@ _COMPONENTS = {
     INTRINSICS: "fx, fy, cx, cy in pixels of the stored images, float32 little-endian; pixel centres at integers",
     STEREO_TRANSLATION: "x translation in metres from the target camera to the partner's, float32 little-endian",
     DEPTH: "ground truth, 16-bit PNG, metres x 256, 0 = no measurement, native resolution",
-    META: "drive, frame, side, native size, where each component came from",
+    META: "drive, frame, side, native size, origin of each component",
 }
-_KITTI_SPLITS = ("eigen_zhou", "eigen_full", "eigen_benchmark", "eigen", "odom", "benchmark")
-_KITTI_LICENCE = """\
-## Licence
-
-Made from the KITTI raw data: Geiger, Lenz, Stiller, Urtasun, "Vision meets Robotics: The KITTI Dataset", IJRR 2013,
-https://www.cvlibs.net/datasets/kitti/. Those data, and therefore these shards, are published under
-Creative Commons Attribution-NonCommercial-ShareAlike 3.0 (CC BY-NC-SA 3.0): name the source, no commercial use,
-share alike.
-"""
-_OTHER_LICENCE = """\
-## Licence
-
+_NO_LICENCE = """\
 The images' own licence applies. md2 does not know it: add it here, by hand, before you share the dataset.
 """
 
 
-def card(manifest: Manifest, url: str = "URL", kitti: bool | None = None) -> str:
-    """Markdown text of the card.
+def card(manifest: Manifest, url: str = "URL", licence: str | None = None) -> str:
+    """Return the Markdown text of a dataset's README.md.
 
     Args:
         manifest: of the dataset.
-        url: where the dataset lies, for the examples. Stands in the text: leave the default where the same
-            dataset must give the same bytes.
-        kitti: whether the images are KITTI's, whose licence then goes into the card; None: if the split is one of
-            KITTI's named ones.
+        url: the dataset's place in the examples. Keep the default if the same dataset must give the same bytes.
+        licence: text of the section on the licence; None: one that asks for it.
     """
-    if kitti is None:
-        kitti = manifest.split.name in _KITTI_SPLITS
     size = "native size" if manifest.size is None else f"{manifest.size[0]} x {manifest.size[1]} pixels"
     parts = manifest.parts
     example = "train" if "train" in parts else parts[0]
     sections = [
         f"# {manifest.split.name}\n\n"
         "Training samples for self-supervised depth (Monodepth2) as WebDataset tar shards, packed by md2 "
-        f"{manifest.md2_version}. `{MANIFEST}` says the same for programs, with the sha256 of every file.\n",
+        f"{manifest.md2_version}. `{MANIFEST}` is the machine-readable form, with the sha256 of every file.\n",
         _parts_table(manifest),
         f"Images: RGB, {size}, {manifest.encoding}. "
         f"Frames: {', '.join(f'{f:+d}' if f else '0' for f in manifest.frames)}"
         f"{', and the stereo partner' if manifest.stereo else ''}. Samples are in random order (seed {manifest.seed}). "
-        f"Left out for want of input: {manifest.skipped} (see report.json, where there is one).\n",
+        f"Skipped because input was missing: {manifest.skipped} (report.json, if present, lists them).\n",
         _depth(manifest),
         _components(manifest),
         _reading(url, example, manifest),
-        _KITTI_LICENCE if kitti else _OTHER_LICENCE,
+        f"## Licence\n\n{licence or _NO_LICENCE}",
     ]
     return "\n".join(section for section in sections if section)
 
@@ -91,7 +76,7 @@ def _image(component: str) -> str:
     if stem == "0":
         return "target frame"
     if stem == "s":
-        return "the same instant from the other camera"
+        return "stereo partner: the same time step from the other camera"
     if stem[:1] in ("m", "p") and stem[1:].isdigit():
         return f"frame t{'-' if stem[0] == 'm' else '+'}{stem[1:]}"
     return "-"

@@ -1,6 +1,5 @@
-"""A dataset: packed into a folder, and opened from a folder or URL as files that DALI can read.
+"""A dataset, opened from a folder or URL as local files that DALI can read.
 
-write_dataset(folder, {"train": samples, "val": others}, split=..., frames=[0, -1, 1], ...)
 dataset = open_dataset("kitti_shards/eigen_zhou")
 dataset.manifest, dataset.tars("train"), dataset.indexes("train")
 """
@@ -8,145 +7,42 @@ dataset.manifest, dataset.tars("train"), dataset.indexes("train")
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from shards.cache.download import disk_error
 from shards.cache.fill import Filler, Progress
 from shards.cache.folder import Cache
-from shards.card import card
 from shards.errors import DatasetError, StorageError
 from shards.files import open_regular, write_atomic
-from shards.manifest import CARD, MANIFEST, DepthInfo, JpegInfo, Manifest, Shard, Split
+from shards.manifest import MANIFEST, Manifest, Shard
 from shards.publish import require_manifest
-from shards.sample import Codec, Sample
 from shards.storage import is_local, local_path, open_storage
-from shards.tar import MAX_INDEX_BYTES, ShardWriter, parse_index
-from shards.version import __version__
+from shards.tar import parse_index
 
 SAMPLES_PER_SHARD = 1000
 SHARD_BYTES = 256 << 20
 
 
 def shard_name(part: str, number: int) -> str:
-    """`train/000007.tar`."""
+    """Return the name of a part's shard, such as `train/000007.tar`."""
     return f"{part}/{number:06d}.tar"
 
 
 def describe_components(counts: Mapping[str, int], samples: int) -> tuple[list[str], dict[str, int]]:
-    """The manifest's `components` (in every sample) and `optional_components`, from how many samples have each."""
+    """Return the manifest's `components` (in every sample) and `optional_components`, from the count of each."""
     every = sorted(name for name, count in counts.items() if count == samples)
     return every, {name: count for name, count in sorted(counts.items()) if count != samples}
 
 
-def write_dataset(
-    folder: Path,
-    parts: Mapping[str, Iterable[Sample]],
-    *,
-    split: Split,
-    frames: Sequence[int],
-    stereo: bool,
-    depth: DepthInfo | None,
-    size: tuple[int, int] | None,
-    codec: Codec,
-    quality: int | None,
-    jpeg: JpegInfo | None = None,
-    seed: int,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
-    shard_bytes: int = SHARD_BYTES,
-    skipped: int = 0,
-) -> Manifest:
-    """Write samples, in the order they come, as a dataset in a local folder; `dataset.json` last.
-
-    A shard ends after `samples_per_shard` samples or once it has `shard_bytes` bytes. The manifest's component
-    lists are counted from the samples; the other arguments go into it as they are.
-
-    Raises:
-        DatasetError: the folder holds a dataset already, a part is empty or a key comes twice in it.
-        ValueError: a sample that cannot be packed (see `ShardWriter.add`).
-    """
-    if (folder / MANIFEST).exists():
-        raise DatasetError(f"{folder}: holds a dataset already; published shards are never overwritten")
-    shards: list[Shard] = []
-    counts: Counter[str] = Counter()
-    for part, samples in parts.items():
-        written, part_counts = _write_part(folder, part, samples, samples_per_shard, shard_bytes)
-        shards += written
-        counts += part_counts
-    components, optional = describe_components(counts, sum(shard.samples for shard in shards))
-    manifest = Manifest(
-        md2_version=__version__,
-        split=split,
-        frames=list(frames),
-        stereo=stereo,
-        depth=depth,
-        size=size,
-        codec=codec,
-        quality=quality,
-        jpeg=jpeg,
-        seed=seed,
-        components=components,
-        optional_components=optional,
-        skipped=skipped,
-        shards=shards,
-    )
-    write_atomic(folder / CARD, card(manifest).encode())
-    write_atomic(folder / MANIFEST, manifest.to_json().encode())
-    return manifest
-
-
-def _write_part(
-    folder: Path, part: str, samples: Iterable[Sample], samples_per_shard: int, shard_bytes: int
-) -> tuple[list[Shard], Counter[str]]:
-    """The part's shards, and how many of its samples have each component."""
-    shards: list[Shard] = []
-    counts: Counter[str] = Counter()
-    keys: set[str] = set()
-    writer: ShardWriter | None = None
-    try:
-        for sample in samples:
-            if sample.key in keys:
-                raise DatasetError(f"{folder}: sample key {sample.key!r} comes twice in part {part!r}")
-            writer = writer or ShardWriter(folder / shard_name(part, len(shards)))
-            writer.add(sample)
-            keys.add(sample.key)
-            counts.update(sample.components.keys())
-            if writer.samples >= samples_per_shard or writer.bytes >= shard_bytes:
-                shards.append(finish_shard(writer, part, len(shards)))
-                writer = None
-        if writer is not None:
-            shards.append(finish_shard(writer, part, len(shards)))
-            writer = None
-    finally:
-        if writer is not None:
-            writer.abort()
-    if not shards:
-        raise DatasetError(f"{folder}: part {part!r} has no samples")
-    return shards, counts
-
-
-def finish_shard(writer: ShardWriter, part: str, number: int) -> Shard:
-    """Close the writer; the manifest's entry for what it wrote."""
-    info = writer.close()
-    return Shard(
-        name=shard_name(part, number),
-        samples=info.samples,
-        bytes=info.bytes,
-        sha256=info.sha256,
-        index_bytes=info.index_bytes,
-        index_sha256=info.index_sha256,
-    )
-
-
 class LocalDataset:
-    """A dataset whose files are on this machine, or come to it when a part is asked for.
+    """A dataset whose files are on this machine, or are fetched when a part is first used.
 
     Attributes:
-        url: where it was asked for.
-        folder: where the names in `manifest.shards` are to be found.
-        manifest: what it holds.
-        manifest_sha256: of the bytes of `dataset.json`; names exactly this dataset.
+        url: where the dataset lies.
+        folder: the names in `manifest.shards` are relative to it.
+        manifest: the content of `dataset.json`.
+        manifest_sha256: of the bytes of `dataset.json`; identifies exactly this dataset.
     """
 
     def __init__(
@@ -158,13 +54,13 @@ class LocalDataset:
         self._checked: set[str] = set()
 
     def tars(self, part: str) -> list[Path]:
-        """The part's tars in reading order, after a check of sizes, indexes and sample counts.
+        """Return the part's tars in reading order, after a check of sizes, indexes and sample counts.
 
-        The first call for a part of a remote dataset fetches what the cache lacks of it; every sha256 is checked then.
+        The first call for a part of a remote dataset fetches the shards that the cache lacks, and checks every sha256.
 
         Raises:
-            DatasetError: no such part, a file is missing, or is not what the manifest says (DALI itself would
-                silently read fewer samples).
+            DatasetError: no such part, or a file is missing or differs from the manifest (DALI itself would silently
+                read fewer samples).
             StorageError: the storage fails, or the cache has no room.
         """
         shards = self.manifest.part(part)
@@ -177,7 +73,7 @@ class LocalDataset:
         return [self.folder / shard.name for shard in shards]
 
     def indexes(self, part: str) -> list[Path]:
-        """The indexes, in the order of `tars`.
+        """Return the indexes, in the order of `tars`.
 
         Raises:
             DatasetError, StorageError: as `tars`.
@@ -188,7 +84,7 @@ class LocalDataset:
 def check_shard(folder: Path, shard: Shard) -> None:
     """Compare a shard's files with its manifest entry: the tar's size, the index's bytes and sample count.
 
-    The tar's content is not read; `md2 shards verify` does that.
+    The tar's content is not read; `md2 shards verify` reads it.
 
     Raises:
         DatasetError: naming the file that is missing or differs.
@@ -201,7 +97,7 @@ def check_shard(folder: Path, shard: Shard) -> None:
         tar_bytes, index_bytes = tar.stat().st_size, index.stat().st_size
         if tar_bytes != shard.bytes:
             raise DatasetError(f"{tar}: {tar_bytes} bytes, the manifest says {shard.bytes}; {again}")
-        if index_bytes != shard.index_bytes or index_bytes > MAX_INDEX_BYTES:
+        if index_bytes != shard.index_bytes:
             raise DatasetError(f"{index}: {index_bytes} bytes, the manifest says {shard.index_bytes}; {again}")
         data = index.read_bytes()
     except FileNotFoundError as error:
@@ -220,18 +116,18 @@ def check_shard(folder: Path, shard: Shard) -> None:
 def open_dataset(url: str, *, cache: Cache | None = None, progress: Progress | None = None) -> LocalDataset:
     """Open a packed dataset: a folder in place, anything else through the verified local cache.
 
-    Only the manifest is read here; `LocalDataset.tars` fetches a part when it is first asked for. From here on until
-    this process ends, the cache does not evict the dataset.
+    Reads only the manifest; `LocalDataset.tars` fetches a part when it is first used. The cache does not evict the
+    dataset until this process ends.
 
     Args:
         url: folder, `s3://`, `gs://` or `http(s)://`.
         cache: where remote datasets are kept; None: as `MD2_CACHE` and `MD2_CACHE_LIMIT` say.
-        progress: told about the bytes that come.
+        progress: called with the bytes fetched so far and all bytes.
 
     Raises:
-        DatasetError: nothing is there, it is not committed, or its manifest is broken.
+        DatasetError: no dataset, or a broken manifest.
         StorageError: the storage fails, or the cache cannot be written.
-        UsageError: a kind of URL that md2 does not know.
+        UsageError: an unknown kind of URL.
     """
     storage = open_storage(url)
     found = require_manifest(storage)

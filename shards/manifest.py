@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from shards.errors import DatasetError, first_line
 from shards.sample import MAX_FRAMES, Chroma, Codec, Offset, image_component
-from shards.tar import MAX_INDEX_BYTES
 
 MANIFEST = "dataset.json"
 CARD = "README.md"
 REPORT = "report.json"
 SCHEMA_VERSION = 1
+MAX_INDEX_BYTES = 32 << 20
+"""Of one shard's index."""
 _MAX_VALUES = 1_000_000
 """Values in a manifest; each takes up to a hundred bytes of memory once it is parsed."""
 

@@ -1,11 +1,11 @@
-"""Tar shards and their DALI index: written deterministically, read without trusting them.
+"""Tar shards and their DALI index: written deterministically, read without trust in their content.
 
     with ShardWriter(folder / "train" / "000000.tar") as writer:
         writer.add(sample)
     for sample in read_samples(folder / "train" / "000000.tar"): ...
 
-The tars are plain WebDataset: USTAR, the files of one key adjacent, the component's name after the
-first dot. The index is DALI's own format v1.2, byte for byte what its `wds2idx` writes.
+The tars are plain WebDataset: USTAR, the files of one key adjacent, the component's name after the first dot. The index
+has DALI's format v1.2, byte for byte as its `wds2idx` writes it.
 """
 
 from __future__ import annotations
@@ -14,45 +14,35 @@ import hashlib
 import re
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple, Self
 
-from shards.errors import DatasetError
-from shards.files import fsync_folder, replace
+from shards.errors import DatasetError, first_line
+from shards.files import fsync_folder, open_regular, remove_quietly, replace
+from shards.manifest import Shard
 from shards.sample import Sample
 
 MAX_COMPONENT_BYTES = 256 << 20
 """A component larger than this is refused, by the writer and before a reader allocates it."""
 MAX_SAMPLE_BYTES = 1 << 30
 MAX_COMPONENTS = 1000
-"""Of one sample; a manifest has 100 frames at most."""
-MAX_INDEX_BYTES = 32 << 20
-"""Some 300,000 components."""
+"""Components of one sample; a manifest has at most 100 frames."""
+MAX_ENTRIES = 400_000
+"""Components in one shard; each takes some 300 bytes of memory."""
 _MAX_HEADER_BYTES = 1 << 20
-"""GNU's and PAX's long names and attributes come as blocks of a length that the tar claims."""
+"""Of GNU's and PAX's long names and attributes, whose length the tar itself claims."""
 _BLOCK = tarfile.BLOCKSIZE
 _NAME_BYTES = 100
+_MAX_ATTRIBUTES = 1000
 _COMPONENT = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _MEMBER = re.compile(rf"(?:\./)?([A-Za-z0-9_-]+)\.({_COMPONENT.pattern})")
 """Key and component; some tools put `./` in front."""
 _INDEX_VERSION = "v1.2"
-_NUMBERS = range(1 << 50)
+_DIGITS = re.compile(r"0|[1-9][0-9]{0,14}")
 _BROKEN = (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError)
-"""What tarfile raises at headers that are none."""
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """What the manifest says about one shard, besides its name."""
-
-    samples: int
-    bytes: int
-    sha256: str
-    index_bytes: int
-    index_sha256: str
+"""Exceptions of tarfile at malformed headers."""
 
 
 class IndexEntry(NamedTuple):
@@ -65,27 +55,30 @@ class IndexEntry(NamedTuple):
 
 
 class ShardWriter:
-    """Writes one tar and, beside it, its index; the same samples give the same bytes.
+    """Writes one tar, with webdataset's writer, and beside it its index; the same samples give the same bytes.
 
-    Headers are USTAR with mtime 0, uid and gid 0 and mode 0644; components stand in sorted order. Until
-    `close` both files carry the ending `.tmp`: a shard under its own name is whole.
+    Headers have mtime 0, uid and gid 0, no user and group, and mode 0644; components are sorted. Until `close` both
+    files have the ending `.tmp`: a shard under its own name is whole. The writer takes 1.4 ms of CPU for a sample of
+    seven files and 300 kB, of some 46 ms that packing a KITTI sample takes.
 
     Args:
-        tar_path: where the tar goes, `….tar`; the index goes to `….idx`. Its folder is created. What is
-            there already is replaced.
+        tar_path: the tar, `…/train/000000.tar`; the index is `….idx` beside it. Its folder is created. Existing files
+            are replaced.
     """
 
     def __init__(self, tar_path: Path) -> None:
+        from webdataset.writer import TarWriter  # imports torch, which readers of shards do not need
+
         self.tar_path = tar_path
         self.index_path = tar_path.with_suffix(".idx")
         tar_path.parent.mkdir(parents=True, exist_ok=True)
         self._tar_tmp = tar_path.with_name(tar_path.name + ".tmp")
         self._index_tmp = self.index_path.with_name(self.index_path.name + ".tmp")
         self._file = _HashingFile(self._tar_tmp.open("wb"))
-        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+        self._writer = TarWriter(self._file, encoder=False, user="", group="", mode=0o644, mtime=0)
         self._keys: set[str] = set()
         self._entries: list[list[IndexEntry]] = []
-        self._info: ShardInfo | None = None
+        self._shard: Shard | None = None
 
     @property
     def samples(self) -> int:
@@ -95,7 +88,7 @@ class ShardWriter:
     @property
     def bytes(self) -> int:
         """Size of the tar so far, without its end mark."""
-        return self._tar.offset
+        return int(self._writer.tarstream.offset)
 
     def add(self, sample: Sample) -> None:
         """Append one sample.
@@ -108,54 +101,54 @@ class ShardWriter:
             raise ValueError(f"sample key {sample.key!r} is in {self.tar_path.name} already")
         components = sorted(sample.components.items())
         _check_sample(sample.key, components)
-        entries, pieces, offset = [], list[bytes](), self._tar.offset
+        entries, offset = [], self.bytes
         for component, data in components:
-            name = f"{sample.key}.{component}"
-            padding = bytes(-len(data) % _BLOCK)
-            pieces += (tar_header(name, len(data)), data, padding)
-            entries.append(IndexEntry(component, offset + _BLOCK, len(data), name))
-            offset += _BLOCK + len(data) + len(padding)
-        # A sample at a time: hashing and writing two dozen pieces one by one takes twice as long.
-        self._file.write(b"".join(pieces))
-        self._tar.offset = offset
+            entries.append(IndexEntry(component, offset + _BLOCK, len(data), f"{sample.key}.{component}"))
+            offset += _BLOCK + -(-len(data) // _BLOCK) * _BLOCK
+        self._writer.write({"__key__": sample.key, **sample.components})
+        if self.bytes != offset:
+            raise RuntimeError(f"{self.tar_path}: webdataset's writer is at {self.bytes}, the index at {offset}")
         self._keys.add(sample.key)
         self._entries.append(entries)
 
-    def close(self) -> ShardInfo:
-        """Finish both files, sync them to disk and give them their names.
+    def close(self) -> Shard:
+        """Finish both files, sync them to disk and give them their names; return the manifest's entry.
 
         Raises:
-            ValueError: the shard is empty; nothing is left of it.
+            ValueError: the shard is empty (nothing is left of it), or its path is not `…/train/000000.tar`.
         """
-        if self._info is not None:
-            return self._info
+        if self._shard is not None:
+            return self._shard
         if not self._entries:
             self.abort()
             raise ValueError(f"{self.tar_path}: a shard without samples; DALI cannot read one")
-        self._tar.close()
+        self._writer.close()
         self._file.close()
         index = format_index(self._entries)
-        self._index_tmp.write_bytes(index)
-        # The index first: a tar under its own name then always has its index.
-        replace(self._index_tmp, self.index_path)
-        replace(self._tar_tmp, self.tar_path)
-        fsync_folder(self.tar_path.parent)
-        self._info = ShardInfo(
+        shard = Shard(
+            name=f"{self.tar_path.parent.name}/{self.tar_path.name}",
             samples=len(self._entries),
             bytes=self._file.position,
             sha256=self._file.sha256.hexdigest(),
             index_bytes=len(index),
             index_sha256=hashlib.sha256(index).hexdigest(),
         )
-        return self._info
+        self._index_tmp.write_bytes(index)
+        # The index first: a tar under its own name then always has its index.
+        replace(self._index_tmp, self.index_path)
+        replace(self._tar_tmp, self.tar_path)
+        fsync_folder(self.tar_path.parent)
+        self._shard = shard
+        return shard
 
     def abort(self) -> None:
-        """Leave nothing of the unfinished shard."""
-        try:
-            self._file.close()  # on a full disk this fails, too
-        finally:
-            self._tar_tmp.unlink(missing_ok=True)
-            self._index_tmp.unlink(missing_ok=True)
+        """Remove the unfinished shard; without effect after `close`."""
+        with suppress(OSError, ValueError):  # on a full disk closing fails, too
+            self._writer.close()
+        with suppress(OSError):
+            self._file.close()
+        remove_quietly(self._tar_tmp)
+        remove_quietly(self._index_tmp)
 
     def __enter__(self) -> Self:
         return self
@@ -169,25 +162,8 @@ class ShardWriter:
             self.abort()
 
 
-_HEADER = bytes(tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT))
-_SIZE, _CHECKSUM, _CHECKSUM_END = 124, 148, 156
-
-
-def tar_header(name: str, size: int) -> bytes:
-    """What `tarfile` writes for a plain file of mode 0644 and time 0; name below 100 ASCII characters.
-
-    Patched into a template: a shard has thousands of small files, and `tarfile` takes 50 microseconds for each.
-    """
-    header = bytearray(_HEADER)
-    header[: len(name)] = name.encode("ascii")
-    header[_SIZE : _SIZE + 11] = b"%011o" % size
-    header[_CHECKSUM:_CHECKSUM_END] = b" " * 8
-    header[_CHECKSUM:_CHECKSUM_END] = b"%06o\0 " % sum(header)
-    return bytes(header)
-
-
 class _HashingFile:
-    """A file to write forward into, which knows its sha256 and its length (tarfile only ever writes forward)."""
+    """A file that is only appended to, with its sha256 and its length."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -199,15 +175,12 @@ class _HashingFile:
         self.position += len(data)
         return self._file.write(data)
 
-    def tell(self) -> int:
-        return self.position
-
     def close(self) -> None:
         self._file.close()
 
 
 def _check_sample(key: str, components: list[tuple[str, bytes]]) -> None:
-    """Refuse what DALI's index or a tar reader would misread, before anything of the sample is written."""
+    """Refuse a sample that DALI's index or a tar reader would misread, before any of it is written."""
     if not components:
         raise ValueError(f"sample {key}: no components")
     if len(components) > MAX_COMPONENTS:
@@ -217,6 +190,8 @@ def _check_sample(key: str, components: list[tuple[str, bytes]]) -> None:
         name = f"{key}.{component}"
         if not _COMPONENT.fullmatch(component):
             raise ValueError(f"component {component!r} of sample {key}: only letters, digits, '.', '_' and '-'")
+        if component.startswith("_"):
+            raise ValueError(f"component {component!r} of sample {key}: webdataset keeps names with a leading '_'")
         if len(name) >= _NAME_BYTES:
             raise ValueError(f"file name {name!r}: {len(name)} characters; a tar and DALI take under {_NAME_BYTES}")
         if not data:
@@ -229,29 +204,34 @@ def _check_sample(key: str, components: list[tuple[str, bytes]]) -> None:
 
 
 def format_index(samples: list[list[IndexEntry]]) -> bytes:
-    """DALI's index v1.2: a line with the number of samples, then one line a sample."""
+    """Return DALI's index v1.2: a line with the number of samples, then one line a sample."""
     lines = [f"{_INDEX_VERSION} {len(samples)}"]
     lines += [" ".join(f"{e.component} {e.offset} {e.size} {e.name}" for e in entries) for entries in samples]
     return ("\n".join(lines) + "\n").encode("ascii")
 
 
 def parse_index(data: bytes, where: str) -> list[list[IndexEntry]]:
-    """The entries of an index, one list a sample; `where` goes into the message.
+    """Return the entries of an index, one list a sample; `where` goes into messages.
 
     Raises:
-        DatasetError: not an index v1.2, its lines do not fit the count in its first line, or a name that is no
-            `key.component`: DALI hands the names on, and keys become names of files.
+        DatasetError: not an index v1.2; too large; its lines do not match the count in its first line; or a name that
+            is not `key.component`, a key of another sample, or a component twice in one sample.
     """
+    if data.count(b" ") > 4 * MAX_ENTRIES or data.count(b"\n") > MAX_ENTRIES:
+        raise DatasetError(f"{where}: more than {MAX_ENTRIES:,} components, refused")
     try:
         header, *lines = data.decode("ascii").splitlines()
-        version, count = header.split()
-        announced = int(count)
+        version, count = header.split(" ")
+        announced = _number(count)
         samples = [_parse_index_line(line) for line in lines]
+        if len({_split_name(entries[0].name)[0] for entries in samples}) != len(samples):
+            raise ValueError("a key twice")
     except ValueError as error:
-        raise DatasetError(f"{where}: not a DALI index ({error}); pack or pull the shard again") from error
+        raise DatasetError(f"{where}: not a DALI index ({first_line(error)}); pack or pull the shard again") from error
     if version != _INDEX_VERSION or announced != len(samples):
         raise DatasetError(
-            f"{where}: {version} index announces {count} samples and lists {len(samples)}; pack or pull the shard again"
+            f"{where}: {version[:10]} index announces {announced} samples and lists {len(samples)}; pack or pull the "
+            "shard again"
         )
     return samples
 
@@ -261,35 +241,48 @@ def _parse_index_line(line: str) -> list[IndexEntry]:
     if len(words) % 4:
         raise ValueError(f"{len(words)} words in a line, not a multiple of 4")
     fields = zip(words[0::4], words[1::4], words[2::4], words[3::4], strict=True)
-    entries = [IndexEntry(component, int(offset), int(size), name) for component, offset, size, name in fields]
-    if any(number not in _NUMBERS for entry in entries for number in (entry.offset, entry.size)):
-        raise ValueError("an offset or size that no tar has")
+    entries = [IndexEntry(component, _number(offset), _number(size), name) for component, offset, size, name in fields]
+    key = _split_name(entries[0].name)[0]
     for entry in entries:
-        if _split_name(entry.name)[1] != entry.component:
-            raise ValueError(f"component {entry.component!r} of a file {entry.name!r}")
+        if _split_name(entry.name) != (key, entry.component):
+            raise ValueError(f"component {entry.component!r} of a file {entry.name!r}, in the line of {key!r}")
+    if len({entry.component for entry in entries}) != len(entries):
+        raise ValueError(f"a component of {key!r} twice")
     return entries
 
 
+def _number(word: str) -> int:
+    if not _DIGITS.fullmatch(word):
+        raise ValueError(f"{word[:20]!r} is not an offset, size or count")
+    return int(word)
+
+
 def build_index(tar_path: Path) -> bytes:
-    """The index of a tar that another tool wrote.
+    """Return the index of a tar, from its headers.
 
     Raises:
-        DatasetError: as `read_samples`.
+        DatasetError: as `read_samples`, or more than `MAX_ENTRIES` components.
     """
+    samples, count = [], 0
     with _open_tar(tar_path) as tar:
-        return format_index([entries for _, entries in _groups(tar, tar_path)])
+        for _, entries in _groups(tar, tar_path):
+            count += len(entries)
+            if count > MAX_ENTRIES:
+                raise DatasetError(f"{tar_path}: more than {MAX_ENTRIES:,} components, refused")
+            samples.append(entries)
+    return format_index(samples)
 
 
 def read_samples(tar_path: Path) -> Iterator[Sample]:
-    """All samples of a tar, in order. Any WebDataset tar will do, whichever tool wrote it.
+    """Yield all samples of a WebDataset tar, in order, whichever tool wrote it.
 
-    Member names become keys and component names and nothing else; they are never used as paths.
+    Member names become keys and component names only; they are never used as paths.
 
     Raises:
-        DatasetError: not a tar, truncated, a member that is no plain file, a name that is no `key.component`, a
+        DatasetError: not a tar, truncated, a member that is not a plain file, a name that is not `key.component`, a
             key that comes twice, or a size beyond `MAX_COMPONENT_BYTES` or the tar itself.
     """
-    with _open_tar(tar_path) as tar, tar_path.open("rb") as file:
+    with _open_tar(tar_path) as tar, open_regular(tar_path) as file:
         for key, entries in _groups(tar, tar_path):
             yield Sample(key, {e.component: _read(file, e, tar_path) for e in entries})
 
@@ -297,12 +290,12 @@ def read_samples(tar_path: Path) -> Iterator[Sample]:
 @contextmanager
 def _open_tar(tar_path: Path) -> Iterator[tarfile.TarFile]:
     try:
-        file = tar_path.open("rb")
+        file = open_regular(tar_path)
     except OSError as error:
         raise DatasetError(f"{tar_path}: cannot be read ({error.strerror or error})") from error
     with file:
         try:
-            # Taken as it is, without compression: a small file must not unpack into a large one.
+            # No compression: a small file must not unpack into a large one.
             tar = tarfile.TarFile(fileobj=_Headers(file), mode="r")  # type: ignore[arg-type]
         except _BROKEN as error:
             raise DatasetError(f"{tar_path}: not a tar shard ({error}); pack or pull it again") from error
@@ -311,14 +304,14 @@ def _open_tar(tar_path: Path) -> Iterator[tarfile.TarFile]:
 
 
 class _Headers:
-    """A tar as tarfile sees it here: headers, of which it must not believe any length they claim."""
+    """A tar's headers for tarfile, with a bound on the lengths that they claim."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes.
+        """Return at most `size` bytes.
 
         Raises:
             tarfile.ReadError: more than any header has.
@@ -329,7 +322,7 @@ class _Headers:
 
 
 def _groups(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tuple[str, list[IndexEntry]]]:
-    """(key, components) of each run of members with one key, after checking names, numbers and sizes."""
+    """Yield (key, components) of each run of members with one key, after a check of names, counts and sizes."""
     tar_bytes = tar_path.stat().st_size
     seen: set[str] = set()
     current, entries = "", list[IndexEntry]()
@@ -359,11 +352,11 @@ def _groups(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tuple[str, list[In
 
 
 def _check_end(tar: tarfile.TarFile, tar_path: Path) -> None:
-    """A tar ends with zero blocks; tarfile takes one that is cut off between two files or in a header for whole."""
+    """Refuse a tar without zero blocks at its end: tarfile accepts one that is cut off between two files."""
     with tar_path.open("rb") as file:
         file.seek(tar.offset)
         if file.read(_BLOCK) != bytes(_BLOCK):
-            raise DatasetError(f"{tar_path}: truncated, or followed by something else; pack or pull it again")
+            raise DatasetError(f"{tar_path}: truncated, or other data follow; pack or pull it again")
 
 
 def _members(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tarfile.TarInfo]:
@@ -371,20 +364,24 @@ def _members(tar: tarfile.TarFile, tar_path: Path) -> Iterator[tarfile.TarInfo]:
         for member in tar:
             if not member.isdir():
                 yield member
-            tar.members.clear()  # type: ignore[attr-defined]  # else every header read so far stays in memory
+            tar.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
+            if len(tar.pax_headers) > _MAX_ATTRIBUTES:
+                raise tarfile.ReadError(f"more than {_MAX_ATTRIBUTES} global attributes")
     except _BROKEN as error:
         raise DatasetError(f"{tar_path}: broken or truncated tar ({error}); pack or pull it again") from error
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Key and component of a file in a tar.
+    """Return key and component of a file in a tar.
 
     Raises:
-        ValueError: it is not of that form, or could be read as a path.
+        ValueError: the name has another form, or could be read as a path.
     """
     match = _MEMBER.fullmatch(name)
     if match is None:
-        raise ValueError(f"name {name!r} is not of the form 'key.component' (letters, digits, '_' and '-')")
+        raise ValueError(
+            f"name {name[:_NAME_BYTES]!r} is not of the form 'key.component' (letters, digits, '_' and '-')"
+        )
     return match[1], match[2]
 
 

@@ -68,7 +68,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     fsync, rename, link = os.fsync, os.replace, os.link
 
     def name(path: object) -> str:
-        return re.sub(r"\.([^/]*)\.[0-9a-f]{8}-\d+-[0-9a-f]{12}\.tmp$", r"\1.tmp", Path(str(path)).name)
+        return re.sub(r"\.([^/]*)\.[0-9a-f]{12}-\d+-\d+-[0-9a-f]{12}\.tmp$", r"\1.tmp", Path(str(path)).name)
 
     def recorded_fsync(descriptor: int) -> None:
         log.append(f"sync {name(Path(f'/proc/self/fd/{descriptor}').readlink())}")

@@ -17,7 +17,7 @@ from prep.packing.plan import PackingPlan, PlannedSample, Skipped, component_sou
 from prep.raw.kitti import Drive
 from prep.raw.splits import CameraSide
 from prep.raw.text import printable
-from shards.dataset import SAMPLES_PER_SHARD, finish_shard, shard_name
+from shards.dataset import SAMPLES_PER_SHARD, shard_name
 from shards.errors import DatasetError, StorageError
 from shards.manifest import Shard
 from shards.publish import Store
@@ -129,7 +129,7 @@ def write_shard(job: ShardJob) -> Shard:
             for sample in job.samples:
                 large = {name: extent.read(job.folder) for name, extent in sample.encoded.items()}
                 writer.add(Sample(sample.key, sample.small | large))
-            shard = finish_shard(writer, job.part, job.number)
+            shard = writer.close()
         finally:
             writer.abort()
         job.store.put_shard(shard, tar, writer.index_path, note={SHARD_SPEC: job.spec}, move=True)

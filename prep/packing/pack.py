@@ -31,6 +31,7 @@ from pydantic import BaseModel, ValidationError
 from prep.packing.assemble import SHARD_SPEC, Encoded, ShardJob, count_components, cut_shards, sample_jobs, write_shard
 from prep.packing.encode import SCRATCH_ADVICE, ChunkJob, encode_chunk, read_chunk, versions
 from prep.packing.plan import PackingPlan, PlannedSample, Skipped
+from prep.raw.licence import KITTI_LICENCE
 from prep.raw.splits import SplitLists
 from prep.workers import Workers, run
 from shards.card import card
@@ -143,7 +144,9 @@ def pack(
         for job in jobs:
             encoded.add(job.drive, scratch, job.name)
         manifest, skipped = _assemble(plan, lists, encoded, store, receipts, scratch, workers, progress)
-        store.put_text(CARD, card(manifest, kitti=any(drive.kitti for drive in plan.drives.values())))
+        store.put_text(
+            CARD, card(manifest, licence=KITTI_LICENCE if any(drive.kitti for drive in plan.drives.values()) else None)
+        )
         store.put_text(REPORT, report(plan, manifest, skipped))
         manifest = store.commit(manifest)
         shutil.rmtree(scratch, ignore_errors=True)

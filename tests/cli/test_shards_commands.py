@@ -19,11 +19,12 @@ from storage_data import SIZE, all_samples, make_dataset, make_samples
 from storage_fixtures import Packed, one_server
 from storage_servers import Bucket, Fault, Proxy
 
+from bench.write_dataset import write_dataset
 from cli.main import main
 from shards import contact_sheet as sheet_module
 from shards.contact_sheet import CELL, FAR, NEAR, contact_sheet, depth_colours, read_some
 from shards.copy import copy_dataset
-from shards.dataset import open_dataset, write_dataset
+from shards.dataset import open_dataset
 from shards.errors import DatasetError
 from shards.manifest import DepthInfo, Split
 from shards.sample import Codec, Sample

@@ -14,6 +14,7 @@ from evaluation_data import HEIGHT, WIDTH, tiny_checkpoint, tiny_config
 from PIL import Image
 from pipeline_data import encode, smooth
 
+from bench.write_dataset import write_dataset
 from md2.evaluation.odometry import (
     MotionPredictor,
     motions_of,
@@ -34,7 +35,7 @@ from md2.evaluation.run_odometry import (
 )
 from md2.inference.predictor import Predictor, load
 from prep.raw.kitti import open_sequence
-from shards.dataset import open_dataset, write_dataset
+from shards.dataset import open_dataset
 from shards.errors import DatasetError, InputError, UsageError
 from shards.manifest import Split
 from shards.sample import Sample

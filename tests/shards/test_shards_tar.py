@@ -21,13 +21,18 @@ from shards import tar as tar_module
 from shards.errors import DatasetError
 from shards.files import create_from, temporary, write_atomic
 from shards.sample import Sample
-from shards.tar import ShardWriter, build_index, parse_index, read_samples, tar_header
+from shards.tar import ShardWriter, build_index, parse_index, read_samples
 
 leaky = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 """webdataset's reader does not close the files it opens."""
 
 
+TRAIN = "train/000000.tar"
+
+
 def write(path: Path, samples: list[Sample]) -> Path:
+    """A shard below the folder `path`."""
+    path = path / TRAIN
     with ShardWriter(path) as writer:
         for sample in samples:
             writer.add(sample)
@@ -44,17 +49,10 @@ def wds2idx(tar: Path, index: Path) -> bytes:
 def test_index_is_byte_identical_to_dalis_own_tool(tmp_path: Path) -> None:
     sizes = [1, 511, 512, 513, 10_240, 100_000]  # around tar's block and record sizes
     samples = [Sample(f"k-{n}_l", {"0.jpg": os.urandom(n), "a.b.c": b"x" * (n // 2 + 1)}) for n in sizes]
-    tar = write(tmp_path / "train" / "000000.tar", samples)
+    tar = write(tmp_path, samples)
     expected = wds2idx(tar, tmp_path / "dali.idx")
     assert tar.with_suffix(".idx").read_bytes() == expected
     assert build_index(tar) == expected
-
-
-@given(st.from_regex(r"[A-Za-z0-9_.-]{1,99}", fullmatch=True), st.integers(0, 8**11 - 1))
-def test_headers_are_tarfiles_own(name: str, size: int) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = size
-    assert tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def test_shards_are_what_tarfile_writes(tmp_path: Path) -> None:
@@ -66,31 +64,32 @@ def test_shards_are_what_tarfile_writes(tmp_path: Path) -> None:
                 info = tarfile.TarInfo(f"{sample.key}.{component}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    assert write(tmp_path / "000000.tar", samples).read_bytes() == expected.getvalue()
+    assert write(tmp_path, samples).read_bytes() == expected.getvalue()
 
 
 def test_close_reports_the_files_as_they_are(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "0.tar")
+    writer = ShardWriter(tmp_path / TRAIN)
     for sample in make_samples(3):
         writer.add(sample)
     info = writer.close()
-    tar, index = (tmp_path / "0.tar").read_bytes(), (tmp_path / "0.idx").read_bytes()
+    tar, index = (tmp_path / TRAIN).read_bytes(), (tmp_path / "train/000000.idx").read_bytes()
+    assert (info.name, info.index_name) == (TRAIN, "train/000000.idx")
     assert (info.samples, info.bytes, info.index_bytes) == (3, len(tar), len(index))
     assert info.sha256 == hashlib.sha256(tar).hexdigest()
     assert info.index_sha256 == hashlib.sha256(index).hexdigest()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.idx", "0.tar"]
+    assert sorted(p.name for p in (tmp_path / "train").iterdir()) == ["000000.idx", "000000.tar"]
 
 
 def test_same_samples_give_the_same_bytes_whatever_the_order_of_components(tmp_path: Path) -> None:
     samples = list(make_samples(4))
     turned = [Sample(s.key, dict(reversed(s.components.items()))) for s in samples]
-    first, second = write(tmp_path / "a.tar", samples), write(tmp_path / "b.tar", turned)
+    first, second = write(tmp_path / "a", samples), write(tmp_path / "b", turned)
     assert first.read_bytes() == second.read_bytes()
     assert first.with_suffix(".idx").read_bytes() == second.with_suffix(".idx").read_bytes()
 
 
 def test_headers_hold_nothing_of_the_machine(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.tar", list(make_samples(2)))
+    path = write(tmp_path / "a", list(make_samples(2)))
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o644)
@@ -100,7 +99,7 @@ def test_headers_hold_nothing_of_the_machine(tmp_path: Path) -> None:
 
 def test_plain_tarfile_reads_our_shards(tmp_path: Path) -> None:
     samples = list(make_samples(3))
-    with tarfile.open(write(tmp_path / "a.tar", samples)) as tar:
+    with tarfile.open(write(tmp_path / "a", samples)) as tar:
         content = {member.name: tar.extractfile(member).read() for member in tar}
     assert content == {f"{s.key}.{name}": data for s in samples for name, data in s.components.items()}
 
@@ -110,7 +109,7 @@ def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
     import webdataset
 
     samples = list(make_samples(5))
-    path = write(tmp_path / "a.tar", samples)
+    path = write(tmp_path / "a", samples)
     read = list(webdataset.WebDataset(str(path), shardshuffle=False))
     assert [r["__key__"] for r in read] == [s.key for s in samples]
     assert [{k: v for k, v in r.items() if not k.startswith("__")} for r in read] == [s.components for s in samples]
@@ -131,7 +130,7 @@ def test_we_read_and_index_shards_of_webdatasets_writer(tmp_path: Path, mtime: f
 
 
 components = st.dictionaries(
-    st.from_regex(r"[a-z0-9_]{1,6}(\.[a-z0-9]{1,4}){0,2}", fullmatch=True), st.binary(min_size=1, max_size=1200),
+    st.from_regex(r"[a-z0-9]{1,6}_?(\.[a-z0-9]{1,4}){0,2}", fullmatch=True), st.binary(min_size=1, max_size=1200),
     min_size=1, max_size=4,
 )  # fmt: skip
 keys = st.from_regex(r"[A-Za-z0-9_-]{1,20}", fullmatch=True)
@@ -141,7 +140,7 @@ keys = st.from_regex(r"[A-Za-z0-9_-]{1,20}", fullmatch=True)
 @given(st.dictionaries(keys, components, min_size=1, max_size=5))
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, content: dict[str, dict[str, bytes]]) -> None:
     samples = [Sample(key, dict(sorted(parts.items()))) for key, parts in content.items()]
-    path = write(tmp_path_factory.mktemp("trip") / "a.tar", samples)
+    path = write(tmp_path_factory.mktemp("trip"), samples)
     assert list(read_samples(path)) == samples
     data = path.read_bytes()
     for sample, entries in zip(samples, parse_index(path.with_suffix(".idx").read_bytes(), "a"), strict=True):
@@ -160,16 +159,17 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, content: dict[str,
         (Sample("k", {"tiefe.ä": b"x"}), "only letters"),
         (Sample("k", {"a b": b"x"}), "only letters"),
         (Sample("k", {"a..b": b"x"}), "only letters"),
+        (Sample("k", {"__key__": b"x"}), "leading '_'"),
     ],
 )
 def test_writer_refuses_what_dali_would_misread(tmp_path: Path, sample: Sample, reason: str) -> None:
-    writer = ShardWriter(tmp_path / "a.tar")
+    writer = ShardWriter(tmp_path / TRAIN)
     longest = "k" * 93  # with .0.jpg 99 characters
     writer.add(Sample(longest, {"0.jpg": b"y"}))
     with pytest.raises(ValueError, match=reason):
         writer.add(sample)
     writer.close()  # what was refused left no trace
-    assert [s.key for s in read_samples(tmp_path / "a.tar")] == [longest]
+    assert [s.key for s in read_samples(tmp_path / TRAIN)] == [longest]
 
 
 @pytest.mark.parametrize("key", ["a.b", "a b", "a/b", "..", "", "ä", "a\n"])
@@ -187,13 +187,15 @@ def test_writer_refuses_a_key_twice_and_an_empty_shard(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without samples"):
         ShardWriter(tmp_path / "b.tar").close()
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="shard name"), ShardWriter(tmp_path / "b.tar") as other:
+        other.add(Sample("k", {"0.jpg": b"x"}))
 
 
 def test_a_shard_has_its_names_only_when_it_is_on_the_disk_and_the_index_first(tmp_path: Path, disk: list[str]) -> None:
-    with ShardWriter(tmp_path / "new" / "a.tar") as writer:
+    with ShardWriter(tmp_path / "new" / "000000.tar") as writer:
         writer.add(Sample("k", {"a": b"1"}))
         assert disk == []
-    index, tar = ["sync a.idx.tmp", "a.idx.tmp -> a.idx"], ["sync a.tar.tmp", "a.tar.tmp -> a.tar"]
+    index, tar = ([f"sync 000000.{kind}.tmp", f"000000.{kind}.tmp -> 000000.{kind}"] for kind in ("idx", "tar"))
     assert disk == [*index, *tar, "sync new"]
 
 
@@ -247,7 +249,7 @@ def claiming(path: Path, size: int, kind: bytes = tarfile.REGTYPE, headers: int 
 def many_components(path: Path, count: int) -> Path:
     """Empty files of one sample: nothing but headers, each of which is compared with all before it."""
     with path.open("wb") as file:
-        file.writelines(tar_header(f"k.{number}", 0) for number in range(count))
+        file.writelines(tarfile.TarInfo(f"k.{number}").tobuf(tarfile.USTAR_FORMAT) for number in range(count))
         file.write(bytes(1024))
     return path
 
@@ -331,12 +333,12 @@ def cuts() -> dict[str, Callable[[list[tarfile.TarInfo]], int]]:
 
 @pytest.mark.parametrize("name", cuts())
 def test_truncated_tars_are_refused(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path / "a.tar", list(make_samples(2, padding=3000)))
+    path = write(tmp_path / "a", list(make_samples(2, padding=3000)))
     with tarfile.open(path) as tar:
         where = cuts()[name](tar.getmembers())
     with path.open("r+b") as file:
         file.truncate(where)
-    with pytest.raises(DatasetError, match=r"a\.tar"):
+    with pytest.raises(DatasetError, match=r"000000\.tar"):
         list(read_samples(path))
 
 
@@ -348,6 +350,10 @@ def test_truncated_tars_are_refused(tmp_path: Path, name: str) -> None:
         "v1.2 1\n0.jpg 512 -1 k.0.jpg\n", f"v1.2 1\n0.jpg 512 {'9' * 4000} k.0.jpg\n",
         "v1.2 0\n0.jpg 512 1 k.0.jpg\n", "v1.2 1\nä 512 1 k.0.jpg\n", "v1.2 1\n0.jpg 512 1 /etc/k.0.jpg\n",
         "v1.2 1\n0.jpg 512 1 ../k.0.jpg\n", "v1.2 1\n0.jpg 512 1 .0.jpg\n", "v1.2 1\n0.jpg 512 1 k.1.jpg\n",
+        "v1.2 1\n0.jpg 5_12 1 k.0.jpg\n", "v1.2 1\n0.jpg +512 1 k.0.jpg\n", "v1.2 1\n0.jpg 512 01 k.0.jpg\n",
+        "v1.2 +1\n0.jpg 512 1 k.0.jpg\n", "v1.2 1_0\n0.jpg 512 1 k.0.jpg\n", "v1.2 01\n0.jpg 512 1 k.0.jpg\n",
+        "v1.2 1\n0.jpg 512 1 k.0.jpg 0.jpg 1536 1 k.0.jpg\n", "v1.2 1\n0.jpg 512 1 k.0.jpg 1.jpg 1536 1 l.1.jpg\n",
+        "v1.2 2\n0.jpg 512 1 k.0.jpg\n0.jpg 1536 1 k.0.jpg\n", "v1.2  1\n0.jpg 512 1 k.0.jpg\n", "v1.2 1\n\n",
     ],
 )  # fmt: skip
 def test_broken_indexes_are_refused(text: str) -> None:

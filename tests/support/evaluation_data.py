@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from pipeline_data import encode, smooth
 
+from bench.write_dataset import write_dataset
 from md2.checkpoint import Checkpoint, save_checkpoint
 from md2.config import Config
 from md2.model import Networks
-from shards.dataset import write_dataset
 from shards.manifest import DepthInfo, Split
 from shards.sample import Sample
 

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.write_dataset import write_dataset
 from md2.config import DataConfig
 from md2.pipeline import Loader
-from shards.dataset import LocalDataset, open_dataset, write_dataset
+from shards.dataset import LocalDataset, open_dataset
 from shards.manifest import DepthInfo, Split
 from shards.sample import Codec, Sample, image_extension
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards.dataset import write_dataset
+from bench.write_dataset import write_dataset
 from shards.manifest import DepthInfo, Manifest, Split
 from shards.sample import Sample
 from shards.tar import read_samples
