@@ -1,4 +1,4 @@
-"""Compare ways to read a dataset from object storage: cached, streamed, by DALI itself; and from a local folder.
+"""Compare ways to read a dataset from object storage: cached, by DALI itself; and from a local folder.
 
     md2 bench storage [--samples 800] [--shard-mb 8] [--latency 0 10 50] [--repeats 3]
 
@@ -8,7 +8,6 @@ them on the CPU in DALI with the same threads, so the rows differ only in how th
 
     local    DALI's webdataset reader on the folder itself
     cached   open_dataset on an empty cache: epoch 1 fills it, epoch 2 is local
-    stream   stream_samples into DALI's external_source; keeps nothing
     native   DALI's webdataset reader on s3:// itself (on fewer samples, because it is slow)
 
 Cold start is the time from opening to the first batch. Fetched / needed divides the bytes that left the server in an
@@ -21,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import multiprocessing
 import os
 import statistics
@@ -43,7 +41,6 @@ from shards.copy import copy_dataset
 from shards.dataset import open_dataset
 from shards.manifest import Manifest, Split
 from shards.sample import Sample
-from shards.stream import stream_samples
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from storage_servers import ACCESS_KEY, SECRET_KEY, Fault, faulty_proxy, rclone_server
@@ -139,24 +136,6 @@ def reader(tars: list[str], indexes: list[str]) -> Any:
     return built
 
 
-def streamer(samples: Iterator[Sample]) -> Any:
-    """Build a DALI pipeline that takes samples from Python."""
-    from nvidia.dali import fn, pipeline_def
-
-    def batches() -> Iterator[tuple[list[np.ndarray], ...]]:
-        while batch := list(itertools.islice(samples, BATCH)):
-            yield tuple([np.frombuffer(s.components[name], np.uint8) for s in batch] for name in IMAGES)
-
-    @pipeline_def(batch_size=BATCH, num_threads=THREADS, device_id=None, exec_dynamic=True)
-    def pipeline() -> Any:
-        raw = fn.external_source(batches(), num_outputs=len(IMAGES), batch=True)
-        return tuple(fn.decoders.image(list(raw)))
-
-    built = pipeline()
-    built.build()
-    return built
-
-
 def take(pipeline: Any, batches: int) -> None:
     for _ in range(batches):
         pipeline.run()
@@ -198,10 +177,6 @@ def from_cache() -> Callable[[], Any]:
     return open_pipeline
 
 
-def from_stream() -> Any:
-    return streamer(stream_samples(URL, "train"))
-
-
 def native(manifest: Manifest) -> Callable[[], Any]:
     def open_pipeline() -> Any:
         shards = manifest.part("train")
@@ -228,12 +203,11 @@ def table(options: argparse.Namespace, drive: Path, manifest: Manifest, per_samp
     print(f"\nlatency {server.latency * 1000:g} ms a request\n")
     print("| | cold start | samples/s, epoch 1 / 2 (over local) | fetched / needed, epoch 1 / 2 |")
     print("|---|---|---|---|")
-    runs: dict[str, list[Run]] = {"local": [], "cached": [], "stream": [], "native": []}
+    runs: dict[str, list[Run]] = {"local": [], "cached": [], "native": []}
     for _ in range(options.repeats):
         local, cached = from_folder(drive), from_cache()
         runs["local"].append(measure(options.samples, [local, local], None))
         runs["cached"].append(measure(options.samples, [cached, cached], server))
-        runs["stream"].append(measure(options.samples, [from_stream, from_stream], server))
         runs["native"].append(measure(few, [native(manifest)], server))
         for lock in _in_use.values():
             lock.release()
@@ -251,7 +225,6 @@ def faults(options: argparse.Namespace, manifest: Manifest, server: Server) -> N
     print(f"\nThe server answers 503 for {OUTAGE:g} s in the middle of an epoch\n\n| | |\n|---|---|")
     ways: dict[str, tuple[int, Callable[[], Any]]] = {
         "cached": (options.samples, from_cache()),
-        "stream": (options.samples, from_stream),
         "native": (few, native(manifest)),
     }
     for name, (samples, way) in ways.items():

@@ -7,6 +7,7 @@ impossible combination its reason.
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -48,8 +49,17 @@ class DataConfig(Section):
     threads: int | None = Field(None, gt=0)
     """Decoding threads; None: one per available core, at most 8 where the GPU decodes."""
     prefetch: int = Field(2, gt=0)
-    shuffle_buffer: int = Field(1024, gt=0)
-    """Samples in the reader's shuffle buffer (the shards are shuffled globally when packed)."""
+    shuffle: Literal["window", "global"] = "window"
+    """`window`: shards in random order, samples shuffled over 8 of them; `global`: over the whole part."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_earlier_versions_had(cls, values: Any) -> Any:
+        """Configurations and run folders of earlier versions have `shuffle_buffer`, which decides nothing any more."""
+        if isinstance(values, dict) and "shuffle_buffer" in values:
+            values = {name: value for name, value in values.items() if name != "shuffle_buffer"}
+            logging.getLogger(__name__).warning("data.shuffle_buffer is ignored: data.shuffle says what is shuffled")
+        return values
 
     @model_validator(mode="after")
     def _check_frames(self) -> Self:

@@ -4,21 +4,24 @@
     for epoch in range(20):
         for batch in loader:  # len(loader) batches, the same number on every rank
             ...
-    torch.save(loader.state(), path)  # later: Loader(..., state=torch.load(path, weights_only=True))
+    torch.save(loader.state(), path)  # later, on any number of ranks: Loader(..., state=torch.load(path))
 
-Training: an epoch is `len(loader)` full batches. Every rank reads its own share of the samples, another
-one each epoch; what does not fill a batch on every rank is left out, and since shards and samples are
-reordered each epoch, it is other samples each time. Evaluation: every sample exactly once, in the
-dataset's order, unflipped and without jitter; the last batch may be smaller.
+Training: seed and epoch give an order of all samples (`md2.data.order`). A step of all ranks takes the next
+`step_samples` of it, each rank its slice of those; what does not fill a step at an epoch's end is left out, other
+samples each time. Evaluation: every sample exactly once, in the dataset's order, unflipped and without jitter; the last
+batch may be smaller, and a rank may have none.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
+from itertools import islice
 from math import ceil
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,58 +29,59 @@ from md2.config import PAPER_METRES_PER_UNIT, DataConfig
 from md2.data.augment import Jitter, camera_matrices, float_images, jitter_factors, stereo_transforms
 from md2.data.batch import Batch
 from md2.data.cpu import cores, host_threads
-from md2.data.dali import Device, Reader, plan, sample_keys
+from md2.data.dali import DRAWS, DecodeDevice, Reader, Request, read_plan
+from md2.data.order import WINDOW, Order, uniform_draws
 from shards.dataset import LocalDataset
-from shards.errors import DatasetError, UsageError
+from shards.errors import UsageError
 from shards.manifest import Manifest
-from shards.sample import DEPTH_SCALE
+from shards.sample import DEPTH_SCALE, INTRINSICS, STEREO_TRANSLATION
 
 SAMPLES_AHEAD = 96
 BYTES_AHEAD = 128 << 20
-"""So many samples are read at once, but not more bytes of decoded images: DALI's threads wait for one another at the
-end of every operator and batch, which in small batches costs a third of the rate."""
-
-
+"""Several batches are read at once, up to these samples and bytes of decoded images: DALI's threads wait for one
+another at the end of every operator and batch, which in small batches costs a third of the rate."""
 GPU_DECODER_THREADS = 8
+_OLD_READER = "reader"
 
 
 class LoaderState(TypedDict):
-    """Where a loader stands; plain types, so that `torch.load(weights_only=True)` reads it.
+    """Where a loader stands, the same on every rank; plain types, so that `torch.load(weights_only=True)` reads it.
 
     Attributes:
-        fingerprint: what must not change between saving and going on.
+        fingerprint: what decides order and draws, and so must not change between saving and resuming.
         epoch: epochs completed before this one.
-        step: batches taken of this one.
-        reader: DALI's checkpoint.
+        samples: taken of this one by all ranks, in whole steps.
+        step_samples: in a step of all ranks.
     """
 
     fingerprint: dict[str, Any]
     epoch: int
-    step: int
-    reader: bytes
+    samples: int
+    step_samples: int
 
 
 class Loader:
     """Batches of one part of a dataset.
 
     Args:
-        dataset: shards on this machine.
+        dataset: an open dataset.
         part: `train`, `val` or `test`.
         config: what to read and how to present it.
         batch_size: samples per batch and rank.
         seed: of order, flips and jitter.
         train: shuffle, and flip and jitter as configured; otherwise evaluation.
-        rank, world: which share of the samples to read.
+        rank, world_size: which share of the samples to read.
         device: where the batches go, and with `config.device` `auto` where JPEGs are decoded.
         depth: decode ground truth as well.
-        accumulate: in training, make the number of batches per epoch a multiple of this.
-        state: go on where another loader's `state()` was taken.
+        accumulate: batches of each rank in a step; an epoch of training has whole steps.
+        state: resume from another loader's `state()`.
 
     Raises:
-        UsageError: the dataset lacks what is asked for, the state is of another set-up, or a GPU is asked for where
+        UsageError: the dataset lacks what is asked for, the state is of another set-up, or a GPU is asked for and
             there is none.
         DatasetError: the dataset's files are not what its manifest says. While iterating: a sample cannot be
             decoded; the loader is of no use after that.
+        TrainingError: while iterating: DALI lacks memory.
     """
 
     def __init__(
@@ -91,113 +95,175 @@ class Loader:
         train: bool,
         device: torch.device,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         depth: bool = False,
         accumulate: int = 1,
         state: LoaderState | None = None,
     ) -> None:
         self.dataset, self.part, self.config = dataset, part, config
         self.batch_size, self.seed, self.train = batch_size, seed, train
-        self.rank, self.world, self.device = rank, world, device
+        self.rank, self.world_size, self.device = rank, world_size, device
         self.metres_per_unit = PAPER_METRES_PER_UNIT if config.baseline == "paper" else 1.0
+        self._accumulate = accumulate if train else 1
         self._decode = decode_device(config.device, device)
-        self._plan = plan(dataset, part, config, train=train, depth=depth)
-        self.samples = dataset.manifest.samples(part)
+        self._plan = read_plan(dataset, config, train=train, depth=depth)
+        counts = [shard.samples for shard in dataset.manifest.part(part)]
+        self._order = Order(counts, seed=seed, shuffle=config.shuffle if train else None)
+        self.samples = self._order.samples
         """Samples of the part, over all ranks."""
-        sample_bytes = len(self._plan.images) * config.width * config.height * 3
-        self._ahead = batches_ahead(batch_size, ceil(self.samples / world), sample_bytes)
-        self._steps = self._count(accumulate)
-        self.epoch, self.step = 0, 0
-        self._chunk: dict[str, Tensor] = {}
-        self._before_chunk = b""
-        self._read_on_gpu: torch.cuda.Event | None = None
+        self.step_samples = batch_size * world_size * self._accumulate
+        """Samples of a step, over all ranks."""
+        self.epoch = self.step = self._begin = 0
+        self.note: str | None = None
+        """What is to be said about the state that it resumed from; None if it continues as if nothing had happened."""
         if state is not None:
-            self._check(state)
-            self.epoch, self.step = state["epoch"], state["step"]
-        self._reader = self._open(state["reader"] if state is not None else None)
-        if self.step % self._ahead:
-            self._read_chunk()
+            self._resume(state)
+        self.waited = {"storage": 0.0, "decoding": 0.0, "conversion": 0.0}
+        """Seconds that the batches taken so far were waited for, and for what."""
+        self._read_on_gpu: torch.cuda.Event | None = None
+        self._keys: list[str] = []
+        self._chunk: dict[str, Tensor] = {}
+        self._used = 0
+        self._shards = dataset.stream(part)
+        self._reader = self._open() if self._left_of(0) or self._left_of(self._begin) else None
 
     def __len__(self) -> int:
-        """Batches per epoch. In training the same on every rank; in evaluation of this rank's share."""
-        return self._steps
+        """Batches of this rank in a whole epoch. In training the same on every rank."""
+        return self._left_of(0)
+
+    @property
+    def left(self) -> int:
+        """Batches of this rank that are left of this epoch."""
+        return self._left_of(self._begin) - self.step
+
+    @property
+    def taken(self) -> int:
+        """Samples of this epoch that all ranks have taken, in whole steps of training."""
+        return self._begin + self.step // self._accumulate * self.step_samples
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of this epoch, or the next one if it is over. In evaluation always a whole pass."""
-        if self.step >= self._steps:
-            self._finish_epoch()
+        if self.left <= 0:
+            self.next_epoch()
+            if not self.train:
+                self._start()
         elif self.step > 0 and not self.train:
-            self._reader = self._open(None)
             self.step = 0
-        while self.step < self._steps:
-            if self.step % self._ahead == 0:
-                self._read_chunk()
-            self.step += 1
+            self._start()
+        while self.left > 0:
+            self._take()
+            begin = time.perf_counter()
             on_gpu = self.device.type == "cuda"
-            yield self._batch() if on_gpu else host_threads().batch.submit(self._batch).result()
+            batch = self._batch() if on_gpu else host_threads().batch.submit(self._batch).result()
+            self.waited["conversion"] += time.perf_counter() - begin
+            yield batch
+
+    def next_epoch(self) -> None:
+        """Pass on to the next epoch when this one is over."""
+        assert self.left <= 0
+        self.epoch, self.step, self._begin = self.epoch + 1, 0, 0
 
     def state(self) -> LoaderState:
-        """Where this loader stands: after the batch last taken, whatever is prefetched already."""
-        reader = self._before_chunk if self.step % self._ahead else self._reader.checkpoint()
-        return LoaderState(fingerprint=self._fingerprint(), epoch=self.epoch, step=self.step, reader=reader)
+        """Where this loader stands: after the last whole step that was taken, whatever is prefetched already."""
+        return LoaderState(
+            fingerprint=self._fingerprint(), epoch=self.epoch, samples=self.taken, step_samples=self.step_samples
+        )
 
-    def _count(self, accumulate: int) -> int:
-        """Batches per epoch."""
+    def __del__(self) -> None:
+        # DALI fills its memory again once it is let go of, which a GPU may still be reading.
+        if getattr(self, "_read_on_gpu", None) is not None:
+            self._read_on_gpu.synchronize()  # type: ignore[union-attr]
+
+    def _left_of(self, begin: int) -> int:
+        """Batches of an epoch whose first `begin` samples are taken."""
         if self.train:
-            return self.samples // self.world // self.batch_size // accumulate * accumulate
-        return ceil(self._share() / self.batch_size)
+            return (self.samples - begin) // self.step_samples * self._accumulate
+        first, last = self._share()
+        return ceil((last - first) / self.batch_size)
 
-    def _share(self) -> int:
-        """Samples of this rank in evaluation; the reader cuts the dataset at these places."""
-        begin, end = (self.samples * cut // self.world for cut in (self.rank, self.rank + 1))
-        return end - begin
+    def _share(self) -> tuple[int, int]:
+        """The samples of this rank in evaluation: the first, and the one behind the last."""
+        first, last = (self.samples * cut // self.world_size for cut in (self.rank, self.rank + 1))
+        return first, last
 
-    def _open(self, checkpoint: bytes | None) -> Reader:
-        where = f"{self.dataset.url}: part {self.part!r}"
+    def _open(self) -> Reader:
+        sample_bytes = len(self._plan.images) * self.config.width * self.config.height * 3
+        self._ahead = batches_ahead(self.batch_size, sample_bytes)
+        reads = self.config.prefetch
+        if not self.train:
+            reads = min(reads, ceil(len(self) / self._ahead))
         reader = Reader(
             self._plan,
-            where,
+            self._shards,
+            self._order.starts,
+            f"{self.dataset.url}: part {self.part!r}",
             count=self._ahead * self.batch_size,
-            seed=self.seed,
-            rank=self.rank,
-            world=self.world,
             threads=self.config.threads or default_threads(self._decode),
-            prefetch=self.config.prefetch,
+            prefetch=reads,
             decode=self._decode,
             device=self.device,
-            checkpoint=checkpoint,
         )
-        if reader.samples != self.samples:
-            raise DatasetError(
-                f"{where} has {reader.samples} readable samples, its manifest says {self.samples}; "
-                "verify it with md2 shards verify"
-            )
+        reader.start(self._requests())
         return reader
 
-    def _read_chunk(self) -> None:
-        """The next batches; what is needed to read them once more, if a state is taken in their middle, is kept."""
-        self._before_chunk = self._reader.checkpoint()
-        chunk = self._reader.read()
-        if self._read_on_gpu is not None:
-            # DALI fills memory again that is let go of, in the order of its own stream: it does not wait for torch's.
-            self._read_on_gpu.synchronize()
-        self._chunk = chunk
+    def _start(self) -> None:
+        """From the beginning of a pass; what has been read ahead of an earlier one is dropped."""
+        self._keys, self._used = [], 0
+        if self._reader is not None:
+            self._reader.start(self._requests())
 
-    def _finish_epoch(self) -> None:
-        """Pass over what the reader makes beyond the epoch's batches: padding, and what fills no batch.
+    def _requests(self) -> Iterator[Request]:
+        """What to read from here on: `batches_ahead` at a time. In training without end, over the ends of epochs."""
+        batches = self._batches() if self.train else self._pass()
+        while chunk := list(islice(batches, self._ahead)):
+            samples, draws, until, places = zip(*chunk, strict=True)
+            merged: dict[int, int] = {}
+            for needed in until:
+                merged.update(needed)  # later batches need a shard at least as long
+            yield Request(np.concatenate(samples), np.concatenate(draws), merged, places[0])
 
-        DALI pads each rank's share to as many reads as the largest takes.
-        """
-        made = ceil(ceil(self.samples / self.world) / (self._ahead * self.batch_size))
-        for _ in range(made - ceil(self._steps / self._ahead)):
-            self._reader.read()
-        self.epoch, self.step = self.epoch + 1, 0
+    def _batches(self) -> Iterator[Request]:
+        epoch, begin = self.epoch, self._begin
+        count = DRAWS if self._plan.flip or self._plan.jitter else 0
+        while True:
+            order, (_, last) = self._order.epoch(epoch), self._order.shard_uses(epoch)
+            passed = epoch * self.samples
+            for step in range(begin, self.samples - self.step_samples + 1, self.step_samples):
+                mine = step + self.rank * self._accumulate * self.batch_size
+                for first in range(mine, mine + self._accumulate * self.batch_size, self.batch_size):
+                    samples = order[first : first + self.batch_size]
+                    until = {shard: passed + int(last[shard]) for shard in set(self._order.shards(samples).tolist())}
+                    draws = uniform_draws(self.seed, epoch, samples, count)
+                    yield Request(samples, draws, until, passed + step)
+            epoch, begin = epoch + 1, 0
+
+    def _pass(self) -> Iterator[Request]:
+        first, last = self._share()
+        for begin in range(first, last, self.batch_size):
+            samples = np.arange(begin, min(begin + self.batch_size, last))
+            until = {shard: int(self._order.starts[shard + 1]) for shard in set(self._order.shards(samples).tolist())}
+            yield Request(samples, np.empty((len(samples), 0)), until, begin)
+
+    def _take(self) -> None:
+        """Count the next batch; read if it has not been read yet."""
+        if self._used >= len(self._keys):
+            assert self._reader is not None
+            before = dict(self._reader.waited)
+            read = self._reader.read()
+            for what, seconds in self._reader.waited.items():
+                self.waited[what] += seconds - before[what]
+            if self._read_on_gpu is not None:
+                # DALI fills memory again that is let go of, in the order of its own stream, without a look at torch's.
+                self._read_on_gpu.synchronize()
+            self._keys, self._chunk, self._used = read.keys, read.tensors, 0
+        self.step += 1
 
     def _batch(self) -> Batch:
-        """The batch that `step` has just been counted for, out of the chunk."""
-        begin = (self.step - 1) % self._ahead * self.batch_size
-        host = {name: values[begin : begin + self._valid()] for name, values in self._chunk.items()}
-        flipped = host["flip"].bool().flatten() if self._plan.flip else None
+        """The batch that has just been counted."""
+        mine = slice(self._used, self._used + self.batch_size)
+        self._used += self.batch_size
+        host = {name: values[mine] for name, values in self._chunk.items()}
+        flipped = host["flip"] if self._plan.flip else None
         mirror = self._to_device(flipped) if flipped is not None else None
         jitter = self._jitter(host) if self._plan.jitter else None
         decoding = not self._plan.uncompressed
@@ -206,12 +272,12 @@ class Loader:
             self._read_on_gpu = torch.cuda.current_stream(self.device).record_event()
         size = self._plan.size
         stored = host["stored"][:, [1, 0]] if self._plan.stored is None else torch.tensor([self._plan.stored])
-        cameras = camera_matrices(
-            host["intrinsics"], stored, size, flipped, nominal=self.config.intrinsics == "nominal"
-        )
+        nominal = self.config.intrinsics == "nominal"
+        cameras = camera_matrices(host[INTRINSICS], stored, size, flipped, nominal=nominal)
         stereo = None
         if self._plan.stereo:
-            stereo = self._to_device(stereo_transforms(host["translation"].flatten(), flipped, self.metres_per_unit))
+            shift = host[STEREO_TRANSLATION].flatten()
+            stereo = self._to_device(stereo_transforms(shift, flipped, self.metres_per_unit))
         depth, depth_size = self._depth(host) if self._plan.depth else (None, None)
         return Batch(
             images={offset: plain for offset, (plain, _) in made.items()},
@@ -221,24 +287,18 @@ class Loader:
             metres_per_unit=self.metres_per_unit,
             depth=depth,
             depth_size=depth_size,
-            keys=sample_keys(host["source"]),
+            keys=self._keys[mine],
         )
 
-    def _valid(self) -> int:
-        """Samples of the batch just taken that are no padding."""
-        if self.train:
-            return self.batch_size
-        return min(self.batch_size, self._share() - (self.step - 1) * self.batch_size)
-
     def _jitter(self, host: dict[str, Tensor]) -> Jitter:
-        chosen = host["jitter"].flatten().nonzero().flatten()
+        chosen = host["jitter"].nonzero().flatten()
         return Jitter.of(chosen, jitter_factors(host["draws"][chosen])).to(self._to_device)
 
     def _depth(self, host: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         size = host["depth_size"][:, :2].contiguous()
         height, width = (max(1, int(side)) for side in size.amax(0))
-        depth = host["depth"][:, :height, :width].permute(0, 3, 1, 2).contiguous()
-        return self._to_device(depth).div_(DEPTH_SCALE), self._to_device(size)
+        depth = host["depth"][:, :height, :width].permute(0, 3, 1, 2)
+        return self._to_device(depth / DEPTH_SCALE), self._to_device(size)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type != "cuda":
@@ -248,37 +308,64 @@ class Loader:
         return pinned.copy_(tensor).to(self.device, non_blocking=True)
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What the order of the samples and the draws depend on. Threads, queue depth and paths do not matter."""
+        """What the order of the samples and their draws depend on."""
         shards = self.dataset.manifest.part(self.part)
         read = self._plan
         return {
             "part": self.part,
             "shards": hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest(),
-            "batch_size": self.batch_size,
-            "steps": self._steps,
-            "batches_ahead": self._ahead,
             "seed": self.seed,
             "train": self.train,
-            "rank": self.rank,
-            "world": self.world,
-            "shuffle_buffer": read.shuffle,
+            "shuffle": f"window of {WINDOW} shards" if self._order.shuffle == "window" else self._order.shuffle,
             "components": [*read.images, *(["stereo"] if read.stereo else []), *([read.depth] if read.depth else [])],
             "size": list(read.size),
             "flip": read.flip,
             "color_jitter": read.jitter,
         }
 
-    def _check(self, state: LoaderState) -> None:
-        saved, now = state["fingerprint"], self._fingerprint()
-        changed = [f"{name} was {saved.get(name)}, is {now[name]}" for name in now if saved.get(name) != now[name]]
+    def _resume(self, state: LoaderState) -> None:
+        """Continue at the place of a state.
+
+        Raises:
+            UsageError: it is none, or of another set-up.
+        """
+        now = self._fingerprint()
+        old = _OLD_READER in state
+        try:
+            saved, epoch = dict(state["fingerprint"]), int(state["epoch"])
+            # A state of DALI's own reader: its order cannot be continued, but an epoch that was over stays over.
+            over = old and state["step"] >= saved["steps"]  # type: ignore[typeddict-item]
+            taken = (self.samples if over else 0) if old else int(state["samples"])
+            step_samples = self.step_samples if old else int(state["step_samples"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"no place in the data can be read from the state ({error!r}); start a new run") from error
+        names = now.keys() & saved.keys() if old else now.keys()
+        changed = [
+            f"{name} was {saved.get(name)}, is {now[name]}"
+            for name in now
+            if name in names and saved.get(name) != now[name]
+        ]
         if changed:
             raise UsageError(
-                f"cannot go on in the middle of an epoch, the samples would come in another order: {'; '.join(changed)}"
+                f"cannot resume in the middle of an epoch, its samples would be others: {'; '.join(changed)}"
+            )
+        if epoch < 0 or not 0 <= taken <= self.samples:
+            raise UsageError(f"the state is at sample {taken} of epoch {epoch}, of {self.samples}; start a new run")
+        self.epoch, self._begin = epoch, taken
+        if old and not over:
+            self.note = (
+                f"the checkpoint is of an earlier md2, whose order of samples cannot be continued: epoch {epoch + 1} "
+                "starts again from its first sample, with the weights and the optimiser of the checkpoint"
+            )
+        elif step_samples != self.step_samples and 0 < taken < self.samples:
+            self.note = (
+                f"a step took {step_samples} samples and now takes {self.step_samples}: epoch {epoch + 1} continues "
+                f"behind its first {taken} samples in steps of {self.step_samples}"
             )
 
 
 def resize_warning(manifest: Manifest, config: DataConfig) -> str | None:
-    """What is lost where images are not stored at the size they are trained at; None where they are."""
+    """What it costs that images are not stored at the size they are trained at; None if they are."""
     wanted = (config.width, config.height)
     if manifest.size == wanted:
         return None
@@ -291,12 +378,12 @@ def resize_warning(manifest: Manifest, config: DataConfig) -> str | None:
     return f"{stored} and resized in every batch, which makes the loader slower: {pack}"
 
 
-def default_threads(decode: Device) -> int:
-    """A thread a core; but few where the GPU decodes: each of its decoders has as many of its own, with buffers."""
+def default_threads(decode: DecodeDevice) -> int:
+    """A thread for each core; few if the GPU decodes, each of whose decoders has as many of its own, with buffers."""
     return min(cores(), GPU_DECODER_THREADS) if decode == "gpu" else cores()
 
 
-def decode_device(wanted: str, device: torch.device) -> Device:
+def decode_device(wanted: str, device: torch.device) -> DecodeDevice:
     """Where to decode: `data.device` `auto` is the GPU if the batches go to one.
 
     Raises:
@@ -307,16 +394,6 @@ def decode_device(wanted: str, device: torch.device) -> Device:
     return "gpu" if wanted != "cpu" and device.type == "cuda" else "cpu"
 
 
-def batches_ahead(batch_size: int, samples: int, sample_bytes: int) -> int:
-    """How many batches to read at once, up to `SAMPLES_AHEAD` and `BYTES_AHEAD`.
-
-    Only as many as divide a rank's `samples` well: what is decoded for nothing at an epoch's end is at most a
-    sixteenth, unless single batches leave more.
-    """
-
-    def padding(batches: int) -> int:
-        return -samples % (batches * batch_size)
-
-    most = min(SAMPLES_AHEAD, BYTES_AHEAD // sample_bytes) // batch_size
-    allowed = max(padding(1), samples // 16)
-    return max(batches for batches in range(1, max(1, most) + 1) if padding(batches) <= allowed)
+def batches_ahead(batch_size: int, sample_bytes: int) -> int:
+    """How many batches to read at once, up to `SAMPLES_AHEAD` and `BYTES_AHEAD`, but one at least."""
+    return max(1, min(SAMPLES_AHEAD, BYTES_AHEAD // sample_bytes) // batch_size)

@@ -36,6 +36,8 @@ CHANGEABLE = (
     "data.url",
     "data.threads",
     "data.prefetch",
+    "train.batch_size",
+    "train.accumulate",
     "train.epochs",
     "train.max_steps",
     "train.log_every",
@@ -45,7 +47,7 @@ CHANGEABLE = (
     "train.on_nan",
     "train.sinks",
 )
-"""What may change on resume: nothing here alters the numbers of a step."""
+"""What may change on resume: nothing here alters the numbers of a step, while batch_size x accumulate x ranks stays."""
 
 
 IMPATIENCE = 1.0

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from shards.cache.download import fetch
-from shards.dataset import check_shard
 from shards.errors import DatasetError, StorageError
 from shards.locks import FileLock
 from shards.manifest import CARD, REPORT, Manifest, Shard
 from shards.publish import SCRATCH, Store, open_store, require_manifest
 from shards.storage import Storage, is_local, local_path, open_storage
 from shards.storage.retry import CancelledError
+from shards.stream import check_shard
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and all bytes; from one thread at a time."""

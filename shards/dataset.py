@@ -6,19 +6,17 @@ dataset.manifest, dataset.tars("train"), dataset.indexes("train")
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 from shards.cache.download import disk_error
 from shards.cache.fill import Filler, Progress
 from shards.cache.folder import Cache
-from shards.errors import DatasetError, StorageError
-from shards.files import open_regular, write_atomic
-from shards.manifest import MANIFEST, Manifest, Shard
+from shards.files import write_atomic
+from shards.manifest import MANIFEST, Manifest
 from shards.publish import require_manifest
 from shards.storage import is_local, local_path, open_storage
-from shards.tar import parse_index
+from shards.stream import ShardStream, check_shard
 
 SAMPLES_PER_SHARD = 1000
 SHARD_BYTES = 256 << 20
@@ -53,6 +51,17 @@ class LocalDataset:
         self._filler = filler
         self._checked: set[str] = set()
 
+    def stream(self, part: str) -> ShardStream:
+        """The part's shards, to be opened one by one as they are needed.
+
+        Raises:
+            DatasetError, StorageError: as `tars`.
+        """
+        shards = self.manifest.part(part)
+        if self._filler is not None:
+            self._filler.fill(part, shards)
+        return ShardStream(self.folder, shards)
+
     def tars(self, part: str) -> list[Path]:
         """Return the part's tars in reading order, after a check of sizes, indexes and sample counts.
 
@@ -79,38 +88,6 @@ class LocalDataset:
             DatasetError, StorageError: as `tars`.
         """
         return [tar.with_suffix(".idx") for tar in self.tars(part)]
-
-
-def check_shard(folder: Path, shard: Shard) -> None:
-    """Compare a shard's files with its manifest entry: the tar's size, the index's bytes and sample count.
-
-    The tar's content is not read; `md2 shards verify` reads it.
-
-    Raises:
-        DatasetError: naming the file that is missing or differs.
-    """
-    tar, index = folder / shard.name, folder / shard.index_name
-    again = "pull or pack the dataset again"
-    try:
-        open_regular(tar).close()
-        open_regular(index).close()
-        tar_bytes, index_bytes = tar.stat().st_size, index.stat().st_size
-        if tar_bytes != shard.bytes:
-            raise DatasetError(f"{tar}: {tar_bytes} bytes, the manifest says {shard.bytes}; {again}")
-        if index_bytes != shard.index_bytes:
-            raise DatasetError(f"{index}: {index_bytes} bytes, the manifest says {shard.index_bytes}; {again}")
-        data = index.read_bytes()
-    except FileNotFoundError as error:
-        raise DatasetError(f"{error.filename}: missing, though the manifest lists it; {again}") from error
-    except OSError as error:
-        raise StorageError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise DatasetError(f"{index}: its sha256 is not the manifest's; {again}")
-    samples = parse_index(data, str(index))
-    if len(samples) != shard.samples:
-        raise DatasetError(f"{index}: {len(samples)} samples, the manifest says {shard.samples}; {again}")
-    if any(entry.offset + entry.size > tar_bytes for entries in samples for entry in entries):
-        raise DatasetError(f"{index}: points beyond the end of {tar.name}; {again}")
 
 
 def open_dataset(url: str, *, cache: Cache | None = None, progress: Progress | None = None) -> LocalDataset:

@@ -1,84 +1,155 @@
-"""Reading a remote dataset without keeping it: whole shards, fetched ahead into a bounded window, verified, dropped.
+"""A shard in memory: its tar mapped, and where each component lies in it by its index.
 
-    for sample in stream_samples("s3://team/kitti/eigen_zhou", "train"):
-        sample.key, sample.components["0.jpg"]
-
-Latency is paid per shard and hidden behind the shards before it; a cut connection or a busy server is ridden out as
-everywhere in `shards`, and no sample of a shard appears before the shard's sha256 is right. Every pass fetches all
-of its bytes again: for training, the cache (`open_dataset`) is the better choice wherever the dataset fits the disk.
+with MappedShard.open(folder, shard) as mapped:
+    mapped.component(17, "0.jpg")  # bytes of the file, not copied; None if the sample lacks it
 """
 
 from __future__ import annotations
 
-import random
-import tempfile
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import hashlib
+import mmap
 from pathlib import Path
+from typing import Any, Self
 
-from shards.cache.download import fetch
+import numpy as np
+import numpy.typing as npt
+
+from shards.errors import DatasetError, StorageError
+from shards.files import open_regular
 from shards.manifest import Shard
-from shards.publish import require_manifest
-from shards.sample import Sample
-from shards.storage import Storage, open_storage
-from shards.tar import read_samples
+from shards.tar import IndexEntry, parse_index
 
-WINDOW = 1 << 30
-PARALLEL = 4
+Bytes = npt.NDArray[np.uint8]
+_AGAIN = "pull or pack the dataset again"
 
 
-def stream_samples(
-    url: str,
-    part: str,
-    *,
-    seed: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-    window: int = WINDOW,
-    scratch: Path | None = None,
-) -> Iterator[Sample]:
-    """All samples of a part, once.
+class MappedShard:
+    """A shard that is open for reading. Views of it stay valid after `close`, which lets go of the map itself.
 
     Args:
-        url: folder or URL of a dataset.
-        seed: order of the shards (another each epoch); None: as published. Within a shard samples stand in
-            their published order, which is a random one.
-        rank, world: take every `world`-th shard from `rank` on.
-        window: bytes of shards on local disk at once; one shard always fits.
-        scratch: where the window lies; None: the system's temporary folder.
+        tar: path of the tar, for messages.
+        samples: the index's entries.
+        data: the tar's bytes.
+    """
+
+    def __init__(self, tar: Path, samples: list[list[IndexEntry]], data: Bytes) -> None:
+        self.tar, self._data = tar, data
+        self.keys = [entries[0].name.removeprefix("./").partition(".")[0] for entries in samples]
+        self._extents = [{entry.component: (entry.offset, entry.size) for entry in entries} for entries in samples]
+
+    @classmethod
+    def open(cls, folder: Path, shard: Shard) -> Self:
+        """Map a shard of the dataset in `folder`, after a comparison of its index and sizes with the manifest.
+
+        Raises:
+            DatasetError: naming the file that is missing or differs.
+            StorageError: a file that cannot be read.
+        """
+        samples = check_shard(folder, shard)
+        tar = folder / shard.name
+        try:
+            with open_regular(tar) as file:
+                mapped = mmap.mmap(file.fileno(), shard.bytes, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{tar}: cannot be mapped into memory ({error})") from error
+        return cls(tar, samples, np.frombuffer(mapped, np.uint8))
+
+    def component(self, sample: int, name: str) -> Bytes | None:
+        """A view of one file of a sample; None if the sample does not have it."""
+        extent = self._extents[sample].get(name)
+        return None if extent is None else self._data[extent[0] : extent[0] + extent[1]]
+
+    def close(self) -> None:
+        """Let go of the map: it goes once the last view of it is gone."""
+        del self._data
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def check_sizes(folder: Path, shard: Shard) -> None:
+    """Compare the sizes of a shard's two files with its manifest entry, without opening them.
 
     Raises:
-        DatasetError: no dataset or part there, or its bytes are not the published ones.
-        StorageError: the storage fails beyond patience, or the local disk is full.
+        DatasetError: naming the file that is missing or differs.
+        StorageError: a file that cannot be looked at.
     """
-    storage = open_storage(url)
-    shards = require_manifest(storage).manifest.part(part)
-    if seed is not None:
-        random.Random(seed).shuffle(shards)
-    with tempfile.TemporaryDirectory(prefix="md2-stream-", dir=scratch) as folder:
-        yield from _run(storage, shards[rank::world], window, Path(folder))
-
-
-def _run(storage: Storage, shards: list[Shard], window: int, folder: Path) -> Iterator[Sample]:
-    def bring(shard: Shard) -> Path:
-        tar = folder / shard.name
-        fetch(storage, shard.name, tar, size=shard.bytes, sha256=shard.sha256)
-        return tar
-
-    waiting, ahead, held = deque(shards), deque[tuple[Shard, Future[Path]]](), 0
-    with ThreadPoolExecutor(PARALLEL) as pool:
+    for name, expected in ((shard.name, shard.bytes), (shard.index_name, shard.index_bytes)):
+        path = folder / name
         try:
-            while waiting or ahead:
-                while waiting and (not ahead or held + waiting[0].bytes <= window):
-                    shard = waiting.popleft()
-                    ahead.append((shard, pool.submit(bring, shard)))
-                    held += shard.bytes
-                shard, future = ahead.popleft()
-                tar = future.result()
-                yield from read_samples(tar)
-                tar.unlink()
-                held -= shard.bytes
-        finally:
-            storage.cancel()
-            pool.shutdown(cancel_futures=True)
+            found = path.stat().st_size
+        except FileNotFoundError as error:
+            raise DatasetError(f"{path}: missing, though the manifest lists it; {_AGAIN}") from error
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+        if found != expected:
+            raise DatasetError(f"{path}: {found} bytes, the manifest says {expected}; {_AGAIN}")
+
+
+def check_shard(folder: Path, shard: Shard) -> list[list[IndexEntry]]:
+    """Compare a shard's files with its manifest entry: both sizes, the index's bytes and sample count.
+
+    The tar's content is not read; `md2 shards verify` does that.
+
+    Returns:
+        The index's entries.
+
+    Raises:
+        DatasetError: naming the file that is missing or differs.
+        StorageError: a file that cannot be read.
+    """
+    check_sizes(folder, shard)
+    index = folder / shard.index_name
+    try:
+        with open_regular(index) as file:
+            data = file.read(shard.index_bytes + 1)
+    except OSError as error:
+        raise StorageError(f"{index}: cannot be read ({error.strerror})") from error
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        raise DatasetError(f"{index}: its sha256 is not the manifest's; {_AGAIN}")
+    samples = parse_index(data, str(index))
+    if len(samples) != shard.samples:
+        raise DatasetError(f"{index}: {len(samples)} samples, the manifest says {shard.samples}; {_AGAIN}")
+    if any(entry.offset + entry.size > shard.bytes for entries in samples for entry in entries):
+        raise DatasetError(f"{index}: points beyond the end of {shard.name}; {_AGAIN}")
+    return samples
+
+
+class ShardStream:
+    """Open shards of one part.
+
+    Args:
+        folder: where they are.
+        shards: in the manifest's order.
+
+    Raises:
+        DatasetError: a file is missing or has another size than the manifest says.
+    """
+
+    def __init__(self, folder: Path, shards: list[Shard]) -> None:
+        self.folder, self.shards = folder, shards
+        for shard in shards:
+            check_sizes(folder, shard)
+        self._open: dict[int, MappedShard] = {}
+        self._until: dict[int, int] = {}
+
+    def get(self, number: int, until: int) -> MappedShard:
+        """One of the part's shards, which stays open at least until `close_before` passes the place `until`.
+
+        Raises:
+            DatasetError: it is not what the manifest says.
+            StorageError: it cannot be read.
+        """
+        if number not in self._open:
+            self._open[number] = MappedShard.open(self.folder, self.shards[number])
+        self._until[number] = max(until, self._until.get(number, until))
+        return self._open[number]
+
+    def close_before(self, place: int) -> None:
+        """Close what was needed until before `place`."""
+        for number in [number for number, until in self._until.items() if until < place]:
+            self._open.pop(number).close()
+            del self._until[number]

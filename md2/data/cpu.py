@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from math import ceil, inf
+from pathlib import Path, PurePosixPath
 from threading import Barrier
 from typing import NamedTuple
 
@@ -27,7 +29,41 @@ SHARED_FROM = 1 << 22
 
 def cores() -> int:
     """Cores for this process: those that it may use, shared with the other ranks on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    quota = cpu_quota()
+    allowed = min(len(os.sched_getaffinity(0)), quota if quota == inf else ceil(quota))
+    return max(1, int(allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def cpu_quota(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Cores' worth of time that a container may use (cgroup v2 `cpu.max`, v1 `cpu.cfs_quota_us`); infinite if no limit.
+
+    More threads than that would be stopped all at once when the time is used up.
+    """
+    quota = inf
+    try:
+        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return quota
+    for number, controllers, path in groups:
+        if number == "0":
+            root, files = cgroups, ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            root, files = cgroups / controllers, ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+            root = root if root.is_dir() else cgroups / "cpu"
+        else:
+            continue
+        # In a container its own group is the root, whatever path the host knows it by.
+        for folder in {
+            root,
+            *(root / parent for parent in (PurePosixPath(path[1:]), *PurePosixPath(path[1:]).parents)),
+        }:
+            try:
+                limit, period = " ".join((folder / file).read_text() for file in files).split()
+                if limit not in ("max", "-1"):
+                    quota = min(quota, int(limit) / int(period))
+            except (OSError, ValueError):
+                continue
+    return quota
 
 
 class HostThreads(NamedTuple):

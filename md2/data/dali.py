@@ -1,19 +1,25 @@
-"""The DALI graph: tar shards -> decoded, resized images and the draws of augmentation. One for CPU and GPU.
+"""The DALI graph: files of a batch in, decoded and resized images out. One for CPU and GPU.
 
-`plan` says what to read and checks it against the manifest; `Reader` runs the pipeline. What the draws do to the
-images is in `md2.data.augment`: torch does it at a fraction of DALI's cost on a CPU.
+`read_plan` says what to read and checks it against the manifest; `Reader` hands DALI the files of whole reads, as views
+of the mapped shards, and returns tensors. What the draws do to the images is in `md2.data.augment`: on a CPU torch does
+it at a fraction of DALI's cost.
 """
 
 from __future__ import annotations
 
+import re
+import time
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import nvidia.dali.fn
 import nvidia.dali.types
 import torch
@@ -23,45 +29,44 @@ from torch import Tensor
 
 from md2.config import DataConfig
 from md2.data.augment import FLIP_PROBABILITY, JITTER_PROBABILITY
-from md2.data.reader_state import transplant
 from shards.dataset import LocalDataset
-from shards.errors import DatasetError, UsageError
+from shards.errors import DatasetError, TrainingError, UsageError
 from shards.manifest import Manifest
 from shards.sample import DEPTH, INTRINSICS, STEREO_TRANSLATION, Offset, ppm_header
-from shards.tar import parse_index
+from shards.stream import Bytes, ShardStream
 
 # DALI's stubs leave out half of what it exports.
 dali: Any = nvidia.dali
 fn, types = dali.fn, dali.types
 
-READER = "shards"
-HEADER_BYTES = 4096
 MAX_IMAGE_PIXELS = 1 << 26
 """A larger image is refused before it is decoded: 67 million pixels, 201 MB."""
 DECODER_BYTES = 1 << 20
-"""nvJPEG's buffers to begin with, on the GPU and on the host, for each thread of each decoder; they grow. DALI's own
-16 and 8 MB would be a gigabyte and more with a decoder for each image of a sample and a thread for each core."""
-Device = Literal["cpu", "gpu"]
+"""nvJPEG's first buffers, on the GPU and on the host, for each thread of each decoder; they grow. DALI's own 16 and
+8 MB would be a gigabyte and more with a decoder for each image of a sample and a thread for each core."""
+DRAWS = 6
+"""Uniform numbers of a sample: coins for flip and jitter, then brightness, contrast, saturation and hue."""
+_FLIP = "flip"
+_PNG, _PNG_HEAD = b"\x89PNG\r\n\x1a\n", 26
+_PPM, _PPM_HEAD = re.compile(rb"P6\s(?:#.*\n|\s)*(\d{1,9})\s(?:#.*\n|\s)*(\d{1,9})\s"), 200
+_PNG_KINDS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGBA"}
+DecodeDevice = Literal["cpu", "gpu"]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one pipeline reads and does; the same on every rank and device.
+class ReadPlan:
+    """What a loader reads of each sample; the same on every rank and device.
 
     Attributes:
-        tars, indexes: paths of the part's shards.
         offsets: images to decode; `images` are their components, in the same order.
         stereo: read the stereo translation.
         depth: `always` and `sometimes` (not in every sample), or None.
-        stored: width and height of the stored images, None where it differs from sample to sample.
+        stored: width and height of the stored images, None if it differs from sample to sample.
         size: width and height of the batch's images.
-        header: what every image's file begins with where it is `uncompressed`, else nothing.
+        header: what the file of each image begins with if it is `uncompressed`, else nothing.
         flip, jitter: draw them.
-        shuffle: reorder shards and samples; None: read in order.
     """
 
-    tars: tuple[str, ...]
-    indexes: tuple[str, ...]
     offsets: tuple[Offset, ...]
     images: tuple[str, ...]
     stereo: bool
@@ -71,7 +76,6 @@ class Plan:
     header: bytes
     flip: bool
     jitter: bool
-    shuffle: int | None
 
     @property
     def uncompressed(self) -> bool:
@@ -79,50 +83,23 @@ class Plan:
         return bool(self.header)
 
     @property
-    def outputs(self) -> list[str]:
-        """Names of the pipeline's outputs, in order."""
-        names = [f"image {offset}" for offset in self.offsets]
-        names += [f"head {offset}" for offset in self.offsets] if self.uncompressed else []
-        names += ["source", "intrinsics"]
-        names += ["translation"] if self.stereo else []
-        names += ["stored"] if self.stored is None else []
-        names += ["flip"] if self.flip else []
-        names += ["jitter", "draws"] if self.jitter else []
-        return names + (["depth", "depth_size"] if self.depth else [])
+    def numbers(self) -> dict[str, int]:
+        """Components that are float32 numbers, and how many of them."""
+        return {INTRINSICS: 4, **({STEREO_TRANSLATION: 1} if self.stereo else {})}
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one sample of those outputs that the manifest promises one for."""
-        width, height = self.size
-        pixels = (height, width, 3)
-        stored = (len(self.header) + height * width * 3,) if self.uncompressed else pixels
-        images = {f"image {offset}": stored for offset in self.offsets}
-        return {**images, "intrinsics": (4,), "translation": (1,)}
+    def outputs(self) -> list[str]:
+        """Names of the graph's outputs, in order."""
+        names = [f"image {offset}" for offset in self.offsets]
+        names += ["stored"] if self.stored is None else []
+        return names + (["depth", "depth_size"] if self.depth else [])
 
 
-@dataclass(frozen=True)
-class Seeds:
-    """Of everything random, one by one: what is read or decoded besides changes no draw."""
-
-    shards: int
-    samples: int
-    flip: int
-    jitter: int
-    draws: int
-
-    @classmethod
-    def of(cls, seed: int, rank: int) -> Seeds:
-        """The shards' order is the same on all ranks, since they divide it among themselves."""
-        own = [int(state) for state in np.random.SeedSequence([seed, rank]).generate_state(4)]
-        return cls(seed, *own)
-
-
-def plan(dataset: LocalDataset, part: str, config: DataConfig, *, train: bool, depth: bool) -> Plan:
-    """Check what the configuration asks for against what the dataset has.
+def read_plan(dataset: LocalDataset, config: DataConfig, *, train: bool, depth: bool) -> ReadPlan:
+    """Compare what the configuration asks for with what the dataset has.
 
     Raises:
         UsageError: frames, the stereo partner or depth that the dataset does not have.
-        DatasetError: no such part, or its files are not what the manifest says.
     """
     manifest = dataset.manifest
     offsets: list[Offset] = [*config.frames, *(["s"] if config.stereo else [])]  # type: ignore[list-item]
@@ -136,9 +113,7 @@ def plan(dataset: LocalDataset, part: str, config: DataConfig, *, train: bool, d
     if depth and DEPTH not in [*manifest.components, *manifest.optional_components]:
         raise UsageError(f"{dataset.url}: has no ground truth depth; the dataset has {_contents(manifest)}")
     size = (config.width, config.height)
-    return Plan(
-        tars=tuple(str(path) for path in dataset.tars(part)),
-        indexes=tuple(str(path) for path in dataset.indexes(part)),
+    return ReadPlan(
         offsets=tuple(offsets),
         images=tuple(images),
         stereo=config.stereo,
@@ -148,7 +123,6 @@ def plan(dataset: LocalDataset, part: str, config: DataConfig, *, train: bool, d
         header=ppm_header(*size) if manifest.codec == "ppm" and manifest.size == size else b"",
         flip=train and config.flip,
         jitter=train and config.color_jitter,
-        shuffle=config.shuffle_buffer if train else None,
     )
 
 
@@ -157,146 +131,266 @@ def _contents(manifest: Manifest) -> str:
     return ", ".join([*manifest.components, *sometimes])
 
 
+class Request(NamedTuple):
+    """Samples to read at once.
+
+    Attributes:
+        samples: (n,) their numbers in the part.
+        draws: (n, `DRAWS`) uniform numbers of each; (n, 0) if nothing is drawn.
+        until: for each shard that they are in, the place at which it is no longer needed.
+        place: where in the order of all epochs they are; shards that are needed until before it are closed.
+    """
+
+    samples: npt.NDArray[np.int64]
+    draws: npt.NDArray[np.float64]
+    until: dict[int, int]
+    place: int
+
+
+class Read(NamedTuple):
+    """Samples that have been read.
+
+    Attributes:
+        keys: of the samples.
+        tensors: `ReadPlan.outputs` (images uint8 (n, H, W, 3) on the device, the rest on the host), `flip` and `jitter`
+            (n,) bool, `draws` (n, 4) from [-1, 1), and `ReadPlan.numbers`.
+    """
+
+    keys: list[str]
+    tensors: dict[str, Tensor]
+
+
+class _Fed(NamedTuple):
+    """Samples whose files have been handed to DALI: `files` must stay until it is done with them."""
+
+    keys: list[str]
+    tars: list[Path]
+    files: dict[str, list[Bytes]]
+    host: dict[str, Tensor]
+    requests: Iterator[Request]
+
+
 class Reader:
     """A pipeline that is running, and what it makes, as tensors.
 
     Args:
+        shards: the part's shards.
+        starts: number of each shard's first sample.
         where: dataset and part, for messages.
-        count: samples in one `read`.
-        seed: fixes the order of the shards, the same on all ranks; each rank draws its own numbers otherwise.
-        rank, world: which share of the samples to read.
+        count: samples in one `read`, at most.
         threads, prefetch: decoding threads, and reads that are prepared ahead.
         decode, device: where images are decoded, and where they go.
-        checkpoint: go on where another reader's `checkpoint()` was taken.
 
     Raises:
-        UsageError: the checkpoint is of another pipeline.
-        DatasetError: files that DALI cannot open.
+        DatasetError: DALI cannot build its graph.
     """
 
     def __init__(
         self,
-        plan: Plan,
+        plan: ReadPlan,
+        shards: ShardStream,
+        starts: npt.NDArray[np.int64],
         where: str,
         *,
         count: int,
-        seed: int,
-        rank: int,
-        world: int,
         threads: int,
         prefetch: int,
-        decode: Device,
+        decode: DecodeDevice,
         device: torch.device,
-        checkpoint: bytes | None = None,
     ) -> None:
-        self.plan, self.where, self.device = plan, where, device
-        self._failed: DatasetError | None = None
-        seeds = Seeds.of(seed, rank)
+        self.plan, self.shards, self.where, self.device = plan, shards, where, device
+        self._starts, self._prefetch, self._first = starts, prefetch, True
+        self._requests: Iterator[Request] = iter(())
+        self._in_flight: deque[_Fed] = deque()
+        self._done: deque[_Fed] = deque(maxlen=2)
+        self._failed: DatasetError | TrainingError | None = None
+        self.waited = {"storage": 0.0, "decoding": 0.0}
+        """Seconds that `read` has waited, and for what."""
         gpu = device.type == "cuda"
+        with warnings.catch_warnings():
+            # cuFFT and NPP, which pip does not bring and nothing here uses.
+            warnings.filterwarnings("ignore", "(?s).*(cuFFT|NPP|nppc|cufft)")
+            try:
+                self.pipeline = _graph(
+                    plan,
+                    decode,
+                    "gpu" if gpu else "cpu",
+                    batch_size=count,
+                    num_threads=threads,
+                    device_id=(device.index or 0) if gpu else None,
+                    prefetch_queue_depth=prefetch,
+                )
+                self.pipeline.build()
+            except (RuntimeError, ValueError) as error:
+                raise DatasetError(f"{where} cannot be read: {_reason(error)}") from error
 
-        def start(checkpoint: bytes | None) -> Any:
-            pipeline = _graph(
-                plan,
-                _reader_arguments(plan, seeds, rank, world),
-                seeds,
-                decode,
-                "gpu" if gpu else "cpu",
-                batch_size=count,
-                num_threads=threads,
-                device_id=(device.index or 0) if gpu else None,
-                prefetch_queue_depth=prefetch,
-                enable_checkpointing=True,
-                checkpoint=checkpoint,
-            )
-            pipeline.build()
-            return pipeline
+    def start(self, requests: Iterator[Request]) -> None:
+        """Read these from now on, of which there are as many as `prefetch` or more; what was being read is dropped."""
+        self._requests = requests
 
-        try:
-            self.pipeline = start(None) if checkpoint is None else _go_on(start, checkpoint)
-        except (RuntimeError, ValueError) as error:
-            if checkpoint is not None:
-                raise UsageError(f"the loader's state does not fit this set-up: {explain(error, None)}") from error
-            raise DatasetError(f"{where} cannot be read: {explain(error, None)}") from error
+    def read(self) -> Read:
+        """The next samples.
 
-    @property
-    def samples(self) -> int:
-        """What DALI found in the part, over all ranks."""
-        found: int = self.pipeline.reader_meta(READER)["epoch_size"]
-        return found
-
-    def checkpoint(self) -> bytes:
-        """Where reading stands: after the last `read`, whatever has been prepared since.
-
-        Raises:
-            DatasetError: a `read` failed.
-        """
-        if self._failed is not None:
-            raise self._failed
-        state: bytes = self.pipeline.checkpoint()
-        return state
-
-    def read(self) -> dict[str, Tensor]:
-        """The next samples, by the names of `Plan.outputs`: images on the device, the rest on the host.
-
-        DALI goes on after an error and loses what it was at. Here an error is final, so that no epoch ends early in
+        DALI continues after an error and loses what it was at. Here an error is final, so that no epoch ends early in
         silence.
 
         Raises:
             DatasetError: a sample that cannot be decoded or is not what the manifest promises, now or before.
+            TrainingError: DALI lacks memory.
         """
         if self._failed is not None:
             raise self._failed
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
-            outputs = dict(zip(self.plan.outputs, self.pipeline.run(stream), strict=True))
-            self._check_shapes(outputs)
-            tensors = {name: _tensor(output) for name, output in outputs.items()}
-            return self._pixels(tensors) if self.plan.uncompressed else tensors
-        except (RuntimeError, StopIteration) as error:
-            self._failed = DatasetError(f"{self.where}: {explain(error, self.plan)}; verify it with md2 shards verify")
-            raise self._failed from error
-        except DatasetError as error:
+            return self._read()
+        except (DatasetError, TrainingError) as error:
             self._failed = error
             raise
 
-    def _check_shapes(self, outputs: dict[str, Any]) -> None:
-        for name, expected in self.plan.shapes.items():
-            if name not in outputs:
-                continue
-            output = outputs[name]
-            if output.is_dense_tensor() and tuple(output[0].shape()) == expected:
+    def _read(self) -> Read:
+        while len(self._in_flight) < self._prefetch and self._feed():
+            pass
+        while self._in_flight[0].requests is not self._requests:
+            self._outputs(self._in_flight[0])
+            self._feed()
+        fed = self._in_flight[0]
+        outputs = dict(zip(self.plan.outputs, self._outputs(fed), strict=True))
+        self._feed()
+        self._check_shapes(outputs, fed)
+        tensors = {name: _tensor(output) for name, output in outputs.items()} | fed.host
+        if self.plan.depth == "sometimes":
+            tensors["depth_size"] = tensors["depth_size"].masked_fill(tensors["no depth"].unsqueeze(1), 0)
+        return Read(fed.keys, tensors)
+
+    def _outputs(self, fed: _Fed) -> Any:
+        """What DALI made of the oldest files that it was given."""
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        begin = time.perf_counter()
+        try:
+            outputs = self.pipeline.share_outputs(stream)
+            self.pipeline.release_outputs()
+        except (RuntimeError, StopIteration) as error:
+            raise self._explained(error, fed) from error
+        finally:
+            self.waited["decoding"] += time.perf_counter() - begin
+        # On a GPU the files may still be read.
+        self._done.append(self._in_flight.popleft())
+        return outputs
+
+    def _feed(self) -> bool:
+        """Hand the files of the next request to DALI; False if that was the last."""
+        request = next(self._requests, None)
+        if request is None:
+            return False
+        fed = self._collect(request)
+        names = [*self.plan.images, *([DEPTH] if self.plan.depth else [])]
+        for name in names:
+            self.pipeline.feed_input(name, fed.files[name])
+        if self.plan.depth and self.plan.flip:
+            self.pipeline.feed_input(_FLIP, fed.host["flip"].int().numpy())
+        self._in_flight.append(fed)
+        # DALI's first run starts as many as it prepares ahead, each of which must have its files.
+        if self._first and len(self._in_flight) < self._prefetch:
+            return True
+        self._first = False
+        try:
+            self.pipeline.schedule_run()
+        except RuntimeError as error:
+            raise self._explained(error, fed) from error
+        return True
+
+    def _collect(self, request: Request) -> _Fed:
+        """Views of the request's files, after a look at what no decoder checks."""
+        plan = self.plan
+        self.shards.close_before(request.place)
+        begin = time.perf_counter()
+        opened = {number: self.shards.get(number, until) for number, until in request.until.items()}
+        self.waited["storage"] += time.perf_counter() - begin
+        shards = np.searchsorted(self._starts, request.samples, side="right") - 1
+        places = (request.samples - self._starts[shards]).tolist()
+        found = [(opened[shard], place) for shard, place in zip(shards.tolist(), places, strict=True)]
+        keys, tars = [shard.keys[place] for shard, place in found], [shard.tar for shard, _ in found]
+        names = [*plan.images, *plan.numbers, *([DEPTH] if plan.depth else [])]
+        files = {name: [shard.component(place, name) for shard, place in found] for name in names}
+        host = self._drawn(request.draws)
+        if plan.depth == "sometimes":
+            host["no depth"] = torch.tensor([view is None for view in files[DEPTH]])
+            files[DEPTH] = [no_depth() if view is None else view for view in files[DEPTH]]
+        for name, views in files.items():
+            if any(view is None for view in views):
+                key = keys[next(place for place, view in enumerate(views) if view is None)]
+                raise self._wrong(key, f"has no {name}, which the manifest promises")
+        fed = _Fed(keys, tars, files, host, self._requests)  # type: ignore[arg-type]
+        self._check_files(fed)
+        for name, count in plan.numbers.items():
+            host[name] = self._numbers(keys, name, count, fed.files.pop(name))
+        return fed
+
+    def _drawn(self, draws: npt.NDArray[np.float64]) -> dict[str, Tensor]:
+        uniform = torch.from_numpy(draws)
+        found = {"flip": uniform[:, 0] < FLIP_PROBABILITY} if self.plan.flip else {}
+        if self.plan.jitter:
+            found |= {"jitter": uniform[:, 1] < JITTER_PROBABILITY, "draws": (2 * uniform[:, 2:DRAWS] - 1).float()}
+        return found
+
+    def _numbers(self, keys: list[str], name: str, count: int, files: list[Bytes]) -> Tensor:
+        """(n, count) float32 out of files that are nothing else."""
+        sizes = [len(file) for file in files]
+        if sizes.count(4 * count) < len(sizes):
+            place = next(place for place, size in enumerate(sizes) if size != 4 * count)
+            raise self._wrong(keys[place], f"{name} has {sizes[place]} bytes instead of {4 * count}")
+        return torch.from_numpy(np.concatenate(files).view("<f4").reshape(len(files), count))
+
+    def _check_files(self, fed: _Fed) -> None:
+        """Look at the beginnings of the files: decoders believe what they claim, and take memory for it."""
+        stored = self.plan.stored
+        most = MAX_IMAGE_PIXELS if stored is None else stored[0] * stored[1]
+        for name in [*self.plan.images, *([DEPTH] if self.plan.depth else [])]:
+            for place, file in enumerate(fed.files[name]):
+                if name == DEPTH:
+                    problem = _depth_problem(file)
+                else:
+                    problem = self._pixels_problem(file) if self.plan.uncompressed else size_problem(file, most)
+                if problem:
+                    raise self._wrong(f"{fed.tars[place]}: {fed.keys[place]}.{name}", problem)
+
+    def _pixels_problem(self, file: Bytes) -> str | None:
+        """Why a file is not the header and pixels that it must be, which no decoder looks at."""
+        header = self.plan.header
+        size = len(header) + 3 * self.plan.size[0] * self.plan.size[1]
+        if len(file) != size:
+            return f"has {len(file)} bytes, an image of this dataset's size has {size}"
+        return None if file[: len(header)].tobytes() == header else f"does not begin with {header!r}"
+
+    def _check_shapes(self, outputs: dict[str, Any], fed: _Fed) -> None:
+        width, height = self.plan.size
+        for offset in self.plan.offsets:
+            output = outputs[f"image {offset}"]
+            if output.is_dense_tensor() and tuple(output[0].shape()) == (height, width, 3):
                 continue
             shapes = [tuple(array.shape()) for array in output]
-            place = next(place for place, shape in enumerate(shapes) if shape != expected)
-            key = sample_keys(_tensor(outputs["source"])[place : place + 1])[0]
-            raise DatasetError(
-                f"{self.where}: {key}: {name} has the shape {shapes[place]}, the manifest promises {expected}; "
-                "pull or pack the dataset again"
+            place = next(place for place, shape in enumerate(shapes) if shape != (height, width, 3))
+            raise self._wrong(
+                fed.keys[place],
+                f"image {offset} has the shape {shapes[place]}, the manifest promises {(height, width, 3)}",
             )
 
-    def _pixels(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Images out of files that are a header and pixels, without a copy; the headers are looked at on the host."""
-        (width, height), header = self.plan.size, self.plan.header
-        expected = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        for offset in self.plan.offsets:
-            wrong = (tensors.pop(f"head {offset}") != expected).any(1).nonzero()
-            if len(wrong):
-                key = sample_keys(tensors["source"][wrong[0]])[0]
-                raise DatasetError(
-                    f"{self.where}: {key}: image {offset} does not begin with {header!r}, as every image of this "
-                    "dataset must; pull or pack it again"
-                )
-            name = f"image {offset}"
-            tensors[name] = tensors[name][:, len(header) :].view(-1, height, width, 3)
-        return tensors
+    def _wrong(self, what: str, problem: str) -> DatasetError:
+        return DatasetError(f"{self.where}: {what} {problem}; pull or pack the dataset again")
 
-
-def _go_on(start: Callable[[bytes | None], Any], checkpoint: bytes) -> Any:
-    """A pipeline that goes on at a checkpoint, also at one of the same reader with images on another device."""
-    try:
-        return start(checkpoint)
-    except RuntimeError:
-        return start(transplant(checkpoint, start(None).checkpoint()))
+    def _explained(self, error: BaseException, fed: _Fed) -> DatasetError | TrainingError:
+        """What stopped DALI: memory, or an image, which is looked for among those that it was given."""
+        reason = _reason(error)
+        if any(sign in str(error) for sign in ("out of memory", "bad_alloc", "CUDA_ERROR_OUT_OF_MEMORY")):
+            return TrainingError(
+                f"DALI is out of memory ({reason}); lower train.batch_size, data.prefetch or data.threads"
+            )
+        for name in [*self.plan.images, *([DEPTH] if self.plan.depth else [])]:
+            for key, tar, file in zip(fed.keys, fed.tars, fed.files[name], strict=True):
+                if problem := image_problem(file):
+                    return DatasetError(
+                        f"{self.where}: {tar}: {key}.{name} {problem}; verify it with md2 shards verify"
+                    )
+        return TrainingError(f"{self.where}: DALI fails at samples {fed.keys[0]} to {fed.keys[-1]}: {reason}")
 
 
 def _tensor(output: Any) -> Tensor:
@@ -308,87 +402,29 @@ def _tensor(output: Any) -> Tensor:
     return torch.from_numpy(np.asarray(dense))
 
 
-def sample_keys(sources: Tensor) -> list[str]:
-    """Keys out of DALI's `source_info`: rows of `<tar>:<offset>:<key>.<component>`, zero-padded uint8."""
-    padded = np.ascontiguousarray(sources.numpy())
-    rows: list[bytes] = padded.view(f"S{padded.shape[1]}")[:, 0].tolist()
-    return [row.rpartition(b":")[2].partition(b".")[0].decode() for row in rows]
-
-
-def _reader_arguments(plan: Plan, seeds: Seeds, rank: int, world: int) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"num_shards": world, "shard_id": rank, "pad_last_batch": True, "name": READER}
-    if plan.shuffle is None:
-        return {**arguments, "stick_to_shard": True}
-    return {
-        **arguments,
-        "random_shuffle": True,
-        "initial_fill": plan.shuffle,
-        "seed": seeds.samples,
-        "shuffle_after_epoch": True,
-        "shuffle_after_epoch_seed": seeds.shards,
-    }
-
-
-@dali.pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
-def _graph(plan: Plan, reader: dict[str, Any], seeds: Seeds, decode: Device, target: Device) -> tuple[Any, ...]:
-    """Outputs as `Plan.outputs` names them: images uint8 (H, W, 3) on `target`, the rest on the host."""
-    read = _read(plan, reader)
-    encoded = [read[name] if plan.uncompressed else _bounded(read[name]) for name in plan.images]
-    flip = fn.random.coin_flip(probability=FLIP_PROBABILITY, seed=seeds.flip, name="flip") if plan.flip else None
-    outputs: list[Any] = (
-        _raw_images(plan.header, encoded, target) if plan.uncompressed else _images(plan, encoded, decode, target)
-    )
-    outputs += [fn.pad(fn.get_property(encoded[0], key="source_info")), read[INTRINSICS]]
-    if plan.stereo:
-        outputs.append(read[STEREO_TRANSLATION])
+@dali.pipeline_def  # type: ignore[untyped-decorator]
+def _graph(plan: ReadPlan, decode: DecodeDevice, target: DecodeDevice) -> tuple[Any, ...]:
+    """Outputs as `ReadPlan.outputs` names them: images uint8 (H, W, 3) on `target`, the rest on the host."""
+    files = [_files(name) for name in plan.images]
+    outputs = _raw_images(plan, files, target) if plan.uncompressed else _images(plan, files, decode, target)
     if plan.stored is None:
-        outputs.append(fn.peek_image_shape(encoded[0]))
+        outputs.append(fn.peek_image_shape(files[0]))
+    if plan.depth is None:
+        return tuple(outputs)
+    depth = fn.decoders.image(_files(DEPTH), device="cpu", output_type=types.ANY_DATA, dtype=types.UINT16)
+    depth = fn.cast(depth, dtype=types.FLOAT)
     if plan.flip:
-        outputs.append(flip)
-    if plan.jitter:
-        outputs.append(fn.random.coin_flip(probability=JITTER_PROBABILITY, seed=seeds.jitter, name="jitter"))
-        outputs.append(fn.random.uniform(range=[-1.0, 1.0], shape=[4], seed=seeds.draws, name="draws"))
-    if plan.depth == "always":
-        outputs += _depth(read[DEPTH], flip)
-    elif plan.depth == "sometimes":
-        if read[DEPTH].shape()[0] > 0:
-            depth, size = _depth(read[DEPTH], flip)
-        else:
-            depth, size = _no_depth()
-        outputs += [depth, size]
-    if plan.depth:
-        outputs[-2] = fn.pad(outputs[-2])
-    return tuple(outputs)
+        depth = fn.flip(depth, horizontal=fn.external_source(name=_FLIP, dtype=types.INT32, ndim=0))
+    return (*outputs, fn.pad(depth), depth.shape())
 
 
-def _read(plan: Plan, reader: dict[str, Any]) -> dict[str, Any]:
-    """Component name -> its bytes or numbers; an empty tensor where a sample does not have it."""
-    names = [*plan.images, INTRINSICS]
-    kinds = [types.UINT8] * len(plan.images) + [types.FLOAT]
-    if plan.stereo:
-        names, kinds = [*names, STEREO_TRANSLATION], [*kinds, types.FLOAT]
-    if plan.depth:
-        names, kinds = [*names, DEPTH], [*kinds, types.UINT8]
-    tars, indexes = list(plan.tars), list(plan.indexes)
-    read = fn.readers.webdataset(paths=tars, index_paths=indexes, ext=names, dtypes=kinds, **reader)
-    return {name: read[place] for place, name in enumerate(names)}
+def _files(name: str) -> Any:
+    """Files of one component as Python hands them in: no copy, so that they are read by the threads that decode."""
+    return fn.external_source(name=name, dtype=types.UINT8, ndim=1, no_copy=True)
 
 
-def _bounded(encoded: Any) -> Any:
-    """The image's bytes, or none of them where its header asks for more memory than any camera's image takes.
-
-    A few kB can claim 65,535 x 65,535 pixels, and decoders believe them. Without bytes they refuse.
-    """
-    shape = fn.peek_image_shape(encoded)
-    if shape[0] * shape[1] <= MAX_IMAGE_PIXELS:
-        image = encoded
-    else:
-        image = types.Constant(np.zeros(0, dtype=np.uint8), device="cpu")
-    return image
-
-
-def _images(plan: Plan, encoded: list[Any], decode: Device, target: Device) -> list[Any]:
-    """Decode; resize only where the size differs."""
+def _images(plan: ReadPlan, encoded: list[Any], decode: DecodeDevice, target: DecodeDevice) -> list[Any]:
+    """Decode; resize only if the size differs."""
     images = fn.decoders.image(
         encoded,
         device="mixed" if decode == "gpu" else "cpu",
@@ -408,66 +444,84 @@ def _images(plan: Plan, encoded: list[Any], decode: Device, target: Device) -> l
     return nodes
 
 
-def _raw_images(header: bytes, files: list[Any], target: Device) -> list[Any]:
-    """The files as they are, on `target`, and on the host how each begins."""
-    heads = [fn.slice(file, start=[0], shape=[len(header)], axes=[0]) for file in files]
-    return [*([file.gpu() for file in files] if target == "gpu" else files), *heads]
+def _raw_images(plan: ReadPlan, files: list[Any], target: DecodeDevice) -> list[Any]:
+    """What follows the header, in one piece for the whole read."""
+    width, height = plan.size
+    start, shape = [len(plan.header)], [3 * width * height]
+    pixels = [fn.slice(file, start=start, shape=shape, axes=[0]) for file in files]
+    images = [fn.reshape(image, shape=[height, width, 3], layout="HWC") for image in pixels]
+    return [image.gpu() for image in images] if target == "gpu" else images
 
 
-def _depth(encoded: Any, flip: Any) -> list[Any]:
-    """(h, w, 1) float in units of the file, and its shape."""
-    depth = fn.decoders.image(_bounded(encoded), device="cpu", output_type=types.ANY_DATA, dtype=types.UINT16)
-    depth = fn.cast(depth, dtype=types.FLOAT)
-    if flip is not None:
-        depth = fn.flip(depth, horizontal=flip)
-    return [depth, depth.shape()]
-
-
-def _no_depth() -> list[Any]:
-    """A single pixel without a measurement, of size 0 x 0."""
-    nothing = types.Constant(np.zeros((1, 1, 1), dtype=np.float32), layout="HWC", device="cpu")
-    return [nothing, fn.cast(types.Constant([0, 0, 0], device="cpu"), dtype=types.INT64)]
-
-
-def explain(error: BaseException, plan: Plan | None) -> str:
-    """What happened, out of DALI's pages of context.
-
-    DALI names the sample that it cannot decode, but not one that it does not even recognise as an image: with a `plan`
-    its shards are searched for that one.
-    """
+def _reason(error: BaseException) -> str:
+    """What happened, out of DALI's pages of context."""
     text = str(error)
     for line in text.splitlines():
         if "Failed to decode" in line:
             return line.strip()
-    found = find_broken(plan) if plan is not None else None
-    told = text.rpartition("encountered:")[2].strip().splitlines()
-    return found or (told[0] if told else type(error).__name__)
+    lines = text.rpartition("encountered:")[2].strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
-def find_broken(plan: Plan) -> str | None:
-    """The first image whose header cannot be parsed: tar, file name and reason. Reads only the heads of the images."""
-    decoded = {*plan.images, *([DEPTH] if plan.depth else [])}
-    for tar, index in zip(plan.tars, plan.indexes, strict=True):
-        with Path(tar).open("rb") as file:
-            for entries in parse_index(Path(index).read_bytes(), index):
-                for entry in entries:
-                    if entry.component not in decoded:
-                        continue
-                    file.seek(entry.offset)
-                    if problem := _header_problem(file.read(min(entry.size, HEADER_BYTES))):
-                        return f"{tar}: {entry.name} {problem}"
+def image_problem(file: Bytes) -> str | None:
+    """Why an image cannot be decoded, as far as Pillow can say; None if it decodes it."""
+    try:
+        with Image.open(BytesIO(file.tobytes())) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:  # the last by PPM
+        return "is cut short or damaged" if "truncated" in str(error) else "is not a readable image"
     return None
 
 
-def _header_problem(head: bytes) -> str | None:
-    """What is wrong with an image that begins like this, as far as its first bytes tell."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(head)) as image:
-                pixels = image.width * image.height
-    except (OSError, SyntaxError, ValueError):  # the last by PPM
+def size_problem(file: Bytes, most: int) -> str | None:
+    """Why an image must not be decoded: its header claims more than `most` pixels, or is none; else None."""
+    size = image_size(file.data)
+    if size is None:
         return "is not a readable image"
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        pixels = MAX_IMAGE_PIXELS + 1
-    return f"claims more than {MAX_IMAGE_PIXELS // 10**6} million pixels" if pixels > MAX_IMAGE_PIXELS else None
+    width, height = size
+    return f"claims {width}x{height} pixels, more than the {most} that are allowed" if width * height > most else None
+
+
+def image_size(file: memoryview) -> tuple[int, int] | None:
+    """Width and height in the header of a JPEG, PNG or binary PPM; None if it is none of these or cut short.
+
+    JPEG (ITU-T T.81, annex B): segments of marker and length, until a frame header (SOF, FF C0 to FF CF without C4, C8
+    and CC) with precision, height and width. A kB of it takes Pillow ten times as long, and there are three a sample.
+    """
+    if bytes(file[:2]) == b"\xff\xd8":
+        place = 2
+        while place + 9 <= len(file) and file[place] == 0xFF:
+            marker = file[place + 1]
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+                return int.from_bytes(file[place + 7 : place + 9]), int.from_bytes(file[place + 5 : place + 7])
+            # A marker may be preceded by any number of bytes FF.
+            place += 1 if marker == 0xFF else 2 + int.from_bytes(file[place + 2 : place + 4])
+        return None
+    if bytes(file[:8]) == _PNG and bytes(file[12:16]) == b"IHDR" and len(file) >= _PNG_HEAD:
+        return int.from_bytes(file[16:20]), int.from_bytes(file[20:24])
+    found = _PPM.match(bytes(file[:_PPM_HEAD]))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _depth_problem(file: Bytes) -> str | None:
+    """Why a file is no depth map, by the first chunk of a PNG.
+
+    Decoders scale other bit depths to 16 bits, so that metres would be wrong in silence.
+    """
+    head = file[:_PNG_HEAD].tobytes()
+    if problem := size_problem(file, MAX_IMAGE_PIXELS):
+        return problem
+    if head[:8] != _PNG or (head[24], head[25]) != (16, 0):
+        kind = (
+            f"a PNG of {head[24]} bits, {_PNG_KINDS.get(head[25], 'of unknown kind')}" if head[:8] == _PNG else "no PNG"
+        )
+        return f"is {kind}; depth is a PNG of 16 bits, grey"
+    return None
+
+
+@cache
+def no_depth() -> Bytes:
+    """The smallest depth map, for samples that have none."""
+    buffer = BytesIO()
+    Image.fromarray(np.zeros((1, 1), np.uint16)).save(buffer, "PNG")
+    return np.frombuffer(buffer.getvalue(), np.uint8)

@@ -2,7 +2,7 @@
 
 An epoch is one pass of the loader. After it the validation part is measured, the learning rate
 stepped and a checkpoint written; between that, one every `checkpoint_every` steps. Everything that
-decides what comes next (weights, optimiser, schedule, scaler, the reader's position on every rank)
+decides what comes next (weights, optimiser, schedule, scaler, the place in the order of samples)
 is in the checkpoint, and the only other randomness, the noise that breaks auto-masking ties, is
 seeded by the step: a resumed run repeats the numbers of an uninterrupted one.
 
@@ -96,7 +96,7 @@ class Trainer:
         check_sinks(config.train.sinks)
         self.config, self.dataset, self.run, self.ranks = config, dataset, run, ranks
         self.reporter, self.should_stop = reporter, should_stop
-        self.step = self.epoch = self.step_in_epoch = 0
+        self.step = self.epoch = 0
         self.measured = False
         self.best = float("inf")
         self.switches = Switches.of(config.train, ranks.device)
@@ -126,13 +126,18 @@ class Trainer:
         self.noise = torch.Generator(ranks.device)
         state = self._restore(resume) if resume is not None else None
         self.loader = self._loader("train", state)
+        if self.loader.epoch < self.epoch:  # saved between two epochs by an earlier version
+            self.loader.next_epoch()
         if self.steps_per_epoch == 0:
             raise TrainingError(
                 f"{dataset.folder}: fewer training samples than one step needs ({config.train.batch_size} x "
                 f"{config.train.accumulate} x {ranks.world} ranks); lower train.batch_size or pack more"
             )
-        if "val" in dataset.manifest.parts:
-            dataset.tars("val")  # fetched now, so that what is wrong with it shows before an epoch is trained
+        planned = self.step + self.loader.left // config.train.accumulate
+        planned += self.steps_per_epoch * (config.train.epochs - self.loader.epoch - 1)
+        self.total_steps = min(planned, config.train.max_steps or planned)
+        # Now, so that what is wrong with it shows before an epoch is trained, and once for all epochs.
+        self.val_loader = self._loader("val", None) if "val" in dataset.manifest.parts else None
         self.log: RunLog | None = None
         self.window = _Window()
         self.model: nn.Module = self.switches.compiled(self.networks)
@@ -150,11 +155,6 @@ class Trainer:
         """Optimiser steps in an epoch; the same on every rank."""
         return len(self.loader) // self.config.train.accumulate
 
-    @property
-    def total_steps(self) -> int:
-        planned = self.steps_per_epoch * self.config.train.epochs
-        return min(planned, self.config.train.max_steps or planned)
-
     def fit(self) -> Stopped:
         """Train to the end, or until told to stop.
 
@@ -166,7 +166,9 @@ class Trainer:
             sinks = open_sinks(self.config.train.sinks, self.run, self.config.model_dump(mode="json"))
             self.log = RunLog(self.run, self.step, sinks, self.reporter.message)
         self.reporter.start(self.total_steps, self.step)
-        if self.ranks.main and "val" not in self.dataset.manifest.parts:
+        if self.ranks.main and self.loader.note is not None:
+            self.reporter.message(self.loader.note)
+        if self.ranks.main and self.val_loader is None:
             self.reporter.message("the dataset has no part val: nothing will be validated, and there is no best.pt")
         metrics: dict[str, float] | None = {}
         try:
@@ -189,9 +191,10 @@ class Trainer:
         if metrics is None:
             self._save({})
             return None
-        if self.step_in_epoch == self.steps_per_epoch:
+        if not self.loader.left:
             self.schedule.step()
-            self.epoch, self.step_in_epoch = self.epoch + 1, 0
+            self.loader.next_epoch()
+            self.epoch = self.loader.epoch
         self.measured = True
         self._save(metrics)
         return metrics
@@ -201,22 +204,19 @@ class Trainer:
         self.model.train()
         self.window = _Window()  # rates are those of training: validation is not in them
         batches = iter(self.loader)
-        while self.step_in_epoch < self.steps_per_epoch and self.step < self.total_steps:
+        while self.loader.left and self.step < self.total_steps:
             waited = time.perf_counter()
             group = list(islice(batches, self.config.train.accumulate))
             self.window.wait(time.perf_counter() - waited)
             if len(group) < self.config.train.accumulate:
-                raise TrainingError(
-                    f"the loader ended after {self.step_in_epoch} of {self.steps_per_epoch} steps: "
-                    "verify the dataset with md2 shards verify"
-                )
+                raise TrainingError(f"the loader ended before epoch {self.epoch + 1}: verify it with md2 shards verify")
             output = self._step(group)
-            self.step, self.step_in_epoch, self.measured = self.step + 1, self.step_in_epoch + 1, False
+            self.step, self.measured = self.step + 1, False
             self.window.add(sum(batch.size for batch in group) * self.ranks.world)
             self._report(group[-1], output)
             if self._told_to_stop():
                 return True
-            if self.step % self.config.train.checkpoint_every == 0 and self.step_in_epoch < self.steps_per_epoch:
+            if self.step % self.config.train.checkpoint_every == 0 and self.loader.left:
                 self._save({})
         return False
 
@@ -281,18 +281,17 @@ class Trainer:
 
     def _validate(self) -> dict[str, float] | None:
         """Metrics; empty where there is nothing to validate on, None if told to stop meanwhile."""
-        if "val" not in self.dataset.manifest.parts:
+        if self.val_loader is None:
             return {}
         # Each rank has its own running statistics; all measure rank 0's network.
         self.ranks.broadcast(self.networks.buffers())
-        loader = self._loader("val", None)
-        batches: Iterator[Batch] = islice(iter(loader), self.config.train.val_batches)
+        batches: Iterator[Batch] = islice(iter(self.val_loader), self.config.train.val_batches)
         batches = takewhile(lambda _: not self.should_stop(), batches)
         metrics, picture = validate(self.networks, self.loss, batches, self.config, self.ranks, self.switches)
         if self.ranks.any(self.should_stop()):
             return None
         if self.log is not None and metrics:
-            epochs = self.epoch + (self.step_in_epoch == self.steps_per_epoch)
+            epochs = self.epoch + (not self.loader.left)
             self.log.scalars("val", self.step, epochs, metrics)
             if picture is not None:
                 self.log.panel("val", self.step, picture)
@@ -310,7 +309,7 @@ class Trainer:
             seed=self.config.train.seed,
             train=train,
             rank=self.ranks.rank,
-            world=self.ranks.world,
+            world_size=self.ranks.world,
             device=self.ranks.device,
             depth=not train and self.dataset.manifest.depth is not None,
             accumulate=self.config.train.accumulate if train else 1,
@@ -318,9 +317,8 @@ class Trainer:
         )
 
     def _save(self, metrics: dict[str, float]) -> None:
-        """Write last.pt (and best.pt); collective, since every rank's reader position is in it."""
+        """Write last.pt (and best.pt) on the main rank; the place in the data is the same on all."""
         self._look_for_bad_steps(wait=True)
-        loaders = self.ranks.gather(self.loader.state())
         if not self.ranks.main:
             return
         score = metrics.get("abs_rel", metrics.get("loss", float("inf")))
@@ -336,8 +334,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "scaler": self.scaler.state_dict(),
-                "loaders": loaders,
-                "step_in_epoch": self.step_in_epoch,
+                "loader": self.loader.state(),
                 "measured": self.measured,
                 "best": self.best,
             },
@@ -350,22 +347,18 @@ class Trainer:
         save_checkpoint(checkpoint, folder / LAST, keep=folder / PREVIOUS)
 
     def _restore(self, checkpoint: Checkpoint) -> Any:
-        """Take over a checkpoint's state; returns this rank's reader position."""
+        """Take over a checkpoint's state; returns the place in the data."""
         state = checkpoint.training
-        if len(state["loaders"]) != self.ranks.world:
-            raise TrainingError(
-                f"the run had {len(state['loaders'])} ranks, this job has {self.ranks.world}: "
-                "start as many, since each rank's place in the data is saved"
-            )
         # Whether it is fused goes with the device, not with the run.
         ours = {"fused": self.optimizer.param_groups[0]["fused"]}
         groups = [{**group, **ours} for group in state["optimizer"]["param_groups"]]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.epoch, self.step_in_epoch = checkpoint.step, checkpoint.epoch, state["step_in_epoch"]
+        self.step, self.epoch = checkpoint.step, checkpoint.epoch
         self.best, self.measured = state["best"], state["measured"]
-        return state["loaders"][self.ranks.rank]
+        # Earlier versions saved a place for each rank.
+        return state["loader"] if "loader" in state else state["loaders"][0]
 
 
 class _Window:

@@ -23,12 +23,10 @@ from bench.write_dataset import write_dataset
 from cli.main import main
 from shards import contact_sheet as sheet_module
 from shards.contact_sheet import CELL, FAR, NEAR, contact_sheet, depth_colours, read_some
-from shards.copy import copy_dataset
 from shards.dataset import open_dataset
 from shards.errors import DatasetError
 from shards.manifest import DepthInfo, Split
 from shards.sample import Codec, Sample
-from shards.stream import stream_samples
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -369,54 +367,6 @@ def test_nothing_in_a_sample_makes_the_contact_sheet_huge(tmp_path: Path) -> Non
         io.BytesIO(contact_sheet(manifest, [Sample("k", next(make_samples(1)).components | strange)]))
     ) as image:
         assert image.height < 6 * CELL
-
-
-@one_server
-def test_streaming_gives_every_sample_once_through_faults(
-    bucket: Bucket, proxied: Proxy, packed: Packed, tmp_path: Path
-) -> None:
-    url = f"{bucket.url}/d"
-    copy_dataset(packed.url, url)
-    expected = all_samples([packed.folder / s.name for s in packed.manifest.part("train")])
-    faults = iter([Fault(cut_after=1000), Fault(status=503), Fault(delay=0.3)] * 3)
-    proxied.rule = lambda method, path, number: next(faults, None) if path.endswith(".tar") else None
-    assert list(stream_samples(url, "train", scratch=tmp_path)) == expected
-    assert not list(tmp_path.glob("md2-stream-*")), "the window is gone"
-    proxied.rule = None
-    for seed in (1, 2):
-        shuffled = list(stream_samples(url, "train", seed=seed, scratch=tmp_path))
-        assert sorted(s.key for s in shuffled) == [s.key for s in expected]
-    ranks = [list(stream_samples(url, "train", rank=rank, world=2, scratch=tmp_path)) for rank in range(2)]
-    assert sorted(s.key for rank in ranks for s in rank) == [s.key for s in expected]
-
-
-def test_streaming_keeps_within_its_window(moto_bucket: Bucket, packed: Packed, tmp_path: Path) -> None:
-    copy_dataset(packed.url, f"{moto_bucket.url}/d")
-    shard = packed.manifest.part("train")[0]
-    seen = 0
-    for _ in stream_samples(f"{moto_bucket.url}/d", "train", window=shard.bytes, scratch=tmp_path):
-        seen = max(seen, sum(p.stat().st_size for p in tmp_path.rglob("*.tar*")))
-    assert shard.bytes <= seen < 2 * shard.bytes
-
-
-def test_streaming_stops_early_without_leaving_anything(moto_bucket: Bucket, packed: Packed, tmp_path: Path) -> None:
-    copy_dataset(packed.url, f"{moto_bucket.url}/d")
-    samples = stream_samples(f"{moto_bucket.url}/d", "train", scratch=tmp_path)
-    next(samples)
-    samples.close()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_damaged_shard_gives_no_sample_when_streamed(moto_bucket: Bucket, packed: Packed, tmp_path: Path) -> None:
-    copy_dataset(packed.url, f"{moto_bucket.url}/d")
-    data = bytearray(moto_bucket.get("d/train/000001.tar"))
-    data[-20_000] ^= 1
-    moto_bucket.put("d/train/000001.tar", bytes(data))
-    got: list[str] = []
-    with pytest.raises(DatasetError, match=r"train/000001\.tar"):
-        for sample in stream_samples(f"{moto_bucket.url}/d", "train", scratch=tmp_path):
-            got.append(sample.key)
-    assert len(got) == packed.manifest.part("train")[0].samples, "only those of the sound shard before it"
 
 
 def test_no_secret_is_ever_printed_or_written(

@@ -31,7 +31,6 @@ from md2.data.augment import (
 )
 from md2.data.batch import Batch
 from md2.data.cpu import HostMemory, over_images
-from md2.data.dali import sample_keys
 
 dali: Any = nvidia.dali
 UNCHANGED = [1.0, 1.0, 1.0, 0.0]
@@ -266,12 +265,6 @@ def test_the_baselines_sign_turns_with_the_flip() -> None:
     assert torch.equal(rest, torch.eye(4).expand(3, 4, 4))
 
 
-def test_keys_come_out_of_paths_with_dots_and_colons() -> None:
-    sources = [b"/data/v1.2:x/train/000000.tar:512:2011_09_26_drive_0001_l_0000000005.0.jpg", b"a.tar:1:b.m1.jpg"]
-    padded = np.array(sources).view(np.uint8).reshape(2, -1)
-    assert sample_keys(torch.from_numpy(padded)) == ["2011_09_26_drive_0001_l_0000000005", "b"]
-
-
 def test_memory_comes_back_only_when_nothing_holds_it() -> None:
     memory = HostMemory()
     first = memory.take((2, 3))
@@ -318,7 +311,7 @@ def test_drawn_factors_fill_their_ranges_and_no_more(tmp_path: Path) -> None:
     ]
     assert (JITTER_PROBABILITY, FLIP_PROBABILITY) == (0.5, 0.5)
     dataset = pack(tmp_path, make_samples(64))
-    outputs = loader(dataset, config(color_jitter=True), batch_size=32)._reader.read()
+    outputs = loader(dataset, config(color_jitter=True), batch_size=32)._reader.read().tensors
     found = jitter_factors(outputs["draws"][:32])
     assert found.shape == (32, 4)
     assert ((found - torch.tensor(UNCHANGED)).abs().amax(0) <= torch.tensor([0.2, 0.2, 0.2, 0.1])).all()
@@ -332,6 +325,6 @@ def test_draws_are_others_for_each_seed_rank_and_epoch(tmp_path: Path) -> None:
     settings = config(flip=True, color_jitter=True)
     found = []
     for seed, rank in ((0, 0), (0, 1), (1, 0)):
-        reader = loader(dataset, settings, seed=seed, rank=rank, world=2, batch_size=4)._reader
-        found += [(reader.read()["draws"].numpy().tobytes()) for _ in range(2)]
+        reader = loader(dataset, settings, seed=seed, rank=rank, world_size=2, batch_size=4)._reader
+        found += [(reader.read().tensors["draws"].numpy().tobytes()) for _ in range(2)]
     assert len(set(found)) == 6

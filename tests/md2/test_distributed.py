@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks_gradient
@@ -73,7 +74,7 @@ def test_gradients_of_two_ranks_are_those_of_one_with_twice_the_batch(tmp_path: 
     assert ((flat[0] - flat[1]).norm() / flat[0].norm()).item() < 1e-5
 
 
-def test_two_ranks_train_write_once_and_resume(dataset: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_and_write_once(dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["-m", "md2.train", "mono_stereo", f"data.url={dataset}", *SETTINGS, *SMALL_POSE, "train.epochs=1"]
     process = torchrun(2, *arguments, "--run-dir", str(run))
@@ -84,17 +85,62 @@ def test_two_ranks_train_write_once_and_resume(dataset: Path, tmp_path: Path) ->
     count = sum(shard["samples"] for shard in manifest["shards"] if shard["name"].startswith("train/"))
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, count // 2 + 1))
     assert sum(line["kind"] == "val" for line in lines) == 1
-    checkpoint = load_checkpoint(run / "checkpoints/last.pt")
-    assert len(checkpoint.training["loaders"]) == 2
-    alone = subprocess.run(
-        [sys.executable, "-m", "md2.train", "--resume", str(run), "train.epochs=2"],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    assert alone.returncode == 6
-    assert "the run had 2 ranks" in alone.stderr
+
+
+def test_four_ranks_then_two_then_one_take_the_samples_of_a_run_on_one(dataset: Path, tmp_path: Path) -> None:
+    """Killed in between, each time in another epoch; steps hold four samples throughout."""
+    start = ["mono_stereo", f"data.url={dataset}", *SETTINGS, *SMALL_POSE, "train.epochs=3", "train.checkpoint_every=1"]
+    whole = keys_of(tmp_path / "whole", [1, [*start, "train.batch_size=4"], None])
+    steps = len(whole) // 3
+    assert steps >= 3 and sorted(whole) == list(range(3 * steps))
+    assert len({key for step in range(steps) for key, _ in whole[step]}) == 4 * steps
+    parts = [
+        [4, [*start, "train.batch_size=1"], 2],
+        [2, ["train.batch_size=2"], steps + 1],
+        [1, ["train.batch_size=2", "train.accumulate=2"], None],
+    ]
+    assert keys_of(tmp_path / "killed", *parts) == whole
+
+
+def keys_of(run: Path, *parts: list[Any]) -> dict[int, list[list[str]]]:
+    """Each step's samples in the order of the ranks, of a run in parts.
+
+    Args:
+        parts: ranks, arguments, and the step at which it is killed or None.
+    """
+    found: dict[int, list[list[str]]] = {}
+    script = str(Path(__file__).parents[1] / "support/ranks_keys.py")
+    for part, (ranks, given, killed_at) in enumerate(parts):
+        os.environ["KEYS_FILE"] = f"{run}-keys-{part}"
+        arguments = [*given, "--run-dir", str(run)] if part == 0 else ["--resume", str(run), *given]
+        process = torchrun(ranks, script, *arguments)
+        if killed_at is None:
+            output = finish(process)
+            assert process.returncode == 0, output
+            assert " samples and now takes " not in output
+        else:
+            try:
+                deadline = time.monotonic() + LIMIT
+                while not any(step >= killed_at for step, _ in lines_of(f"{run}-keys-{part}.0")):
+                    assert process.poll() is None, process.communicate()[0]
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            finally:
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                for pid in (process.pid, *map(int, children)):
+                    os.kill(pid, signal.SIGKILL)
+                process.communicate()
+        of_ranks = [dict(lines_of(f"{run}-keys-{part}.{rank}")) for rank in range(ranks)]
+        for step in set.intersection(*map(set, of_ranks)):
+            samples = [sample for of_rank in of_ranks for sample in of_rank[step]]
+            assert found.setdefault(step, samples) == samples, "a step that is repeated takes other samples"
+    return found
+
+
+def lines_of(file: str) -> list[tuple[int, list[list[str]]]]:
+    if not Path(file).exists():
+        return []
+    return [(step, samples) for step, samples in map(json.loads, Path(file).read_text().split("\n")[:-1])]
 
 
 def test_a_rank_that_dies_ends_the_job(dataset: Path, tmp_path: Path) -> None:
@@ -128,7 +174,6 @@ def test_a_signal_to_every_process_leaves_a_checkpoint(dataset: Path, tmp_path: 
     assert "go on with: md2 train --resume" in output
     checkpoint = load_checkpoint(run / "checkpoints/last.pt")
     assert checkpoint.step == json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert len(checkpoint.training["loaders"]) == 2
 
 
 def wait_for_metrics(process: subprocess.Popen[str], run: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline_data import Operations, config, loader, make_samples, pack
 
@@ -22,7 +22,6 @@ from md2.data.batch import Batch
 from md2.data.cpu import HostThreads
 from md2.pipeline import Loader
 from shards.dataset import LocalDataset
-from shards.sample import ppm_header
 
 MODES = {
     "mono": (config(), 3),
@@ -82,7 +81,7 @@ def test_each_image_of_a_sample_is_decoded_once_and_nothing_else_is(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_uncompressed_images_meet_no_decoder(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are handed out where the reader put them: no copy on the host either, by their address."""
+    """What follows the header is copied once, out of the mapped shard, by DALI's threads."""
     settings, images = MODES[mode]
     stored = pack(tmp_path / "data", make_samples(8, stereo=True, codec="ppm"), stereo=True, codec="ppm")
     batches = loader(stored, settings)
@@ -92,7 +91,7 @@ def test_uncompressed_images_meet_no_decoder(mode: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(md2.pipeline, "float_images", lambda *a, decoding: told.append(decoding) or float_images(*a))
     next(iter(batches))
     assert told == [False] * images, "nothing else keeps the cores busy"
-    assert {value.storage_offset() for value in batches._chunk.values() if value.ndim == 4} == {len(ppm_header(96, 64))}
+    assert all(value.is_contiguous() for value in batches._chunk.values() if value.ndim == 4)
 
 
 def test_native_images_are_resized_once_each(tmp_path: Path) -> None:
@@ -121,25 +120,45 @@ def test_an_image_costs_a_few_tensor_operations_on_the_cpu_and_a_batch_a_few_hun
     assert calls[8] < (800 if settings.color_jitter else 400)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(1, 64), st.integers(1, 5000), st.integers(1, 8 << 20))
-def test_reading_ahead_decodes_little_for_nothing_and_keeps_to_its_limits(
-    batch_size: int, samples: int, sample_bytes: int
-) -> None:
-    batches = md2.pipeline.batches_ahead(batch_size, samples, sample_bytes)
-    assert batches >= 1
-    read = batches * batch_size
-    if batches > 1:
-        assert read <= 96
-        assert read * sample_bytes <= 128 << 20
-        wasted, unavoidable = -samples % read, -samples % batch_size
-        assert wasted <= max(unavoidable, samples / 16)
+@settings(deadline=None)
+@given(st.integers(1, 200), st.integers(1, 8 << 20))
+def test_reading_ahead_keeps_to_its_limits(batch_size: int, sample_bytes: int) -> None:
+    batches = md2.pipeline.batches_ahead(batch_size, sample_bytes)
+    fits = lambda count: count * batch_size <= 96 and count * batch_size * sample_bytes <= 128 << 20  # noqa: E731
+    assert batches == 1 or fits(batches)
+    assert not fits(batches + 1)
 
 
 def test_kitti_is_read_in_chunks_of_several_batches() -> None:
-    """39,810 samples of three and of four 640x192 images, and of four 1024x320 ones."""
+    """Samples of three and of four 640x192 images, and of four 1024x320 ones."""
     sizes = [(3, 640, 192), (4, 640, 192), (4, 1024, 320)]
-    assert [md2.pipeline.batches_ahead(12, 39810, n * w * h * 3) for n, w, h in sizes] == [8, 7, 2]
+    assert [md2.pipeline.batches_ahead(12, n * w * h * 3) for n, w, h in sizes] == [8, 7, 2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_reading_a_sample_takes_a_bounded_number_of_python_calls(
+    dataset: LocalDataset, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Handing an image to DALI takes some 20 calls, its header 20, a sample's draws 4: at a microsecond each not a
+    fiftieth of its decoding. They do not depend on pixels."""
+    settings, images = MODES[mode]
+    calls = {}
+    for ahead in (16, 48):
+        monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", ahead)
+        reader = loader(dataset, settings, batch_size=8)._reader
+        assert reader is not None
+        reader.read()
+        calls[ahead] = 0
+
+        def count(frame: FrameType, event: str, argument: object, ahead: int = ahead) -> None:
+            calls[ahead] += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            assert len(reader.read().keys) == ahead
+        finally:
+            sys.setprofile(None)
+    assert (calls[48] - calls[16]) / 32 <= 60 * images + 30
 
 
 def test_small_tensors_alone_are_copied_to_the_device(dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch) -> None:

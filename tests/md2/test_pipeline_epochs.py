@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from math import inf
 from pathlib import Path
 from threading import Barrier
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pipeline_data import config, loader, make_samples, pack
 
+import md2.data.cpu
 import md2.pipeline
-from md2.data.cpu import cores, host_threads
+from md2.data.cpu import cores, cpu_quota, host_threads
+from md2.data.order import Order
 from md2.pipeline import Loader, default_threads
 from shards.dataset import LocalDataset
 
@@ -32,21 +37,21 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> LocalDataset:
 
 
 def one(dataset: LocalDataset, **arguments: object) -> Loader:
-    settings = {"shuffle_buffer": 4, **arguments.pop("settings", {})}  # type: ignore[dict-item]
-    return loader(dataset, config(frames=[0, 1], **settings), **arguments)
+    settings = arguments.pop("settings", {})
+    return loader(dataset, config(frames=[0, 1], **settings), **arguments)  # type: ignore[arg-type]
 
 
 def keys(batches: Loader) -> list[str]:
     return list(chain.from_iterable(batch.keys for batch in batches))
 
 
-@pytest.mark.parametrize("buffer", [1, 4, 1000])
+@pytest.mark.parametrize("shuffle", ["window", "global"])
 @pytest.mark.parametrize(("world", "batch_size"), [(1, 1), (1, 4), (2, 1), (2, 4), (3, 3), (4, 5)])
 def test_an_epoch_holds_each_sample_once_on_one_rank_less_than_a_step_excepted(
-    dataset: LocalDataset, world: int, batch_size: int, buffer: int
+    dataset: LocalDataset, world: int, batch_size: int, shuffle: str
 ) -> None:
-    settings = {"shuffle_buffer": buffer}
-    ranks = [one(dataset, world=world, rank=rank, batch_size=batch_size, settings=settings) for rank in range(world)]
+    shared = {"world_size": world, "batch_size": batch_size, "settings": {"shuffle": shuffle}}
+    ranks = [one(dataset, rank=rank, **shared) for rank in range(world)]
     steps = COUNT // world // batch_size
     assert {len(rank) for rank in ranks} == {steps}
     left_out = set()
@@ -73,35 +78,42 @@ def test_orders_differ_between_epochs_and_seeds_but_not_between_runs(dataset: Lo
     assert len(orders) == 6
 
 
-def test_within_a_shard_the_order_is_the_seeds_too(tmp_path: Path) -> None:
-    alone = pack(tmp_path, make_samples(12, frames=[0, 1]), frames=[0, 1], samples_per_shard=12)
-    orders = [keys(one(alone, seed=seed, batch_size=1, settings={"shuffle_buffer": 12})) for seed in (0, 1, 0)]
-    assert orders[0] == orders[2] != orders[1]
-    assert sorted(orders[0]) == sorted(orders[1]) != orders[0]
+def test_the_loader_takes_the_samples_of_the_order(dataset: LocalDataset) -> None:
+    """Keys by sample number, against the pure function."""
+    order = Order([5, 5, 5, 5, 3], seed=3, shuffle="window")
+    batches = one(dataset, batch_size=1, seed=3)
+    for epoch in range(2):
+        assert keys(batches) == [f"drive_{number:03d}" for number in order.epoch(epoch)]
 
 
-def test_whole_shards_move_beyond_the_shuffle_buffer(dataset: LocalDataset) -> None:
-    """With a buffer of one sample only the reordering of shards is left: it must be there, and be all there is."""
-    batches = one(dataset, batch_size=1, settings={"shuffle_buffer": 1})
-    firsts = set()
-    for _ in range(6):
-        order = [int(key[-3:]) // 5 for key in keys(batches)]
-        assert order == sorted(order, key=order.index), "samples of one shard are not together"
-        firsts.add(tuple(dict.fromkeys(order)))
-    assert len(firsts) >= 5
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
+def test_slices_of_the_ranks_are_disjoint_complete_and_in_the_order_of_the_steps(
+    dataset: LocalDataset, world: int, batch_size: int, accumulate: int, seed: int
+) -> None:
+    shared = {"world_size": world, "batch_size": batch_size, "accumulate": accumulate, "seed": seed}
+    parts = [[batch.keys for batch in one(dataset, rank=rank, **shared)] for rank in range(world)]
+    steps = COUNT // (world * batch_size * accumulate)
+    assert {len(part) for part in parts} == {steps * accumulate}
+    expected = [f"drive_{number:03d}" for number in Order([5, 5, 5, 5, 3], seed=seed, shuffle="window").epoch(0)]
+    taken = []
+    for step in range(steps):
+        for part in parts:
+            taken += chain.from_iterable(part[step * accumulate : (step + 1) * accumulate])
+    assert taken == expected[: steps * world * batch_size * accumulate]
 
 
 def test_ranks_read_other_samples_each_epoch(dataset: LocalDataset) -> None:
-    rank = one(dataset, world=2, rank=0, batch_size=1)
+    rank = one(dataset, world_size=2, rank=0, batch_size=1)
     shares = {frozenset(keys(rank)) for _ in range(4)}
     assert len(shares) == 4
 
 
-@pytest.mark.parametrize(("world", "batch_size"), [(1, 23), (1, 7), (2, 4), (3, 8), (5, 2)])
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 23), (1, 7), (2, 4), (3, 8), (5, 2), (30, 4)])
 def test_evaluation_covers_each_sample_exactly_once_over_the_ranks(
     dataset: LocalDataset, world: int, batch_size: int
 ) -> None:
-    ranks = [one(dataset, world=world, rank=rank, batch_size=batch_size, train=False) for rank in range(world)]
+    ranks = [one(dataset, world_size=world, rank=rank, batch_size=batch_size, train=False) for rank in range(world)]
     expected = [sample.key for sample in make_samples(COUNT, frames=[0, 1])]
     for _ in range(2):
         parts = [[batch.keys for batch in rank] for rank in ranks]
@@ -163,6 +175,40 @@ def test_the_order_does_not_depend_on_how_much_is_read_at_once(
     for ahead in (1, 4, 6, 22):
         monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", ahead)
         assert orders() == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "quota"),
+    [
+        ({"cpu.max": "max 100000"}, "0::/", inf),
+        ({"cpu.max": "250000 100000"}, "0::/", 2.5),
+        ({"a/cpu.max": "max 100000", "a/b/cpu.max": "150000 100000"}, "0::/a/b", 1.5),
+        ({"a/cpu.max": "50000 100000", "a/b/cpu.max": "150000 100000"}, "0::/a/b", 0.5),
+        ({"cpu.max": "200000 100000"}, "0::/kubepods/known/to/the/host/alone", 2),
+        (
+            {"cpu,cpuacct/x/cpu.cfs_quota_us": "300000", "cpu,cpuacct/x/cpu.cfs_period_us": "100000"},
+            "4:cpu,cpuacct:/x",
+            3,
+        ),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "1:cpu:/", inf),
+        ({"cpu.max": "rubbish"}, "0::/", inf),
+        ({}, "", inf),
+    ],
+)
+def test_a_containers_share_of_the_cores_is_read(tmp_path: Path, files: dict[str, str], own: str, quota: float) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    (tmp_path / "own").write_text(own + "\n" if own else "")
+    assert cpu_quota(tmp_path, tmp_path / "own") == quota
+
+
+def test_threads_keep_to_a_containers_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(md2.data.cpu.os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(md2.data.cpu, "cpu_quota", lambda: 2.5)
+    assert cores() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert cores() == 1
 
 
 def test_threads_are_a_core_each_and_few_where_the_gpu_decodes(monkeypatch: pytest.MonkeyPatch) -> None:

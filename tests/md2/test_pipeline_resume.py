@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 from io import BytesIO
@@ -13,17 +14,14 @@ import pytest
 import torch
 from pipeline_data import config, loader, make_samples, pack
 
-import md2.data.dali
 import md2.pipeline
 from md2.data.batch import Batch
-from md2.data.dali import fn
-from md2.data.reader_state import transplant
 from md2.pipeline import Loader
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import UsageError
 
 STEPS = 5
-OF_THE_LOADER = ("batch_size", "seed", "rank", "world", "train", "accumulate")
+OF_THE_LOADER = ("batch_size", "seed", "rank", "world_size", "train", "accumulate")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> LocalDataset:
 
 
 def make(dataset: LocalDataset, *, state: Any = None, **changes: Any) -> Loader:
-    settings = {"stereo": True, "flip": True, "color_jitter": True, "shuffle_buffer": 8}
+    settings = {"stereo": True, "flip": True, "color_jitter": True}
     arguments = {name: changes.pop(name) for name in OF_THE_LOADER if name in changes}
     return loader(dataset, config(**{**settings, **changes}), state=state, **arguments)
 
@@ -66,7 +64,7 @@ def test_another_process_goes_on_with_the_same_batches(
     expected = []
     for rank in (0, 1):
         for taken in (0, 1, 3, 5, 9):
-            here = make(dataset, rank=rank, world=2, batch_size=2)
+            here = make(dataset, rank=rank, world_size=2, batch_size=2)
             take(here, taken)
             torch.save(here.state(), tmp_path / f"{rank}-{taken}.pt")
             expected += take(here, 6)
@@ -111,9 +109,7 @@ def test_state_is_small_and_loads_without_running_code(dataset: LocalDataset) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 3}, "batch_size was 4, is 3"),
-        ({"shuffle_buffer": 9}, "shuffle_buffer was 8, is 9"),
-        ({"world": 2}, "world was 1, is 2"),
+        ({"shuffle": "global"}, "shuffle was window of 8 shards, is global"),
         ({"seed": 1}, "seed was 0, is 1"),
         ({"flip": False}, "flip was True, is False"),
         ({"color_jitter": False}, "color_jitter was True, is False"),
@@ -121,7 +117,6 @@ def test_state_is_small_and_loads_without_running_code(dataset: LocalDataset) ->
         ({"stereo": False}, "components was"),
         ({"width": 64}, r"size was \[96, 64\], is \[64, 64\]"),
         ({"train": False}, "train was True, is False"),
-        ({"accumulate": 2}, "steps was 5, is 4"),
     ],
 )
 def test_a_state_that_would_give_another_order_is_refused(
@@ -133,17 +128,11 @@ def test_a_state_that_would_give_another_order_is_refused(
         make(dataset, state=state, **changes)
 
 
-def test_another_ranks_state_is_refused(dataset: LocalDataset) -> None:
-    state = make(dataset, rank=0, world=2).state()
-    with pytest.raises(UsageError, match="rank was 0, is 1"):
-        make(dataset, rank=1, world=2, state=state)
-
-
 def test_a_state_knows_its_epoch(dataset: LocalDataset) -> None:
     here = make(dataset)
     take(here, 7)
     there = make(dataset, state=here.state())
-    assert (there.epoch, there.step) == (here.epoch, here.step) == (1, 2)
+    assert (there.epoch, there.taken) == (here.epoch, here.taken) == (1, 8)
 
 
 def test_another_dataset_is_refused(dataset: LocalDataset, tmp_path: Path) -> None:
@@ -159,48 +148,93 @@ def test_the_same_dataset_elsewhere_is_not_refused(dataset: LocalDataset, tmp_pa
     assert take(make(moved, state=here.state()), 4) == take(here, 4)
 
 
-def test_a_state_from_reading_another_number_at_once_is_refused(
-    dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = make(dataset).state()
-    monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", 8)
-    with pytest.raises(UsageError, match="batches_ahead was 6, is 2"):
-        make(dataset, state=state)
-
-
-@pytest.mark.parametrize("taken", [0, 3, 5, 9])
-def test_a_state_goes_on_where_images_go_through_other_operators(
-    dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch, taken: int
-) -> None:
-    """As on another device. DALI itself refuses the state there, and the reader is built with it all the same."""
+def test_how_much_is_read_at_once_may_change(dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     here = make(dataset)
-    take(here, taken)
+    take(here, 3)
     state = here.state()
-    expected = take(here, 6)
-    images = md2.data.dali._images
-    monkeypatch.setattr(md2.data.dali, "_images", lambda *given: [fn.copy(image) for image in images(*given)])
-    refused: list[RuntimeError] = []
-    go_on = md2.data.dali._go_on
-
-    def watched(start: Any, checkpoint: bytes) -> Any:
-        with pytest.raises(RuntimeError) as raised:
-            start(checkpoint)
-        refused.append(raised.value)
-        return go_on(start, checkpoint)
-
-    monkeypatch.setattr(md2.data.dali, "_go_on", watched)
-    assert take(make(dataset, state=state), 6) == expected
-    assert len(refused) == 1
+    monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", 8)
+    assert take(make(dataset, state=state), 6) == take(here, 6)
 
 
-def test_a_state_is_not_transplanted_where_part_of_it_would_be_lost(dataset: LocalDataset) -> None:
-    with_draws, without = make(dataset).state()["reader"], make(dataset, color_jitter=False).state()["reader"]
-    with pytest.raises(ValueError, match="takes the state of jitter, draws"):
-        transplant(with_draws, without)
-    for broken in (with_draws[:-3], with_draws[: len(with_draws) // 2], b"\x0b" + with_draws):
-        with pytest.raises(ValueError, match="checkpoint of DALI's"):
-            transplant(broken, with_draws)
-    assert transplant(with_draws, with_draws) == with_draws
+def samples(batches: Loader, count: int) -> list[tuple[str, float, bytes]]:
+    """Of the next batches, sample by sample: key, baseline (its sign is the flip) and the jittered image."""
+    found: list[tuple[str, float, bytes]] = []
+    while count:
+        for batch in batches:
+            assert batch.stereo is not None
+            shifts, images = batch.stereo[:, 0, 3].tolist(), batch.augmented[0].contiguous().numpy()
+            found += [(k, s, i.tobytes()) for k, s, i in zip(batch.keys, shifts, images, strict=True)]
+            if not (count := count - 1):
+                break
+    return found
+
+
+def steps(dataset: LocalDataset, state: Any, count: int, world: int, batch: int, accumulate: int) -> tuple[Any, Any]:
+    """The samples of the next steps, all ranks together and in their order, and the state behind them."""
+    shared = {"world_size": world, "batch_size": batch, "accumulate": accumulate, "state": state}
+    ranks = [make(dataset, rank=rank, **shared) for rank in range(world)]
+    found = []
+    for _ in range(count):
+        for rank in ranks:
+            found += samples(rank, accumulate)
+    (after,) = {str(rank.state()): rank.state() for rank in ranks}.values()
+    return found, after
+
+
+@pytest.mark.parametrize("way", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 1, 4), (2, 1, 2)])
+def test_a_steps_samples_and_draws_are_the_same_on_any_number_of_ranks(
+    dataset: LocalDataset, way: tuple[int, int, int]
+) -> None:
+    expected, state = steps(dataset, None, 7, 1, 4, 1)
+    assert len({key for key, *_ in expected[:20]}) == 20
+    assert steps(dataset, None, 7, *way) == (expected, state)
+    first, middle = steps(dataset, None, 3, *way)
+    rest, end = steps(dataset, middle, 4, 1, 4, 1)
+    assert (first + rest, end) == (expected, state)
+    assert make(dataset, state=middle).note is None
+
+
+def test_with_other_steps_a_loader_continues_at_the_same_place_and_says_so(dataset: LocalDataset) -> None:
+    whole, _ = steps(dataset, None, 23, 1, 1, 1)
+    first, middle = steps(dataset, None, 3, 2, 2, 1)
+    there = make(dataset, state=middle, batch_size=3)
+    assert there.note is not None
+    assert re.search("took 4 samples and now takes 3: epoch 1 continues behind its first 12 samples", there.note)
+    assert (there.left, len(there)) == (3, 7)
+    assert first + samples(there, 3) == whole[:21]
+    assert (there.left, there.epoch) == (0, 0)
+    assert there.state()["samples"] == 21
+
+
+@pytest.mark.parametrize(("step", "begins"), [(0, 3), (2, 3), (5, 4)])
+def test_a_state_of_dalis_reader_continues_at_the_beginning_of_its_epoch(
+    dataset: LocalDataset, step: int, begins: int
+) -> None:
+    here = make(dataset)
+    kept = ("part", "shards", "seed", "train", "components", "size", "flip", "color_jitter")
+    fingerprint = {name: here.state()["fingerprint"][name] for name in kept}
+    fingerprint |= {"batch_size": 4, "steps": 5, "batches_ahead": 6, "rank": 0, "world": 2, "shuffle_buffer": 1024}
+    old = {"fingerprint": fingerprint, "epoch": 3, "step": step, "reader": b"protobuf"}
+    there = make(dataset, state=old)
+    assert (there.note is None) == (begins == 4)
+    assert there.note is None or re.search("earlier md2.*epoch 4 starts again", there.note)
+    fresh = make(dataset, state={**here.state(), "epoch": begins})
+    assert take(there, 3) == take(fresh, 3)
+    with pytest.raises(UsageError, match="seed was 0, is 1"):
+        make(dataset, state=old, seed=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epoch": -1}, {"samples": 10**9}, {"samples": -1}, {"samples": "x"}, {"fingerprint": None}, {"epoch": None}],
+)
+def test_a_state_that_no_loader_made_is_refused(dataset: LocalDataset, change: dict[str, Any]) -> None:
+    state = make(dataset).state()
+    with pytest.raises(UsageError, match="start a new run"):
+        make(dataset, state={**state, **change})
+    for name in state:
+        with pytest.raises(UsageError, match="start a new run"):
+            make(dataset, state={key: value for key, value in state.items() if key != name})
 
 
 @pytest.mark.gpu
@@ -209,7 +243,7 @@ def test_a_state_from_the_cpu_goes_on_on_the_gpu_and_back(dataset: LocalDataset,
     def keys(batches: Loader) -> list[list[str]]:
         return [batch.keys for _, batch in zip(range(2), batches, strict=False)]
 
-    settings = config(stereo=True, flip=True, color_jitter=True, shuffle_buffer=8, device=decode)
+    settings = config(stereo=True, flip=True, color_jitter=True, device=decode)
     here = make(dataset)
     take(here, 1)
     there = loader(dataset, settings, state=here.state(), device=torch.device("cuda"))
@@ -221,5 +255,5 @@ if __name__ == "__main__":
     md2.pipeline.SAMPLES_AHEAD = int(sys.argv[3])
     for file in sorted(Path(sys.argv[2]).glob("*.pt")):
         saved = torch.load(file, weights_only=True)
-        restored = make(open_dataset(sys.argv[1]), state=saved, rank=int(file.name[0]), world=2, batch_size=2)
+        restored = make(open_dataset(sys.argv[1]), state=saved, rank=int(file.name[0]), world_size=2, batch_size=2)
         print("\n".join(take(restored, 6)))

@@ -93,8 +93,8 @@ def test_a_used_run_folder_is_not_overwritten(finished: Path, dataset: Path) -> 
 
 
 def test_resume_refuses_what_would_change_the_numbers(finished: Path) -> None:
-    with pytest.raises(UsageError, match=r"train\.batch_size cannot change"):
-        resume_run(finished, ["train.batch_size=3"], Silent())
+    with pytest.raises(UsageError, match=r"train\.learning_rate cannot change"):
+        resume_run(finished, ["train.learning_rate=3"], Silent())
 
 
 def test_resume_of_nothing(tmp_path: Path) -> None:
