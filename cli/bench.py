@@ -16,6 +16,7 @@ WHAT = {
     "loader": "the loader against a plain DataLoader, webdataset, and bare decoding",
     "step": "a training step, part by part, against a straightforward one",
     "waiting": "how OpenMP threads should wait, on a quiet and on a busy machine",
+    "codec": "ways of storing images: how often the photometric error is smallest at the true depth",
     "prep": "md2 prep against decoding, resizing and encoding alone",
     "scale": "what the loader costs with 10 to 10,000 shards, and over 10,000 steps",
     "storage": "reading from object storage, with latency and faults (from a checkout)",

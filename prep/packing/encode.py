@@ -419,9 +419,7 @@ def encode(picture: Image.Image, form: ImageFormat) -> bytes:
         picture.save(buffer, form.codec.upper())
         return buffer.getvalue()
     if form.chroma == "420":
-        luma, *colours = picture.convert("YCbCr").split()
-        smooth = ImageFilter.GaussianBlur(CHROMA_BLUR)
-        picture = Image.merge("YCbCr", (luma, *(colour.filter(smooth) for colour in colours)))
+        picture = smooth_chroma(picture, CHROMA_BLUR)
     steps: dict[str, Any] = {"qtables": EVEN_TABLES} if form.quality is None else {"quality": form.quality}
     # Huffman tables of the image's own: a twentieth fewer bytes. Pillow then writes into one buffer that must hold all.
     ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 1024 + 6 * picture.width * picture.height)
@@ -437,3 +435,16 @@ def _check_size(native: tuple[int, int], expected: tuple[int, int] | None, ref: 
         )
     if native[0] * native[1] > _MAX_PIXELS:
         raise SampleError(f"{ref.place}: {native[0]}x{native[1]} pixels; more than {_MAX_PIXELS:,} are not read")
+
+
+def smooth_chroma(picture: Image.Image, blur: float) -> Image.Image:
+    """A picture in YCbCr whose colours are halved, smoothed and blown up again: halving them again changes nothing.
+
+    Args:
+        picture: RGB.
+        blur: standard deviation of the Gaussian, pixels of the picture.
+    """
+    luma, *colours = picture.convert("YCbCr").split()
+    halves = (colour.reduce(2).filter(ImageFilter.GaussianBlur(blur / 2)) for colour in colours)
+    whole = (half.resize((2 * half.width, 2 * half.height), Image.Resampling.NEAREST) for half in halves)
+    return Image.merge("YCbCr", (luma, *(colour.crop((0, 0, *picture.size)) for colour in whole)))
