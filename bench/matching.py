@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prep.raw.calibration import Rig, read_raw_rig
+from prep.raw.calibration import StereoCalibration, read_raw_calibration
 from prep.raw.velodyne import points_in_view, project, read_scan
 from shards.errors import InputError
 from shards.sample import DEPTH_SCALE
@@ -213,22 +213,22 @@ def find_views(raw: Path, size: tuple[int, int], *, frames: int = 6, points: int
 
 def _drive_views(raw: Path, folder: Path, size: tuple[int, int], frames: int, points: int) -> list[View]:
     date = folder.parent.name
-    rig = read_raw_rig(date, lambda path: (raw / path).read_bytes(), depth=True)
+    calibration = read_raw_calibration(date, lambda path: (raw / path).read_bytes(), depth=True)
     lefts = {int(path.stem): path for path in sorted((folder / "image_02/data").glob("*.png"))}
-    poses = find_poses(raw, folder, rig)
+    poses = find_poses(raw, folder, calibration)
     views = []
     for number, left in [list(lefts.items())[i] for i in _spread(len(lefts), frames)]:
         right = folder / "image_03/data" / left.name
-        depth = _depth_map(folder, left.stem, rig) if right.exists() else None
+        depth = _depth_map(folder, left.stem, calibration) if right.exists() else None
         if depth is None:
             continue
         shift = torch.eye(4, dtype=torch.float64)
-        shift[0, 3] = rig.stereo_translation("l")
+        shift[0, 3] = calibration.stereo_translation("l")
         others = [("stereo", right, shift)]
         if poses:
             near = [n for n in (number - 1, number + 1) if n in lefts and n in poses and number in poses]
             others += [("temporal", lefts[n], torch.from_numpy(np.linalg.inv(poses[n]) @ poses[number])) for n in near]
-        views += _views(left, others, depth, rig, size, points, number)
+        views += _views(left, others, depth, calibration, size, points, number)
     return views
 
 
@@ -242,16 +242,16 @@ def _views(
     target: Path,
     others: Iterable[tuple[str, Path, Tensor]],
     depth: Array,
-    rig: Rig,
+    calibration: StereoCalibration,
     size: tuple[int, int],
     points: int,
     seed: int,
 ) -> list[View]:
     """Views of one target: the same points for all of them."""
     native = depth.shape[1], depth.shape[0]
-    fx, fy, cx, cy = (float(v) for v in rig.intrinsics("l", native, size))
+    fx, fy, cx, cy = (float(v) for v in calibration.intrinsics("l", native, size))
     camera = torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float64)
-    baseline = abs(rig.stereo_translation("l"))
+    baseline = abs(calibration.stereo_translation("l"))
     rows, columns = np.nonzero(np.isfinite(depth) & (depth > 0))
     scale = np.array([size[0] / native[0], size[1] / native[1]])
     pixels = np.rint((np.column_stack([columns, rows]) + 0.5) * scale - 0.5).astype(np.int64)
@@ -274,19 +274,19 @@ def _views(
     ]
 
 
-def _depth_map(folder: Path, stem: str, rig: Rig) -> Array | None:
+def _depth_map(folder: Path, stem: str, calibration: StereoCalibration) -> Array | None:
     """Depth of the left image at native size, metres, 0 or infinite where unknown; None without any."""
     exact, scan = folder / f"true_depth_02/data/{stem}.npy", folder / f"velodyne_points/data/{stem}.bin"
     if exact.exists():
         return np.asarray(np.load(exact), dtype=np.float64)
-    if not scan.exists() or rig.size is None:
+    if not scan.exists() or calibration.size is None:
         return None
-    matrix = rig.lidar_projection("l")
-    points = points_in_view(read_scan(scan.read_bytes(), str(scan)), [matrix], rig.size[0])
-    return project(points, matrix, rig.size).dense() / DEPTH_SCALE
+    matrix = calibration.lidar_projection("l")
+    points = points_in_view(read_scan(scan.read_bytes(), str(scan)), [matrix], calibration.size[0])
+    return project(points, matrix, calibration.size).dense() / DEPTH_SCALE
 
 
-def find_poses(raw: Path, folder: Path, rig: Rig) -> dict[int, Array]:
+def find_poses(raw: Path, folder: Path, calibration: StereoCalibration) -> dict[int, Array]:
     """Frame -> (4, 4) left camera to world; empty without a synthetic drive's poses or oxts."""
     exact = folder / "true_pose_02.txt"
     if exact.exists():
@@ -295,14 +295,14 @@ def find_poses(raw: Path, folder: Path, rig: Rig) -> dict[int, Array]:
     records = sorted((folder / "oxts/data").glob("*.txt"))
     lines = (raw / folder.parent.name / "calib_imu_to_velo.txt").read_text().splitlines() if records else []
     rows = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
-    if not records or rig.velodyne is None:
+    if not records or calibration.velodyne is None:
         return {}
     velodyne = np.eye(4)
     velodyne[:3, :3], velodyne[:3, 3] = np.reshape([float(v) for v in rows["R"]], (3, 3)), [float(v) for v in rows["T"]]
     camera = np.eye(4)
-    projection = rig.projection["l"]
+    projection = calibration.projection["l"]
     camera[:3, 3] = np.linalg.solve(projection[:, :3], projection[:, 3])
-    camera_to_imu = np.linalg.inv(camera @ rig.velodyne @ velodyne)
+    camera_to_imu = np.linalg.inv(camera @ calibration.velodyne @ velodyne)
     first = float(records[0].read_text().split()[0])
     return {int(path.stem): imu_pose(path.read_text(), first) @ camera_to_imu for path in records}
 

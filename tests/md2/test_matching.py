@@ -20,7 +20,7 @@ from bench.matching import DISPARITIES, View, find_poses, find_views, geometry, 
 from md2.config import DataConfig
 from md2.pipeline import Loader
 from prep.packing.encode import ImageFormat, encode
-from prep.raw.calibration import read_raw_rig
+from prep.raw.calibration import read_raw_calibration
 from prep.synthetic import write_drives
 from shards.dataset import open_dataset
 from shards.errors import InputError, UsageError
@@ -140,18 +140,18 @@ def test_wrong_poses_let_other_depths_win(views: list[View]) -> None:
 
 def test_oxts_give_the_poses_of_the_cameras(street: Path, tmp_path: Path) -> None:
     """A synthetic drive's oxts, which have the car's place and angles, against its exact poses."""
-    rig = read_raw_rig(DATE, lambda path: (street / path).read_bytes(), depth=True)
-    exact = find_poses(street, street / DATE / DRIVE, rig)
+    calibration = read_raw_calibration(DATE, lambda path: (street / path).read_bytes(), depth=True)
+    exact = find_poses(street, street / DATE / DRIVE, calibration)
     without = tmp_path / DATE / DRIVE
     without.mkdir(parents=True)
     (without / "oxts").symlink_to(street / DATE / DRIVE / "oxts")
     (tmp_path / DATE / "calib_imu_to_velo.txt").symlink_to(street / DATE / "calib_imu_to_velo.txt")
-    found = find_poses(tmp_path, without, rig)
+    found = find_poses(tmp_path, without, calibration)
     assert sorted(found) == sorted(exact) == list(range(6))
     for frame in range(5):
         steps = [np.linalg.inv(poses[frame]) @ poses[frame + 1] for poses in (found, exact)]
         np.testing.assert_allclose(*steps, atol=2e-3)
-    assert find_poses(tmp_path, tmp_path / "none", rig) == {}
+    assert find_poses(tmp_path, tmp_path / "none", calibration) == {}
 
 
 def test_routes_are_lists_of_words(street: Path, tmp_path: Path) -> None:
