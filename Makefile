@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint parity clean
 
 install: $(VENV)/.installed
 
@@ -22,10 +22,15 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+# Trains md2 and the plain reference side by side, three times each, a few minutes; fails where md2 learns worse.
+parity: install
+	rm -rf parity_check
+	$(BIN)/md2 bench parity parity_check --check
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf "$(DEMO)" build *.egg-info
+	rm -rf "$(DEMO)" parity_check build *.egg-info

@@ -19,6 +19,7 @@ WHAT = {
     "codec": "ways of storing images: how often the photometric error is smallest at the true depth",
     "prep": "md2 prep against decoding, resizing and encoding alone",
     "scale": "what the loader costs with 10 to 10,000 shards, and over 10,000 steps",
+    "parity": "whether md2 learns as well as the method trained the plain way; what each deviation does",
     "storage": "reading from object storage, with latency and faults (from a checkout)",
     "gpu": "all that is to be checked and measured on a GPU machine, into a folder",
 }
