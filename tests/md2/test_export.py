@@ -101,22 +101,27 @@ def test_torch_export_runs_without_md2s_classes(tmp_path: Path, predictor: Predi
     np.testing.assert_allclose(np.load(tmp_path / "depth.npy"), expected, rtol=1e-4)
 
 
-def test_the_example_needs_numpy_pillow_and_onnxruntime_alone(dynamic: Path, tmp_path: Path) -> None:
+def test_the_example_needs_numpy_pillow_and_onnxruntime_alone(
+    dynamic: Path, tmp_path: Path, predictor: Predictor
+) -> None:
     Image.fromarray(smooth(np.random.default_rng(3), 200, 90)).save(tmp_path / "street.png")
     script = (
         "import runpy, sys\n"
         "for name in ('torch', 'md2', 'shards', 'matplotlib', 'onnx'): sys.modules[name] = None\n"
-        f"sys.argv = ['depth_onnx.py', {str(dynamic)!r}, 'street.png', 'depth.png']\n"
+        f"sys.argv = ['depth_onnx.py', {str(dynamic)!r}, 'street.png', 'street']\n"
         f"runpy.run_path({str(ROOT / 'examples' / 'depth_onnx.py')!r}, run_name='__main__')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True
     )
-    assert "unit: metres" in done.stdout
-    with Image.open(tmp_path / "depth.png") as depth:
-        assert depth.size == (200, 90)
-        low, high = depth.getextrema()
+    assert "metres" in done.stdout
+    with Image.open(tmp_path / "street_disparity.png") as disparity:
+        assert disparity.size == (200, 90)
+        low, high = disparity.getextrema()
         assert (low < 40, high) == (True, 255)
+    with Image.open(tmp_path / "street.png") as image, Image.open(tmp_path / "street_depth.png") as depth:
+        expected = predictor.predict(image).depth
+        np.testing.assert_allclose(np.asarray(depth) / 256, expected, rtol=5e-3, atol=1 / 256)
 
 
 def test_a_file_that_disagrees_is_not_written(tmp_path: Path, predictor: Predictor) -> None:
