@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from math import ceil
 from typing import Any, TypedDict
 
@@ -124,7 +124,8 @@ class Loader:
         self._keys: list[str] = []
         self._chunk: dict[str, Tensor] = {}
         self._used = 0
-        self._shards = dataset.stream(part)
+        at_once = 1 if not train else WINDOW if config.shuffle == "window" else len(counts)
+        self._shards = dataset.stream(part, at_once)
         self._reader = self._open() if self._left_of(0) or self._left_of(self._begin) else None
 
     def __len__(self) -> int:
@@ -214,6 +215,7 @@ class Loader:
 
     def _requests(self) -> Iterator[Request]:
         """What to read from here on: `batches_ahead` at a time. In training without end, over the ends of epochs."""
+        self._shards.fetch_ahead(self._upcoming(), reach=self.samples)
         batches = self._batches() if self.train else self._pass()
         while chunk := list(islice(batches, self._ahead)):
             samples, draws, until, places = zip(*chunk, strict=True)
@@ -222,9 +224,19 @@ class Loader:
                 merged.update(needed)  # later batches need a shard at least as long
             yield Request(np.concatenate(samples), np.concatenate(draws), merged, places[0])
 
+    def _upcoming(self) -> Iterator[tuple[int, int]]:
+        """The place at which each shard is first needed from here on, and its number; in training without end."""
+        begin, end = (self._begin, self.samples) if self.train else self._share()
+        for epoch in count(self.epoch) if self.train else [0]:
+            first, last = self._order.shard_uses(epoch)
+            for number in np.argsort(first):
+                if last[number] >= begin and first[number] < end:
+                    yield epoch * self.samples + int(first[number]), int(number)
+            begin = 0
+
     def _batches(self) -> Iterator[Request]:
         epoch, begin = self.epoch, self._begin
-        count = DRAWS if self._plan.flip or self._plan.jitter else 0
+        drawn = DRAWS if self._plan.flip or self._plan.jitter else 0
         while True:
             order, (_, last) = self._order.epoch(epoch), self._order.shard_uses(epoch)
             passed = epoch * self.samples
@@ -233,7 +245,7 @@ class Loader:
                 for first in range(mine, mine + self._accumulate * self.batch_size, self.batch_size):
                     samples = order[first : first + self.batch_size]
                     until = {shard: passed + int(last[shard]) for shard in set(self._order.shards(samples).tolist())}
-                    draws = uniform_draws(self.seed, epoch, samples, count)
+                    draws = uniform_draws(self.seed, epoch, samples, drawn)
                     yield Request(samples, draws, until, passed + step)
             epoch, begin = epoch + 1, 0
 

@@ -7,16 +7,18 @@ dataset.manifest, dataset.tars("train"), dataset.indexes("train")
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from shards.cache.download import disk_error
-from shards.cache.fill import Filler, Progress
-from shards.cache.folder import Cache
+from shards.cache.fill import PARALLEL, Fetcher
+from shards.cache.folder import Cache, CachedFolder
 from shards.files import write_atomic
-from shards.manifest import MANIFEST, Manifest
+from shards.locks import FileLock
+from shards.manifest import MANIFEST, Manifest, Shard
 from shards.publish import require_manifest
 from shards.storage import is_local, local_path, open_storage
-from shards.stream import ShardStream, check_shard
+from shards.stream import ShardStream, check_limit, check_shard
 
 SAMPLES_PER_SHARD = 1000
 SHARD_BYTES = 256 << 20
@@ -44,28 +46,29 @@ class LocalDataset:
     """
 
     def __init__(
-        self, url: str, folder: Path, manifest: Manifest, manifest_sha256: str, filler: Filler | None = None
+        self, url: str, folder: Path, manifest: Manifest, manifest_sha256: str, place: CachedFolder | None = None
     ) -> None:
         self.url, self.folder = url, folder
         self.manifest, self.manifest_sha256 = manifest, manifest_sha256
-        self._filler = filler
+        self._place = place
         self._checked: set[str] = set()
+        self._held: list[FileLock] = []
 
-    def stream(self, part: str) -> ShardStream:
-        """The part's shards, to be opened one by one as they are needed.
+    def stream(self, part: str, at_once: int = 1) -> ShardStream:
+        """The part's shards, to be fetched and opened one by one as they are needed, `at_once` of them at a time.
 
         Raises:
-            DatasetError, StorageError: as `tars`.
+            DatasetError: no such part, or a file of a local dataset is missing or has another size.
+            StorageError: the cache may not hold as much as is needed at once.
         """
-        shards = self.manifest.part(part)
-        if self._filler is not None:
-            self._filler.fill(part, shards)
-        return ShardStream(self.folder, shards)
+        fetcher = Fetcher(self.url, self._place) if self._place is not None else None
+        return ShardStream(self.folder, self.manifest.part(part), fetcher, at_once)
 
     def tars(self, part: str) -> list[Path]:
         """Return the part's tars in reading order, after a check of sizes, indexes and sample counts.
 
         The first call for a part of a remote dataset fetches the shards that the cache lacks, and checks every sha256.
+        They stay in the cache as long as this object does.
 
         Raises:
             DatasetError: no such part, or a file is missing or differs from the manifest (DALI itself would silently
@@ -74,12 +77,32 @@ class LocalDataset:
         """
         shards = self.manifest.part(part)
         if part not in self._checked:
-            if self._filler is not None:
-                self._filler.fill(part, shards)
+            if self._place is not None:
+                self._hold(Fetcher(self.url, self._place), shards)
             for shard in shards:
                 check_shard(self.folder, shard)
             self._checked.add(part)
         return [self.folder / shard.name for shard in shards]
+
+    def _hold(self, fetcher: Fetcher, shards: list[Shard]) -> None:
+        check_limit(fetcher, shards, len(shards))
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            holding = [pool.submit(fetcher.hold, shard) for shard in shards]
+            wait(holding, return_when=FIRST_EXCEPTION)
+            if failed := [future for future in holding if future.done() and future.exception()]:
+                fetcher.storage.cancel()
+                pool.shutdown(cancel_futures=True)
+        self._held += [future.result() for future in holding if not future.cancelled() and not future.exception()]
+        for future in failed:
+            self.close()
+            future.result()
+
+    def close(self) -> None:
+        """Let the cache evict what `tars` has fetched."""
+        while self._held:
+            self._held.pop().release()
+
+    __del__ = close
 
     def indexes(self, part: str) -> list[Path]:
         """Return the indexes, in the order of `tars`.
@@ -90,16 +113,14 @@ class LocalDataset:
         return [tar.with_suffix(".idx") for tar in self.tars(part)]
 
 
-def open_dataset(url: str, *, cache: Cache | None = None, progress: Progress | None = None) -> LocalDataset:
+def open_dataset(url: str, *, cache: Cache | None = None) -> LocalDataset:
     """Open a packed dataset: a folder in place, anything else through the verified local cache.
 
-    Reads only the manifest; `LocalDataset.tars` fetches a part when it is first used. The cache does not evict the
-    dataset until this process ends.
+    Reads only the manifest; shards are fetched when they are needed.
 
     Args:
         url: folder, `s3://`, `gs://` or `http(s)://`.
         cache: where remote datasets are kept; None: as `MD2_CACHE` and `MD2_CACHE_LIMIT` say.
-        progress: called with the bytes fetched so far and all bytes.
 
     Raises:
         DatasetError: no dataset, or a broken manifest.
@@ -115,4 +136,4 @@ def open_dataset(url: str, *, cache: Cache | None = None, progress: Progress | N
         write_atomic(place.folder / MANIFEST, found.data)
     except OSError as error:
         raise disk_error(place.folder, error) from error
-    return LocalDataset(storage.url, place.folder, found.manifest, found.sha256, Filler(storage.url, place, progress))
+    return LocalDataset(storage.url, place.folder, found.manifest, found.sha256, place)

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from shards.cache.fill import Ahead, Fetcher
+from shards.cache.folder import LIMIT_VARIABLE, format_bytes
 from shards.errors import DatasetError, StorageError
 from shards.files import open_regular
+from shards.locks import FileLock
 from shards.manifest import Shard
 from shards.tar import IndexEntry, parse_index
 
@@ -119,37 +124,87 @@ def check_shard(folder: Path, shard: Shard) -> list[list[IndexEntry]]:
 
 
 class ShardStream:
-    """Open shards of one part.
+    """Open shards of one part: in a folder, or fetched into the cache as they are needed.
 
     Args:
-        folder: where they are.
+        folder: where they are, or come to.
         shards: in the manifest's order.
+        fetcher: brings them; None: they are there.
+        at_once: shards that may be needed at the same time.
 
     Raises:
         DatasetError: a file is missing or has another size than the manifest says.
+        StorageError: the cache's limit is less than the shards that are needed at once.
     """
 
-    def __init__(self, folder: Path, shards: list[Shard]) -> None:
-        self.folder, self.shards = folder, shards
-        for shard in shards:
-            check_sizes(folder, shard)
+    def __init__(self, folder: Path, shards: list[Shard], fetcher: Fetcher | None = None, at_once: int = 1) -> None:
+        self.folder, self.shards, self._fetcher = folder, shards, fetcher
         self._open: dict[int, MappedShard] = {}
         self._until: dict[int, int] = {}
+        self._locks: dict[int, FileLock] = {}
+        self._ahead: Ahead | None = None
+        if fetcher is not None:
+            check_limit(fetcher, shards, at_once)
+            return
+        for shard in shards:
+            check_sizes(folder, shard)
+
+    def fetch_ahead(self, upcoming: Iterator[tuple[int, int]], reach: int) -> None:
+        """From now on, fetch shards before they are needed; without effect for those in a folder.
+
+        Args:
+            upcoming: place at which a shard is first needed and its number, in ascending order of the places.
+            reach: how far ahead of the last `close_before` to fetch.
+        """
+        if self._fetcher is None:
+            return
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._fetcher = Fetcher(self._fetcher.url, self._fetcher.place)
+        self._ahead = Ahead(self._fetcher, ((place, self.shards[number]) for place, number in upcoming), reach)
+        weakref.finalize(self, self._ahead.stop).atexit = False
 
     def get(self, number: int, until: int) -> MappedShard:
         """One of the part's shards, which stays open at least until `close_before` passes the place `until`.
 
         Raises:
             DatasetError: it is not what the manifest says.
-            StorageError: it cannot be read.
+            StorageError: it cannot be read or fetched.
         """
         if number not in self._open:
-            self._open[number] = MappedShard.open(self.folder, self.shards[number])
+            shard = self.shards[number]
+            if self._fetcher is not None:
+                self._locks[number] = self._fetcher.hold(shard)
+            self._open[number] = MappedShard.open(self.folder, shard)
         self._until[number] = max(until, self._until.get(number, until))
         return self._open[number]
 
     def close_before(self, place: int) -> None:
-        """Close what was needed until before `place`."""
+        """Close what was needed until before `place`; in the cache it may then be evicted."""
+        if self._ahead is not None:
+            self._ahead.place = place
         for number in [number for number, until in self._until.items() if until < place]:
             self._open.pop(number).close()
             del self._until[number]
+            if self._fetcher is not None:
+                self._fetcher.place.done_with(self.shards[number])
+                self._locks.pop(number).release()
+
+    def __del__(self) -> None:
+        for lock in self._locks.values():
+            lock.release()
+
+
+def check_limit(fetcher: Fetcher, shards: list[Shard], at_once: int) -> None:
+    """Compare the cache's limit with what is needed of it at once.
+
+    Raises:
+        StorageError: it is less.
+    """
+    limit = fetcher.place.cache.limit
+    needed = sum(sorted((shard.bytes + shard.index_bytes for shard in shards), reverse=True)[:at_once])
+    if limit is not None and needed > limit:
+        raise StorageError(
+            f"{fetcher.place.cache.folder}: no room: {min(at_once, len(shards))} shards of {fetcher.url} are needed at "
+            f"once, {format_bytes(needed)}, and {LIMIT_VARIABLE} is {format_bytes(limit)}; raise it"
+        )

@@ -168,6 +168,7 @@ class _Fed(NamedTuple):
     files: dict[str, list[Bytes]]
     host: dict[str, Tensor]
     requests: Iterator[Request]
+    place: int
 
 
 class Reader:
@@ -202,7 +203,8 @@ class Reader:
         self._starts, self._prefetch, self._first = starts, prefetch, True
         self._requests: Iterator[Request] = iter(())
         self._in_flight: deque[_Fed] = deque()
-        self._done: deque[_Fed] = deque(maxlen=2)
+        self._done: deque[_Fed] = deque(maxlen=2 if device.type == "cuda" else 0)
+        """What a GPU may still be reading when its results are asked for."""
         self._failed: DatasetError | TrainingError | None = None
         self.waited = {"storage": 0.0, "decoding": 0.0}
         """Seconds that `read` has waited, and for what."""
@@ -272,7 +274,6 @@ class Reader:
             raise self._explained(error, fed) from error
         finally:
             self.waited["decoding"] += time.perf_counter() - begin
-        # On a GPU the files may still be read.
         self._done.append(self._in_flight.popleft())
         return outputs
 
@@ -301,7 +302,8 @@ class Reader:
     def _collect(self, request: Request) -> _Fed:
         """Views of the request's files, after a look at what no decoder checks."""
         plan = self.plan
-        self.shards.close_before(request.place)
+        oldest = next(iter([*self._done, *self._in_flight]), None)
+        self.shards.close_before(min(request.place, request.place if oldest is None else oldest.place))
         begin = time.perf_counter()
         opened = {number: self.shards.get(number, until) for number, until in request.until.items()}
         self.waited["storage"] += time.perf_counter() - begin
@@ -319,7 +321,7 @@ class Reader:
             if any(view is None for view in views):
                 key = keys[next(place for place, view in enumerate(views) if view is None)]
                 raise self._wrong(key, f"has no {name}, which the manifest promises")
-        fed = _Fed(keys, tars, files, host, self._requests)  # type: ignore[arg-type]
+        fed = _Fed(keys, tars, files, host, self._requests, request.place)  # type: ignore[arg-type]
         self._check_files(fed)
         for name, count in plan.numbers.items():
             host[name] = self._numbers(keys, name, count, fed.files.pop(name))

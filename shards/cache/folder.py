@@ -1,15 +1,17 @@
-"""The verified local cache: a dataset's shards fetched once per machine, and local from then on.
+"""The verified local cache: shards fetched once per machine, and local from then on while there is room.
 
-    CACHE/<manifest's sha256>/      a dataset as it was published, as far as its parts were asked for
+    CACHE/<manifest's sha256>/      a dataset as it was published, as far as its shards were needed
         dataset.json, train/000000.tar, train/000000.idx, …
-        train/000000.tar.part       on its way; whoever comes next goes on from here
+        train/000000.tar.part       on its way; the next process continues from here
         .verified/train-000000      what the files looked like when their sha256 was last checked
+        .claims/train-000000        bytes that a process is about to fetch
     CACHE/locks/                    file locks; the kernel frees them when a process dies
 
 `MD2_CACHE` names the folder (default `~/.cache/md2`), `MD2_CACHE_LIMIT` the bytes it may hold (`200GB`; default: what
-the disk has). Any number of processes and ranks may open one dataset at once: each shard is fetched by one of them,
-and they share the work. Where room is needed, the datasets that were not used for longest go, whole, but never
-one that a running process has open.
+the disk has). Any number of processes and ranks may read one dataset at once: each shard is fetched by one of them.
+Whoever reads a shard holds a shared lock on it, and a shard that is locked is never evicted. If room is needed, these
+go, in this order: datasets that no process has open, the least recently used first; shards that a running process is
+done with for this epoch; and, for a shard that a reader waits for, those that were fetched ahead, the latest first.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.cache.download import disk_error
 from shards.errors import StorageError, UsageError
 from shards.files import CACHE_FOLDER, cache_folder
 from shards.locks import FileLock
@@ -39,7 +42,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 _log = logging.getLogger(__name__)
 _in_use: dict[Path, FileLock] = {}
-"""Datasets that this process has open: held until it ends, for DALI reads the files for as long as it likes."""
+"""Datasets that this process has open: held until it ends."""
 
 
 def parse_bytes(text: str) -> int:
@@ -62,6 +65,10 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+class NoRoomError(StorageError):
+    """The cache has no room now; there may be some when running jobs have finished with shards."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,11 @@ class CachedFolder:
         self.cache, self.identity = cache, identity
         self.folder = cache.folder / identity
         try:
+            # What is in it may be private: nobody else of the machine may read it.
+            cache.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._use()
-            (self.folder / ".verified").mkdir(parents=True, exist_ok=True)
+            for name in (".verified", ".claims"):
+                (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
             (self.folder / ".used").touch()
         except OSError as error:
             where = f"set {CACHE_FOLDER} to a folder that can be written"
@@ -112,15 +122,9 @@ class CachedFolder:
 
     def _use(self) -> None:
         key = self.folder.absolute()
-        if key in _in_use:
-            return
-        lock = self.cache.lock(f"{self.identity}.use")
-        if lock.try_acquire():  # nobody else has it open: what earlier jobs wanted does not count any more
-            with lock:
-                for wanted in self.folder.glob(".wanted-*"):
-                    wanted.unlink()
-        # Only eviction excludes a shared holder, and it is done with a folder in seconds.
-        _in_use[key] = lock.acquire(_LOCK_PATIENCE, shared=True)
+        if key not in _in_use:
+            # Only eviction excludes a shared holder, and it is done with a folder in seconds.
+            _in_use[key] = self.cache.lock(f"{self.identity}.use").acquire(_LOCK_PATIENCE, shared=True)
 
     def close(self) -> None:
         """Let the dataset be evicted again, before this process ends."""
@@ -128,9 +132,23 @@ class CachedFolder:
         if lock is not None:
             lock.release()
 
-    def shard_lock(self, shard: Shard) -> FileLock:
-        """Held by the one who fetches the shard."""
-        return self.cache.lock(f"{self.identity}.{_flat(shard)}")
+    def fetch_lock(self, shard: Shard) -> FileLock:
+        """Held by the one who fetches the shard, or evicts it."""
+        return self.cache.lock(f"{self.identity}.{_flat(shard.name)}")
+
+    def read_lock(self, shard: Shard) -> FileLock:
+        """Shared by all who read the shard; held by the one who evicts it."""
+        return self.cache.lock(f"{self.identity}.{_flat(shard.name)}.read")
+
+    def done_with(self, shard: Shard) -> None:
+        """Note that a reader needs the shard no more in this epoch: it may be the first to go."""
+        with suppress(FileNotFoundError):
+            os.utime(self._stamp(shard), (0, 0))
+
+    def will_need(self, shard: Shard) -> None:
+        """Take back what `done_with` noted."""
+        with suppress(FileNotFoundError):
+            os.utime(self._stamp(shard))
 
     def is_verified(self, shard: Shard) -> bool:
         """Whether both files are there, untouched since their sha256 was checked, and that not long ago."""
@@ -149,7 +167,7 @@ class CachedFolder:
         tmp.replace(stamp)
 
     def _stamp(self, shard: Shard) -> Path:
-        return self.folder / ".verified" / _flat(shard)
+        return self.folder / ".verified" / _flat(shard.name)
 
     def _look(self, shard: Shard) -> list[list[int]]:
         """Size, times of change and inode of both files. No program can set ctime back."""
@@ -160,29 +178,31 @@ class CachedFolder:
         """How many of the shard's bytes are on the disk already."""
         return sum(_size(self.folder / name) or _size(self.folder / f"{name}.part") for name in _files(shard))
 
-    def reserve(self, part: str, shards: list[Shard]) -> None:
-        """Make sure the shards fit, and that nobody else takes their room.
+    def take_room(self, shard: Shard, *, urgent: bool) -> None:
+        """Evict what must go for the shard, and claim its room until `give_room_back`; the fetch lock is held.
 
         Raises:
-            StorageError: they do not fit, even without all that no process uses.
+            NoRoomError: too little can go.
         """
-        total = sum(shard.bytes + shard.index_bytes for shard in shards)
-        missing = total - sum(min(self.present_bytes(s), s.bytes + s.index_bytes) for s in shards)
+        wanted = shard.bytes + shard.index_bytes
         with self.cache.lock("room").acquire(_LOCK_PATIENCE):
-            try:
-                others = sum(count for name, count in _coming(self.folder).items() if name != part)
-                make_room(self.cache, self.identity, missing + others)
-                (self.folder / f".wanted-{part}").write_text(str(total))
-            except OSError as error:
-                raise disk_error(self.folder, error) from error
+            make_room(self.cache, wanted - min(self.present_bytes(shard), wanted), urgent=urgent)
+            self._claim(shard).write_text(str(wanted))
+
+    def give_room_back(self, shard: Shard) -> None:
+        """The shard has been fetched, or will not be."""
+        self._claim(shard).unlink(missing_ok=True)
+
+    def _claim(self, shard: Shard) -> Path:
+        return self.folder / ".claims" / _flat(shard.name)
 
 
 def _files(shard: Shard) -> tuple[str, str]:
     return shard.name, shard.index_name
 
 
-def _flat(shard: Shard) -> str:
-    return shard.name.removesuffix(".tar").replace("/", "-")
+def _flat(name: str) -> str:
+    return name.removesuffix(".tar").replace("/", "-")
 
 
 def _size(path: Path) -> int:
@@ -193,90 +213,117 @@ def _size(path: Path) -> int:
 
 
 @dataclass(frozen=True)
-class _Resident:
-    """A dataset in the cache, as it counts against the limit."""
+class Resident:
+    """A dataset in the cache.
+
+    Attributes:
+        used: when it was last opened, seconds.
+        idle: no process has it open.
+        present: bytes on the disk.
+        coming: bytes that running processes are about to add.
+    """
 
     folder: Path
     used: float
+    idle: bool
     present: int
-    """Bytes on the disk."""
     coming: int
-    """Bytes that are still to come of the parts that were asked for."""
 
 
-def _present(folder: Path) -> int:
-    return sum(_size(path) for path in folder.rglob("*") if path.suffix in (".tar", ".idx", ".part"))
-
-
-def _coming(folder: Path) -> dict[str, int]:
-    """Bytes still to come of each part that was asked for."""
-    coming = {}
-    for path in folder.glob(".wanted-*"):
-        try:
-            wanted = int(path.read_text())
-        except (FileNotFoundError, ValueError):  # a job that begins has removed it; a full disk has cut it short
-            continue
-        part = path.name.removeprefix(".wanted-")
-        coming[part] = max(wanted - _present(folder / part), 0)
-    return coming
-
-
-def residents(cache: Cache) -> list[_Resident]:
-    """The datasets in the cache, the one that was not used for longest first."""
+def residents(cache: Cache) -> list[Resident]:
+    """The datasets in the cache, the least recently used first."""
     found = []
     for folder in cache.folder.iterdir():
         if re.fullmatch(r"[0-9a-f]{32}", folder.name):
             marker = folder / ".used"
             used = marker.stat().st_mtime if marker.exists() else 0.0
-            found.append(_Resident(folder, used, _present(folder), sum(_coming(folder).values())))
+            sizes = {path.relative_to(folder).as_posix(): _size(path) for path in folder.glob("*/*.*")}
+            idle = _is_free(cache.lock(f"{folder.name}.use"))
+            coming = sum(_coming(cache, folder, claim, sizes) for claim in folder.glob(".claims/*"))
+            found.append(Resident(folder, used, idle, sum(sizes.values()), coming))
     return sorted(found, key=lambda resident: resident.used)
 
 
-def make_room(cache: Cache, identity: str, missing: int) -> None:
-    """Evict until `missing` more bytes fit; the caller holds the lock on the cache's room."""
+def _coming(cache: Cache, folder: Path, claim: Path, sizes: dict[str, int]) -> int:
+    """Bytes of a claim that are not there yet; none if the process that made it has ended."""
+    if _is_free(cache.lock(f"{folder.name}.{claim.name}")):
+        return 0
+    stem = "/".join(claim.name.rsplit("-", 1))
+    try:
+        return max(0, int(claim.read_text()) - sum(size for name, size in sizes.items() if name.startswith(f"{stem}.")))
+    except (FileNotFoundError, ValueError):  # just fetched; a full disk has cut the note short
+        return 0
+
+
+def make_room(cache: Cache, missing: int, *, urgent: bool) -> None:
+    """Evict until `missing` more bytes fit; the caller holds the lock on the cache's room.
+
+    Raises:
+        NoRoomError: too little can go.
+    """
     everyone = residents(cache)
-    others = [resident for resident in everyone if resident.folder.name != identity]
-    own = sum(resident.present for resident in everyone if resident.folder.name == identity)
-    idle = {resident.folder for resident in others if not _busy(cache, resident)}
+    held, coming = sum(r.present for r in everyone), sum(r.coming for r in everyone)
 
     def lacking() -> int:
-        """Bytes to free still. What a running process is still fetching counts as if it were there."""
-        coming = sum(resident.coming for resident in others if resident.folder not in idle)
+        """Bytes still to free. What running processes fetch counts as if it were there."""
         lack = missing + coming + _SPARE - shutil.disk_usage(cache.folder).free
-        if cache.limit is not None:
-            held = own + sum(resident.present for resident in others)
-            lack = max(lack, held + coming + missing - cache.limit)
-        return lack
+        return lack if cache.limit is None else max(lack, held + coming + missing - cache.limit)
 
-    for resident in list(others):
-        if lacking() <= 0:
-            return
-        if resident.folder in idle and _evict(cache, resident):
-            others.remove(resident)
+    going = _to_evict(cache, everyone, urgent)
+    while lacking() > 0:
+        freed = next(going, None)
+        if freed is None:
+            break
+        held -= freed
     if lacking() > 0:
         limit = f"limit {format_bytes(cache.limit)} ({LIMIT_VARIABLE})" if cache.limit is not None else "no limit set"
-        busy = sum(resident.present + resident.coming for resident in others)
-        raise StorageError(
-            f"{cache.folder}: no room for {format_bytes(missing)} more: {limit}, {format_bytes(own)} of this dataset "
-            f"are there, {format_bytes(busy)} are in use by running jobs, the disk has "
-            f"{format_bytes(shutil.disk_usage(cache.folder).free)} free; set {CACHE_FOLDER} to a larger disk or "
-            f"raise {LIMIT_VARIABLE}"
+        raise NoRoomError(
+            f"{cache.folder}: no room for {format_bytes(missing)} more: {limit}, {format_bytes(held + coming)} are in "
+            f"use by running jobs, the disk has {format_bytes(shutil.disk_usage(cache.folder).free)} free; set "
+            f"{CACHE_FOLDER} to a larger disk or raise {LIMIT_VARIABLE}"
         )
 
 
-def _busy(cache: Cache, resident: _Resident) -> bool:
-    lock = cache.lock(f"{resident.folder.name}.use")
+def _to_evict(cache: Cache, everyone: list[Resident], urgent: bool) -> Iterator[int]:
+    """Evict one thing after the other, in the order that the module's docstring gives; yields the bytes of each."""
+    for resident in everyone:
+        lock = cache.lock(f"{resident.folder.name}.use")
+        if resident.idle and lock.try_acquire():
+            with lock:
+                _log.info("evicting %s (%s) from the cache", resident.folder, format_bytes(resident.present))
+                shutil.rmtree(resident.folder)
+            yield resident.present
+    shards = []
+    for resident in everyone:
+        for stamp in resident.folder.glob(".verified/*"):
+            with suppress(FileNotFoundError):
+                shards.append((stamp.stat().st_mtime, resident.folder, stamp))
+    done = [shard for shard in shards if shard[0] == 0]
+    ahead = sorted((shard for shard in shards if shard[0] > 0), key=lambda shard: -shard[0])
+    for _, folder, stamp in [*done, *(ahead if urgent else [])]:
+        yield _evict(cache, folder, stamp)
+
+
+def _evict(cache: Cache, folder: Path, stamp: Path) -> int:
+    """Remove a shard unless a process reads or fetches it; how many bytes that freed."""
+    fetching = cache.lock(f"{folder.name}.{stamp.name}")
+    reading = cache.lock(f"{folder.name}.{stamp.name}.read")
+    try:
+        if not (fetching.try_acquire() and reading.try_acquire()):
+            return 0
+        stamp.unlink(missing_ok=True)
+        part, number = stamp.name.rsplit("-", 1)
+        paths = [folder / part / f"{number}{ending}" for ending in (".tar", ".idx")]
+        freed = sum(map(_size, paths))
+        for path in paths:
+            path.unlink(missing_ok=True)
+        return freed
+    finally:
+        reading.release()
+        fetching.release()
+
+
+def _is_free(lock: FileLock) -> bool:
     free = lock.try_acquire()
     lock.release()
-    return not free
-
-
-def _evict(cache: Cache, resident: _Resident) -> bool:
-    """Remove a dataset unless a process uses it (or has just begun to)."""
-    lock = cache.lock(f"{resident.folder.name}.use")
-    if not lock.try_acquire():
-        return False
-    with lock:
-        _log.info("evicting %s (%s) from the cache", resident.folder, format_bytes(resident.present))
-        shutil.rmtree(resident.folder)
-    return True
+    return free

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from storage_data import all_samples, make_dataset
@@ -22,7 +24,7 @@ from shards.cache import folder as cache_module
 from shards.cache.folder import Cache, format_bytes, parse_bytes, residents
 from shards.copy import copy_dataset
 from shards.dataset import LocalDataset, open_dataset
-from shards.errors import StorageError, UsageError
+from shards.errors import DatasetError, StorageError, UsageError
 from shards.manifest import Manifest
 
 
@@ -62,13 +64,10 @@ def published(packed: Packed, part: str) -> list[bytes]:
 
 
 def test_fills_once_and_is_local_from_then_on(url: str, packed: Packed, proxied: Proxy) -> None:
-    told: list[tuple[int, int]] = []
-    dataset = open_dataset(url, progress=lambda done, total: told.append((done, total)))
+    dataset = open_dataset(url)
     assert dataset.manifest == packed.manifest
     assert not any(r.path.endswith(".tar") for r in proxied.requests), "opening alone fetches no shard"
     assert contents(dataset, "train") == published(packed, "train")
-    total = sum(s.bytes + s.index_bytes for s in packed.manifest.part("train"))
-    assert told[-1] == (total, total)
     for shard in packed.manifest.part("train"):
         assert proxied.sent(f"/{shard.name}") == shard.bytes
     assert not any("/val/" in r.path for r in proxied.requests), "only the part that was asked for"
@@ -248,6 +247,8 @@ def test_a_dataset_that_a_running_job_has_open_is_never_evicted(
 ) -> None:
     limit = int(1.5 * size_of(packed.manifest, "train"))
     cache = Cache(tmp_path / "cache", limit)
+    monkeypatch.setenv("MD2_STORAGE_PATIENCE", "0.5")
+    monkeypatch.setattr(fill_module, "_STALL_GRACE", 0.5)
     with job(three["a"]) as other:
         assert [line(other), line(other)] == ["open", "6"]
         dataset = open_dataset(three["b"], cache=cache)
@@ -262,46 +263,6 @@ def test_a_dataset_that_a_running_job_has_open_is_never_evicted(
     assert len(held(cache)) == 1
 
 
-def test_room_that_a_running_job_is_still_filling_is_taken(
-    three: dict[str, str], packed: Packed, moto_proxy: Proxy, tmp_path: Path
-) -> None:
-    """Both would fit alone; the second must not begin what cannot end."""
-    moto_proxy.rule = lambda method, path, number: (
-        Fault(silent=True) if "/a/train/" in path and path.endswith(".tar") else None
-    )
-    cache = Cache(tmp_path / "cache", int(1.5 * size_of(packed.manifest, "train")))
-    with job(three["a"]) as other:
-        assert line(other) == "open"
-        deadline = time.monotonic() + 60
-        while not list((tmp_path / "cache").glob("*/.wanted-train")):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        with pytest.raises(StorageError, match="no room"):
-            open_dataset(three["b"], cache=cache).tars("train")
-
-
-def test_room_that_another_part_of_the_dataset_is_still_to_take_is_taken(packed: Packed, tmp_path: Path) -> None:
-    """One job begins with train, another with val, of a dataset of which val alone would fit beside what is there."""
-    sizes = {part: size_of(packed.manifest, part) for part in ("train", "val")}
-    for short in (0, 1):
-        place = Cache(tmp_path / f"cache-{short}", sum(sizes.values()) - short).dataset("0" * 32)
-        place.reserve("train", packed.manifest.part("train"))
-        if short:
-            with pytest.raises(StorageError, match="no room"):
-                place.reserve("val", packed.manifest.part("val"))
-        else:
-            place.reserve("val", packed.manifest.part("val"))
-
-
-@pytest.mark.parametrize("note", ["", "\0\0\0", "12x"])
-def test_what_a_crash_left_of_a_note_is_passed_over(packed: Packed, tmp_path: Path, note: str) -> None:
-    cache = Cache(tmp_path / "cache")
-    other = cache.dataset("1" * 32)
-    (other.folder / ".wanted-train").write_text(note)
-    cache.dataset("0" * 32).reserve("train", packed.manifest.part("train"))
-    assert [resident.coming for resident in residents(cache) if resident.folder == other.folder] == [0]
-
-
 def test_a_dataset_larger_than_the_limit_is_refused_before_it_is_fetched(
     moto_url: str, packed: Packed, moto_proxy: Proxy, tmp_path: Path
 ) -> None:
@@ -314,11 +275,13 @@ def test_a_dataset_larger_than_the_limit_is_refused_before_it_is_fetched(
 
 DISK = """
 import sys
+import shards.cache.fill
 import shards.cache.folder
 from shards.errors import StorageError
+shards.cache.fill._STALL_GRACE = 0.5
 from shards.dataset import open_dataset
 if sys.argv[2] == "mid":  # the disk fills up after the room was looked for
-    shards.cache.folder.make_room = lambda *_: None
+    shards.cache.folder.make_room = lambda *_, **__: None
 else:
     shards.cache.folder._SPARE = 0
 try:
@@ -345,7 +308,7 @@ def test_a_full_disk(moto_url: str, packed: Packed, tmp_path: Path, when: str) -
     script = f'{mount} && "$0" -c "$1" {moto_url} {when}; ls -A {disk}/*/train'
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, sys.executable, DISK],
-        env={**os.environ, "MD2_CACHE": str(disk)},
+        env={**os.environ, "MD2_CACHE": str(disk), "MD2_STORAGE_PATIENCE": "0.5"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -424,3 +387,135 @@ def test_what_is_no_size_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_sizes_are_written() -> None:
     assert [format_bytes(n) for n in (999, 1000, 5_240_000_000, 2e12)] == ["999 bytes", "1.0 kB", "5.2 GB", "2.0 TB"]
+
+
+def test_the_cache_is_readable_by_its_owner_alone(moto_url: str, tmp_path: Path) -> None:
+    open_dataset(moto_url).tars("val")
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
+SHARDS, IN_CACHE = 32, 12
+"""Of two samples each; a window of 8 is needed at a time."""
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two datasets of many shards."""
+    folders = {name: tmp_path_factory.mktemp("many") / name for name in "ab"}
+    for seed, folder in enumerate(folders.values()):
+        make_dataset(folder, train=2 * SHARDS, val=2, per_shard=2, seed=seed, padding=20_000)
+    return folders
+
+
+def limit_for(folder: Path) -> int:
+    shards = open_dataset(str(folder)).manifest.part("train")
+    return IN_CACHE * max(shard.bytes + shard.index_bytes for shard in shards)
+
+
+EPOCHS = """
+import sys, hashlib
+import md2.pipeline
+from pipeline_data import config, loader
+from shards.dataset import open_dataset
+md2.pipeline.SAMPLES_AHEAD = 2
+def epochs(url, count=2, **options):
+    batches = loader(open_dataset(url), config(width=64, height=64, flip=True), batch_size=2, seed=3, **options)
+    for _ in range(count):
+        for batch in batches:
+            yield batch.keys, hashlib.sha256(batch.images[0].contiguous().numpy().tobytes()).hexdigest()
+if __name__ == "__main__":
+    for keys, digest in epochs(sys.argv[1]):
+        print(*keys, digest, flush=True)
+"""
+
+
+def epochs_of(url: str) -> list[str]:
+    scope: dict[str, Any] = {"__name__": "epochs"}
+    exec(EPOCHS, scope)
+    return [f"{' '.join(keys)} {digest}" for keys, digest in scope["epochs"](url)]
+
+
+def held_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.glob("*/*/*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.suffix in (".tar", ".idx", ".part") else 0
+    return total
+
+
+def test_two_runs_share_a_cache_that_holds_neither_dataset_whole(
+    moto_bucket: Bucket, many: dict[str, Path], tmp_path: Path
+) -> None:
+    """Both see the samples of their own folder, and the disk never holds more than the limit."""
+    limit = 2 * limit_for(many["a"])
+    environment = {**os.environ, "MD2_CACHE_LIMIT": str(limit)}
+    jobs = []
+    for name, folder in many.items():
+        copy_dataset(str(folder), f"{moto_bucket.url}/{name}")
+        command = [sys.executable, "-c", EPOCHS, f"{moto_bucket.url}/{name}"]
+        jobs.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+    most, deadline = 0, time.monotonic() + 120
+    try:
+        while any(process.poll() is None for process in jobs):
+            most = max(most, held_bytes(tmp_path / "cache"))
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        found = [process.communicate()[0].splitlines() for process in jobs]
+    finally:
+        for process in jobs:
+            process.kill()
+    assert [process.returncode for process in jobs] == [0, 0]
+    assert limit // 2 < most <= limit
+    assert found == [epochs_of(str(folder)) for folder in many.values()]
+
+
+def test_training_starts_with_the_first_shards_and_survives_an_outage(
+    moto_bucket: Bucket, moto_proxy: Proxy, many: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MD2_CACHE_LIMIT", str(limit_for(many["a"])))
+    copy_dataset(str(many["a"]), f"{moto_bucket.url}/a")
+    outage = [float("inf"), float("inf")]
+    moto_proxy.rule = lambda method, path, number: (
+        Fault(status=503) if outage[0] <= time.monotonic() < outage[1] else Fault(delay=0.02)
+    )
+    scope: dict[str, Any] = {"__name__": "epochs"}
+    exec(EPOCHS, scope)
+    found = []
+    for number, (keys, digest) in enumerate(scope["epochs"](f"{moto_bucket.url}/a")):
+        if number == 0:
+            fetched = {r.path for r in moto_proxy.requests if r.method == "GET" and r.path.endswith(".tar")}
+            assert 1 <= len(fetched) <= IN_CACHE, "not the whole part"
+        if number == SHARDS // 2:
+            outage[:] = [time.monotonic(), time.monotonic() + 1.5]
+        assert held_bytes(tmp_path / "cache") <= limit_for(many["a"])
+        found.append(f"{' '.join(keys)} {digest}")
+    assert found == epochs_of(str(many["a"]))
+    sent = Counter(r.path for r in moto_proxy.requests if r.method == "GET" and r.path.endswith(".tar") and r.sent)
+    assert len(sent) == SHARDS and sum(sent.values()) > 1.3 * SHARDS, "evicted, and fetched again in the second epoch"
+
+
+def test_a_damaged_shard_ends_training_before_a_sample_of_it_is_used(
+    moto_bucket: Bucket, many: dict[str, Path]
+) -> None:
+    copy_dataset(str(many["a"]), f"{moto_bucket.url}/a")
+    name = "a/train/000007.tar"
+    data = bytearray(moto_bucket.get(name))
+    data[-20_000] ^= 1
+    moto_bucket.put(name, bytes(data))
+    damaged = {sample.key for sample in all_samples([many["a"] / "train/000007.tar"])}
+    scope: dict[str, Any] = {"__name__": "epochs"}
+    exec(EPOCHS, scope)
+    seen: set[str] = set()
+    with pytest.raises(DatasetError, match=r"train/000007\.tar: not the bytes that were published"):
+        for keys, _ in scope["epochs"](f"{moto_bucket.url}/a"):
+            seen.update(keys)
+    assert not seen & damaged
+
+
+def test_a_limit_below_the_window_is_refused_at_the_start(
+    moto_url: str, packed: Packed, moto_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MD2_CACHE_LIMIT", str(size_of(packed.manifest, "train") - 1))
+    with pytest.raises(StorageError, match=r"no room: 3 shards of .* are needed at once.*MD2_CACHE_LIMIT"):
+        open_dataset(moto_url).stream("train", at_once=8)
+    assert not any(r.path.endswith(".tar") for r in moto_proxy.requests)
