@@ -14,7 +14,7 @@ kB a frame and CPU milliseconds. `bench/matching.py` has the definitions. A rout
     420 | 422 | 444     chroma; `420` is smoothed as prep does it; blur0 … blur3: by so many pixels instead
     832x256 | native    stored size, resized to the measured one after decoding
     lanczos | bicubic | box | hamming | nearest | linear     filter when packed; linear: Lanczos in linear light
-    dali | plain | pillow   decoder (and resizer): the loader's, the same without fancy upsampling, Pillow
+    dali | pillow | plain   decoder: the loader's; Pillow's; libjpeg-turbo with chroma repeated instead of interpolated
     bf16 | jitter       what is done to the decoded image: rounded, or brightened by a fifth as strongest jitter does
 """
 
@@ -183,8 +183,10 @@ class Route:
                 picture.load()
             sized = picture if picture.size == SIZE else picture.resize(SIZE, FILTERS["lanczos"])
             pixels = torch.from_numpy(np.array(sized))
+        elif self.decoder == "plain":
+            pixels = torch.from_numpy(simplejpeg.decode_jpeg(data, fastupsample=True))
         else:
-            pixels = Dali.get(self.decoder == "dali", self.size != SIZE)([data])[0]
+            pixels = Dali.get(self.size != SIZE)([data])[0]
         image = pixels.permute(2, 0, 1).float() / 255
         if self.after == "jitter":
             return Jitter.of(torch.tensor([0]), _LOUD)(image[None])[0]
@@ -194,12 +196,12 @@ class Route:
 class Dali:
     """The loader's decoder, and its resize, alone: bytes in, (height, width, 3) uint8 out."""
 
-    def __init__(self, fancy: bool, resized: bool, batch: int = 1) -> None:
+    def __init__(self, resized: bool, batch: int = 1) -> None:
         pipeline = dali.Pipeline(batch_size=batch, num_threads=1, device_id=None, prefetch_queue_depth=1)
         with pipeline:
             data = fn.external_source(name="data", dtype=types.UINT8, ndim=1)
             images = fn.decoders.image(
-                data, device="cpu", output_type=types.RGB, jpeg_fancy_upsampling=fancy, affine=False
+                data, device="cpu", output_type=types.RGB, jpeg_fancy_upsampling=True, affine=False
             )
             if resized:
                 images = fn.resize(images, size=[SIZE[1], SIZE[0]], interp_type=types.INTERP_LANCZOS3, antialias=True)
@@ -209,8 +211,8 @@ class Dali:
 
     @staticmethod
     @cache
-    def get(fancy: bool, resized: bool) -> Dali:
-        return Dali(fancy, resized)
+    def get(resized: bool) -> Dali:
+        return Dali(resized)
 
     def __call__(self, files: list[bytes]) -> Tensor:
         self._pipeline.feed_input("data", [np.frombuffer(file, dtype=np.uint8) for file in files])
@@ -245,7 +247,7 @@ class Stored:
         if self.route.codec != "jpeg":
             return encoding, 0, 0
         turbo = [_best(lambda data=data: simplejpeg.decode_jpeg(data)) for data in self.some]  # type: ignore[misc]
-        decoder = Dali(self.route.decoder != "plain", self.route.size != SIZE, len(self.some))
+        decoder = Dali(self.route.size != SIZE, len(self.some))
         return encoding, float(np.mean(turbo)), _best(lambda: decoder(self.some), time.process_time) / len(self.some)
 
 

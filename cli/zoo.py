@@ -15,7 +15,9 @@ def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full
     """List the published recipes, their figures (the paper's), and the commands that train them."""
     from md2.config import recipes
     from md2.zoo import zoo as list_recipes
+    from prep.packing.encode import ImageFormat
     from shards.errors import UsageError
+    from shards.manifest import describe_encoding
 
     found = list_recipes()
     if name is None:
@@ -41,3 +43,11 @@ def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full
     if chosen.note:
         console.print(f"published: {chosen.note}", highlight=False)
     console.print(f"\n{chosen.prep_command}\n{chosen.train_command}", highlight=False, soft_wrap=True)
+    form = ImageFormat(None, "jpeg")
+    packed = describe_encoding(form.codec, form.quality, form.jpeg)
+    console.print(
+        f"\nPacked like this, images are {packed}. "
+        "The published models were trained from full-size JPEGs of quality 92, chroma 4:2:0, resized.",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -161,7 +161,9 @@ def _write_start(config: Config, run: Path, place: Ranks, dataset: LocalDataset)
     Raises:
         InputError: the folder cannot be written.
     """
-    facts = {"url": config.data.url, "split": dataset.manifest.split.name, "manifest_sha256": dataset.manifest_sha256}
+    manifest = dataset.manifest
+    facts = {"url": config.data.url, "split": manifest.split.name, "manifest_sha256": dataset.manifest_sha256}
+    facts["images"] = manifest.encoding
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_atomic(run / ENVIRONMENT, (json.dumps(environment(place.device, facts), indent=1) + "\n").encode())

@@ -96,6 +96,16 @@ class JpegInfo(_Model):
     tables: Literal["standard", "even"]
 
 
+def describe_encoding(codec: Codec, quality: int | None, jpeg: JpegInfo | None) -> str:
+    """How images are stored, for people: `JPEG, quality 93, chroma 4:4:4`. Arguments are the manifest's fields."""
+    if codec != "jpeg":
+        return {"png": "PNG (lossless)", "ppm": "PPM (uncompressed)"}[codec]
+    tables = "JPEG, even tables" if quality is None else f"JPEG, quality {quality}"
+    if jpeg is None or jpeg.chroma == "444":
+        return f"{tables}, chroma 4:4:4"
+    return f"{tables}, chroma 4:2:0" + f" (smoothed, {jpeg.chroma_blur:g} px)" * bool(jpeg.chroma_blur)
+
+
 class Manifest(_Model):
     """Contents of `dataset.json`.
 
@@ -160,13 +170,8 @@ class Manifest(_Model):
 
     @property
     def encoding(self) -> str:
-        """How images are stored, for people: `JPEG 93, 4:4:4`."""
-        if self.codec != "jpeg":
-            return {"png": "PNG (lossless)", "ppm": "PPM (uncompressed)"}[self.codec]
-        tables = "JPEG, even tables" if self.quality is None else f"JPEG, quality {self.quality}"
-        if self.jpeg is None or self.jpeg.chroma == "444":
-            return f"{tables}, chroma 4:4:4"
-        return f"{tables}, chroma 4:2:0" + f" (smoothed, {self.jpeg.chroma_blur:g} px)" * bool(self.jpeg.chroma_blur)
+        """How images are stored, for people."""
+        return describe_encoding(self.codec, self.quality, self.jpeg)
 
     def to_json(self) -> str:
         """Return the text of `dataset.json`; the same dataset gives the same bytes, also an old one without `jpeg`."""

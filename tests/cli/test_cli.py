@@ -149,6 +149,7 @@ def test_zoo_gives_figures_and_commands() -> None:
     assert "abs_rel 0.107  sq_rel 0.849  rmse 4.764  rmse_log 0.201  a1 0.874  a2 0.953  a3 0.977" in shown
     assert "md2 prep --split eigen_full --size 1024x320" in shown
     assert f"md2 train {name}" in shown
+    assert "JPEG, even tables, chroma 4:2:0 (smoothed, 2 px)" in shown, "what its data are packed as"
 
 
 # The net

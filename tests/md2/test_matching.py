@@ -10,6 +10,7 @@ from pathlib import Path
 import naive
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 from prep_data import DATE, DRIVE, run_pack, write_split
@@ -99,6 +100,40 @@ def test_prep_and_the_loader_lose_no_more_of_the_true_depth_than_when_they_were_
     assert share(found, "default") > worst
     for bad in ("former codec", "quality 90", "nearest pixel"):
         assert share(found, bad) < worst, bad
+
+
+def test_decoders_that_treat_chroma_in_another_way_differ_by_a_fraction_of_a_level(street: Path) -> None:
+    """Chroma that is repeated instead of interpolated is the most that a GPU's decoder may do otherwise.
+
+    The CPU's decoders agree bit for bit (test_pipeline_decode.py). Without smoothing, as by plain 4:2:0, they differ by
+    more.
+    """
+    path = street / DATE / DRIVE / "image_02" / "data" / "0000000002.png"
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").resize(STORED, Image.Resampling.LANCZOS)
+    means = []
+    for words in ("jpeg", "jpeg even 420 blur0"):
+        data = Route.of(words).store(small)
+        interpolated, repeated = (simplejpeg.decode_jpeg(data, fastupsample=fast) for fast in (False, True))
+        means.append(float(np.abs(interpolated.astype(int) - repeated).mean()))
+    assert 0 < means[0] < 0.6
+    assert means[1] > 1.5 * means[0]
+
+
+def test_colours_stay_where_they_are() -> None:
+    """A wave of colour keeps its phase: halving and enlarging are centred alike (else it moves by half a pixel)."""
+    wave = 128 + 60 * np.cos(2 * np.pi * (np.arange(320) - 5) / 32)
+    planes = [
+        Image.fromarray(np.broadcast_to(np.uint8(np.rint(row)), (96, 320)).copy())
+        for row in (0 * wave + 128, wave, wave)
+    ]
+    picture = Image.merge("YCbCr", planes).convert("RGB")
+    found = simplejpeg.decode_jpeg(encode(picture, ImageFormat(None, "jpeg")))
+    phases = [
+        np.angle((image[:, 32:-32].mean(0)[:, 2] * np.exp(-2j * np.pi * np.arange(32, 288) / 32)).sum())
+        for image in (np.asarray(picture, dtype=float), found.astype(float))
+    ]
+    assert abs(phases[0] - phases[1]) * 32 / (2 * np.pi) < 0.1
 
 
 def test_errors_are_the_losses(views: list[View]) -> None:

@@ -184,7 +184,7 @@ def test_a_gpu_is_asked_for_where_there_is_none(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("codec", ["jpeg", "png", "ppm"])
 def test_the_gpu_decodes_what_pillow_decodes_to_rounding(tmp_path: Path, codec: Codec) -> None:
-    # Full chroma, as prep packs: halved one is interpolated by each decoder in its own way.
+    # Full chroma: halved one may be interpolated by each decoder in its own way (tests/md2/test_matching.py).
     samples = make_samples(8, stereo=True, codec=codec, **({"subsampling": 0} if codec == "jpeg" else {}))
     dataset = pack(tmp_path, samples, stereo=True, codec=codec)
     for batch in loader(dataset, config(stereo=True), train=False, device=torch.device("cuda")):

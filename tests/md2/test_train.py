@@ -17,6 +17,7 @@ from md2.checkpoint import load_checkpoint
 from md2.config import load_config
 from md2.train import StopRequest, resume_run
 from md2.training.runlog import read_metrics
+from shards.dataset import open_dataset
 from shards.errors import InputError, TrainingError, UsageError
 
 LABELS = ("kind", "step", "epoch")
@@ -35,6 +36,7 @@ def test_a_run_folder_holds_what_is_promised(finished: Path, dataset: Path) -> N
     # The wheel of the CUDA build leaves out the +cu130 that torch itself adds.
     assert environment["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert len(environment["dataset"]["manifest_sha256"]) == 64
+    assert environment["dataset"]["images"] == open_dataset(str(dataset)).manifest.encoding
     lines = read_metrics(finished)
     steps = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
