@@ -160,6 +160,9 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
         except BaseException as error:
             if _debug:
                 _print_trace(error)
+            if _interrupted(error):
+                announce(signal.SIGINT)
+                return 128 + signal.SIGINT
             code, message = _explained(error, words)
     # Outside the except clause: the frames that filled the memory are gone.
     with suppress(BrokenPipeError):
@@ -167,6 +170,15 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
     if message is not None:
         _print_error(message)
     return code
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C came first: raised inside a library's wait, it can end in a RuntimeError about a lock."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def _explained(error: BaseException, words: Sequence[str]) -> tuple[int, str]:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Callable
 from importlib.metadata import version
@@ -231,6 +232,23 @@ def test_a_signal_is_answered_at_once_even_while_python_is_busy(number: signal.S
         assert process.stderr.readline() == f"md2: {word}\n"
         assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 128 + number
+
+
+def test_an_error_out_of_an_interrupted_wait_is_an_interruption(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C in the middle of threading.Condition.wait releases a lock twice (seen in concurrent.futures.wait)."""
+
+    def zoo() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            threading.Lock().release()
+
+    monkeypatch.setattr("md2.zoo.zoo", zoo)
+    assert run(app, ["zoo"]) == 130
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "md2: interrupted\n")
 
 
 def test_a_reader_that_has_enough_ends_quietly_and_a_full_disk_is_one_line() -> None:
