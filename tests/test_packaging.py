@@ -26,6 +26,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BROUGHT_BY_OTHERS = {"wandb", "mlflow", "triton"}
 """A run's configuration names the first two, and the user installs them; CUDA builds of torch require the third."""
 
+FOUND_BY_NAME = {"s3fs", "gcsfs", "tensorboard", "onnxscript"}
+"""fsspec imports the first two, torch the others."""
+
 
 def canonical(requirement: str) -> str:
     """A distribution's normalised name, from a requirement such as `moto[server]>=5`."""
@@ -128,29 +131,37 @@ def test_every_extra_that_a_message_names_exists() -> None:
     assert named <= set(PROJECT["optional-dependencies"])
 
 
-def test_every_library_that_is_imported_is_declared() -> None:
-    requirements = [*PROJECT["dependencies"]]
-    for name, extra in PROJECT["optional-dependencies"].items():
-        requirements += extra if name != "dev" else []
-    declared = {canonical(requirement) for requirement in requirements}
-    provided = packages_distributions()
-    missing = {}
+def imported_libraries() -> dict[str, str]:
+    """Third-party modules that the packages import, each with one file that does."""
+    found = {}
     for name in sorted(package_files()):
         if not name.endswith(".py"):
             continue
         for node in ast.walk(ast.parse((ROOT / name).read_text())):
+            modules = []
             if isinstance(node, ast.Import):
-                modules = {alias.name for alias in node.names}
+                modules = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                modules = {node.module or ""}
-            else:
-                continue
-            tops = {module.split(".")[0] for module in modules}
-            tops -= sys.stdlib_module_names | set(PACKAGES) | BROUGHT_BY_OTHERS | {"bench"}
-            for top in tops:
-                if not {canonical(found) for found in provided.get(top, [top])} & declared:
-                    missing[f"{name}: {top}"] = provided.get(top)
+                modules = [node.module or ""]
+            found |= {module.split(".")[0]: name for module in modules}
+    return {name: file for name, file in found.items() if name not in sys.stdlib_module_names | {*PACKAGES, "bench"}}
+
+
+def test_imported_libraries_are_declared_and_declared_ones_are_imported() -> None:
+    """But for development: bench/ and tests/ use what `dev` lists."""
+    extras = [r for name, extra in PROJECT["optional-dependencies"].items() if name != "dev" for r in extra]
+    declared = {canonical(requirement) for requirement in [*PROJECT["dependencies"], *extras]}
+    provided = packages_distributions()
+    imported = {
+        name: ({canonical(distribution) for distribution in provided.get(name, [name])}, file)
+        for name, file in imported_libraries().items()
+    }
+    missing = {
+        name: file for name, (names, file) in imported.items() if not names & declared and name not in BROUGHT_BY_OTHERS
+    }
     assert not missing, f"imported, not in pyproject.toml: {missing}"
+    unused = declared - set().union(*(names for names, _ in imported.values())) - FOUND_BY_NAME
+    assert not unused, f"in pyproject.toml, never imported: {unused}"
 
 
 def test_every_requirement_is_pinned() -> None:
