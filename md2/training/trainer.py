@@ -202,12 +202,15 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """Steps until the epoch (or the run) ends; True if told to stop before."""
         self.model.train()
-        self.window = _Window()  # rates are those of training: validation is not in them
+        self.window, whole = _Window(), _Window()  # rates are those of training: validation is not in them
         batches = iter(self.loader)
         while self.loader.left and self.step < self.total_steps:
-            waited = time.perf_counter()
+            began, before = time.perf_counter(), dict(self.loader.waited)
             group = list(islice(batches, self.config.train.accumulate))
-            self.window.wait(time.perf_counter() - waited)
+            waits = {f"/{what}": seconds - before[what] for what, seconds in self.loader.waited.items()}
+            waits[""] = time.perf_counter() - began
+            for window in (self.window, whole):
+                window.wait(waits)
             if len(group) < self.config.train.accumulate:
                 raise TrainingError(f"the loader ended before epoch {self.epoch + 1}: verify it with md2 shards verify")
             output = self._step(group)
@@ -218,6 +221,10 @@ class Trainer:
                 return True
             if self.step % self.config.train.checkpoint_every == 0 and self.loader.left:
                 self._save({})
+        if self.ranks.main and (shares := whole.shares()):
+            total = shares.pop("")
+            kinds = ", ".join(f"{kind.removeprefix('/')} {share:.0%}" for kind, share in shares.items())
+            self.reporter.message(f"epoch {self.epoch + 1}: {total:.0%} of the time waiting for data ({kinds})")
         return False
 
     def _step(self, group: list[Batch]) -> tuple[Prediction, LossOutput]:
@@ -368,10 +375,13 @@ class _Window:
         self._reset()
 
     def _reset(self) -> None:
-        self.begin, self.images, self.waited = time.perf_counter(), 0, 0.0
+        self.begin, self.images = time.perf_counter(), 0
+        self.waited: dict[str, float] = {}
 
-    def wait(self, seconds: float) -> None:
-        self.waited += seconds
+    def wait(self, seconds: dict[str, float]) -> None:
+        """Count waiting for data: all of it under "", and its kinds under "/storage" and so on."""
+        for kind, more in seconds.items():
+            self.waited[kind] = self.waited.get(kind, 0.0) + more
 
     def add(self, images: int) -> None:
         self.images += images
@@ -381,9 +391,14 @@ class _Window:
         """So far, over all ranks."""
         return self.images / max(time.perf_counter() - self.begin, 1e-9)
 
+    def shares(self) -> dict[str, float]:
+        """Shares of the time so far spent waiting for data, by kind as `wait` has them."""
+        elapsed = max(time.perf_counter() - self.begin, 1e-9)
+        return {kind: seconds / elapsed for kind, seconds in self.waited.items()}
+
     def rates(self) -> dict[str, float]:
         """Target images per second over all ranks, and the share of time spent waiting for data."""
-        elapsed = max(time.perf_counter() - self.begin, 1e-9)
-        found = {"images_per_second": self.images_per_second, "data_wait": self.waited / elapsed}
+        found = {f"data_wait{kind}": share for kind, share in self.shares().items()}
+        found["images_per_second"] = self.images_per_second
         self._reset()
         return found

@@ -44,7 +44,8 @@ def test_a_run_folder_holds_what_is_promised(finished: Path, dataset: Path) -> N
         scales = [line[f"loss/{scale}"] for scale in range(4)]
         assert line["loss"] == pytest.approx(sum(scales) / 4, rel=1e-6)
         assert line["lr"] == 1e-4
-        assert 0 <= line["data_wait"] <= 1
+        kinds = [line[f"data_wait/{kind}"] for kind in ("storage", "decoding", "conversion")]
+        assert 0 < sum(kinds) <= line["data_wait"] + 1e-9 <= 1
         assert line["images_per_second"] > 0
     (val,) = (line for line in lines if line["kind"] == "val")
     assert {"loss", "abs_rel", "sq_rel", "rmse", "rmse_log", "a1", "a2", "a3"} <= set(val)
