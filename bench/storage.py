@@ -37,10 +37,10 @@ from PIL import Image
 
 from bench.write_dataset import write_dataset
 from shards.cache.folder import Cache, _in_use
-from shards.copy import copy_dataset
 from shards.dataset import open_dataset
 from shards.manifest import Manifest, Split
 from shards.sample import Sample
+from shards.transfer import copy_dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from storage_servers import ACCESS_KEY, SECRET_KEY, Fault, faulty_proxy, rclone_server

@@ -1,4 +1,4 @@
-"""`md2 shards ls|show|verify|pull|push|copy`: datasets in folders and object storage."""
+"""`md2 shards ls|show|verify|pull|push|copy|rm|clean`: datasets in folders and object storage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -19,28 +18,33 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from cli.console import console, errors, visible
-from shards.errors import DatasetError
+from cli.console import errors, say
+from shards.errors import DatasetError, StorageError, UsageError, visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shards.copy import Copied
     from shards.manifest import Manifest
+    from shards.transfer import Copied
 
-app = typer.Typer(help="Look at, check and copy packed datasets, in folders and object storage.", no_args_is_help=True)
+app = typer.Typer(help="List, check, copy and remove packed datasets in folders and buckets.", no_args_is_help=True)
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="Folder, s3://, gs:// or http(s)://.")]
+Writable = Annotated[str, typer.Argument(metavar="URL", help="Folder, s3:// or gs://.")]
+Parts = Annotated[
+    list[str] | None, typer.Option("--part", metavar="PART", help="Copy only this part; repeatable. (default: all)")
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 @app.command("ls")
 def list_datasets(url: Url) -> None:
-    """What datasets are there: at URL and below it."""
-    from shards.listing import find_datasets
+    """List the datasets at URL and below it."""
+    from shards.manage import find_datasets
 
     nothing = True
     for found in find_datasets(url):
-        _print(f"{found.url}  {_summary(found.manifest) if found.manifest else found.note}")
+        say(f"{found.url}  {_summary(found.manifest) if found.manifest else found.note}")
         nothing = False
     if nothing:
         raise DatasetError(f"{url}: no datasets there")
@@ -54,28 +58,32 @@ def show(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, max=100, help="Rows of the contact sheet.")] = 6,
     sheet: Annotated[
-        Path | None, typer.Option(help="Where the contact sheet goes. (default: ./NAME.png, NAME being the dataset's)")
+        Path | None, typer.Option(help="File of the contact sheet. (default: ./NAME.png, NAME being the dataset's)")
     ] = None,
     no_sheet: Annotated[bool, typer.Option("--no-sheet", help="Print only.")] = False,
 ) -> None:
-    """What a dataset holds, and a contact sheet of some samples: target, neighbours, stereo partner, depth."""
+    """Describe a dataset, and draw a contact sheet of some samples: target, source frames, stereo partner, depth."""
     from shards.contact_sheet import contact_sheet, read_some
     from shards.files import write_atomic
     from shards.publish import require_manifest
     from shards.storage import open_storage
+    from shards.storage.local import local_error
 
     if no_sheet:
-        _print(*_describe(require_manifest(open_storage(url)).manifest))
+        _describe(require_manifest(open_storage(url)).manifest)
         return
     manifest, chosen = read_some(url, part, samples)
-    _print(*_describe(manifest))
+    _describe(manifest)
     path = sheet or _sheet_path(url)
-    write_atomic(path, contact_sheet(manifest, chosen))
-    _print(f"contact sheet  {path}")
+    try:
+        write_atomic(path, contact_sheet(manifest, chosen))
+    except OSError as error:
+        raise StorageError(f"{local_error(path, error)} (--sheet FILE names another place)") from error
+    say(f"contact sheet  {path}")
 
 
 def _sheet_path(url: str) -> Path:
-    """Named by the URL, which the user chose, and by nothing that stands in the dataset."""
+    """Return a name from the URL, which the user chose, and not from the dataset's content."""
     from shards.storage import is_local, local_path
 
     name = local_path(url).resolve().name if is_local(url) else url.rstrip("/").rpartition("/")[2]
@@ -85,67 +93,126 @@ def _sheet_path(url: str) -> Path:
 @app.command()
 def verify(url: Url) -> None:
     """Check every byte: each shard's sha256, index and sample count against the manifest."""
-    from shards.verify import verify as run
+    from shards.transfer import verify as run
 
     began = time.monotonic()
     with _bytes_bar("checking") as progress:
         result = run(url, progress)
     for broken in result.broken:
-        _print(f"broken  {broken.name}  {broken.problem}")
+        say(f"broken  {broken.name}  {broken.problem}")
     for problem in result.problems:
-        _print(f"broken  dataset.json  {problem}")
+        say(f"broken  dataset.json  {problem}")
     if not result.sound:
         raise DatasetError(
-            f"{url}: {len(result.broken)} of {len(result.manifest.shards)} shards are broken"
+            f"{url}: {len(result.broken)} of {_count(len(result.manifest.shards), 'shard')} are broken"
             if result.broken
             else f"{url}: every shard is sound, but the manifest's component list is not theirs"
         )
-    _print(f"{result.url}  sound: {_summary(result.manifest)}  ({time.monotonic() - began:.1f} s)")
+    say(f"{result.url}  sound: {_summary(result.manifest)}  ({time.monotonic() - began:.1f} s)")
 
 
 @app.command()
-def pull(url: Url, folder: Annotated[Path, typer.Argument(help="Local folder for the dataset.")]) -> None:
-    """Bring a dataset to a local folder. Run it again after an interruption: it goes on."""
-    _copy(url, str(folder))
+def pull(
+    url: Url,
+    folder: Annotated[str, typer.Argument(help="Local folder for the dataset.")],
+    part: Parts = None,
+) -> None:
+    """Fetch a dataset into a local folder. After an interruption, run it again: it resumes."""
+    _require_local(folder, "pull fetches into a local folder; use md2 shards copy FROM TO")
+    _copy(url, folder, part)
 
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="Local folder with a dataset.")],
+    folder: Annotated[str, typer.Argument(help="Local folder with a dataset.")],
     url: Annotated[str, typer.Argument(metavar="URL", help="Where to publish it: s3://, gs:// or a folder.")],
+    part: Parts = None,
 ) -> None:
-    """Publish a local dataset. Nothing is ever overwritten; run it again after an interruption: it goes on."""
-    _copy(str(folder), url)
+    """Publish a local dataset. Nothing is ever overwritten. After an interruption, run it again: it resumes."""
+    _require_local(folder, "push sends from a local folder; use md2 shards pull URL FOLDER, or md2 shards copy FROM TO")
+    _copy(folder, url, part)
 
 
 @app.command("copy")
 def copy_(
     source: Annotated[str, typer.Argument(metavar="FROM", help="URL or folder of a dataset.")],
     url: Annotated[str, typer.Argument(metavar="TO", help="URL or folder to publish it at.")],
+    part: Parts = None,
 ) -> None:
     """Copy a dataset from anywhere to anywhere."""
-    _copy(source, url)
+    _copy(source, url, part)
 
 
-def _copy(source: str, url: str) -> None:
-    from shards.copy import copy_dataset
+@app.command("rm")
+def remove(url: Writable, yes: Yes = False) -> None:
+    """Remove a dataset, after a question. Readers that have not cached it lose it."""
+    from shards.manage import remove_dataset
+    from shards.publish import require_manifest
+    from shards.storage import open_storage
+
+    storage = open_storage(url)
+    say(f"{storage.url}  {_summary(require_manifest(storage).manifest)}")
+    _ask("Remove this dataset for good?", yes)
+    say(f"{storage.url}  removed: {_count(remove_dataset(url), 'file')}")
+
+
+@app.command()
+def clean(url: Writable, yes: Yes = False) -> None:
+    """Remove unfinished publications at URL and below it, after a question: those of interrupted or dead writers."""
+    from shards.manage import find_unfinished, remove_unfinished
+
+    found = find_unfinished(url)
+    if not found:
+        say(f"{url}  nothing unfinished there")
+        return
+    for leavings in found:
+        say(f"{leavings.url}  unfinished: {_count(len(leavings.names), 'file')}; {leavings.who}")
+    _ask("Remove all of this? A writer that is still running would fail.", yes)
+    for leavings in found:
+        remove_unfinished(leavings)
+        say(f"{leavings.url}  removed")
+
+
+def _ask(question: str, yes: bool) -> None:
+    if yes:
+        return
+    try:
+        agreed = typer.confirm(question, err=True)
+    except typer.Abort as error:
+        raise UsageError("no answer to the question; --yes answers it") from error
+    if not agreed:
+        raise typer.Exit(1)
+
+
+def _require_local(folder: str, advice: str) -> None:
+    from shards.storage import is_local
+
+    if not is_local(folder):
+        raise UsageError(f"{folder}: not a local folder; {advice}")
+
+
+def _copy(source: str, url: str, parts: list[str] | None) -> None:
+    from shards.transfer import copy_dataset
 
     with _bytes_bar("copying") as progress:
-        copied = copy_dataset(source, url, progress)
-    _print(_tell(copied, url))
+        copied = copy_dataset(source, url, progress, parts)
+    say(_report(copied, url))
 
 
-def _tell(copied: Copied, asked: str) -> str:
+def _report(copied: Copied, asked: str) -> str:
+    from shards.storage import open_storage
+
+    asked = open_storage(asked.rstrip("/") or asked).url  # in the form in which the result names it
     if copied.already:
         return f"{copied.url}  was there already, byte for byte: {_summary(copied.manifest)}"
-    beside = "" if copied.url == asked.rstrip("/") else f" (another dataset is at {asked})"
+    beside = "" if copied.url == asked else f" (another dataset is at {asked})"
     found = f", {copied.found} were there already" if copied.found else ""
-    return f"{copied.url}{beside}  {copied.sent} shards copied{found}: {_summary(copied.manifest)}"
+    return f"{copied.url}{beside}  {_count(copied.sent, 'shard')} copied{found}: {_summary(copied.manifest)}"
 
 
 @contextmanager
 def _bytes_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes on stderr; gives the callback that moves it."""
+    """Show a bar of bytes on stderr; give the callback that moves it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -153,21 +220,28 @@ def _bytes_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors) as bar:
-        task = bar.add_task(label, total=None)
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(visible(label), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit}{'s' * (number != 1)}"
+
+
 def _summary(manifest: Manifest) -> str:
-    from shards.cache.folder import format_bytes
+    from pydantic import ByteSize
 
     parts = ", ".join(f"{manifest.samples(part):,} {part}" for part in manifest.parts)
     size = "native size" if manifest.size is None else f"{manifest.size[0]}x{manifest.size[1]}"
-    total = format_bytes(sum(shard.bytes + shard.index_bytes for shard in manifest.shards))
-    return f"{manifest.split.name}: {parts}; {size} {manifest.codec}; {len(manifest.shards)} shards, {total}"
+    total = ByteSize(sum(shard.bytes + shard.index_bytes for shard in manifest.shards))
+    return (
+        f"{manifest.split.name}: {parts}; {size} {manifest.codec}; {_count(len(manifest.shards), 'shard')}, "
+        f"{total.human_readable(decimal=True, separator=' ')}"
+    )
 
 
-def _describe(manifest: Manifest) -> list[str]:
+def _describe(manifest: Manifest) -> None:
     depth = "no" if manifest.depth is None else f"{manifest.depth.source}, {manifest.depth.convention}"
     optional = ", ".join(f"{name} ({count:,})" for name, count in manifest.optional_components.items()) or "-"
     lines = {
@@ -178,13 +252,9 @@ def _describe(manifest: Manifest) -> list[str]:
         "images": manifest.encoding,
         "in every sample": ", ".join(manifest.components),
         "in some": optional,
-        "left out": str(manifest.skipped),
+        "skipped": str(manifest.skipped),
         "seed": str(manifest.seed),
         "packed by": f"md2 {manifest.md2_version}",
     }
-    return [f"{name:<16}{text}" for name, text in lines.items()]
-
-
-def _print(*lines: str) -> None:
-    for line in lines:
-        console.print(escape(visible(line)), highlight=False, soft_wrap=True)
+    for name, text in lines.items():
+        say(f"{name:<16}{text}")

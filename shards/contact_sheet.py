@@ -1,8 +1,7 @@
-"""A contact sheet of a dataset: some samples, one a row, all their images and the depth, as one picture."""
+"""A contact sheet of a dataset: one picture with a row for each of some samples, all their images and the depth."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import struct
@@ -13,32 +12,33 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from shards.errors import DatasetError
+from shards.dataset import read_index
+from shards.errors import DatasetError, visible
 from shards.manifest import Manifest, Shard
 from shards.publish import require_manifest
 from shards.sample import DEPTH, DEPTH_SCALE, INTRINSICS, META, STEREO_TRANSLATION, Offset, Sample, offset_name
 from shards.storage import Storage, open_storage
 from shards.storage.retry import MissingError
-from shards.tar import MAX_SAMPLE_BYTES, IndexEntry, parse_index
+from shards.tar import MAX_SAMPLE_BYTES, IndexEntry
 
 NEAR, FAR = 2.0, 80.0
 """Metres at the two ends of the colour map."""
 CELL = 320
 """Width of a cell in pixels."""
 MAX_PIXELS = 64 << 20
-"""An image that claims more is not decoded."""
+"""Images with more pixels are not decoded."""
 _TALLEST = 4 * CELL
-"""Pixels of a cell: an image of one column would else be stretched to gigabytes."""
+"""Height of a cell in pixels: an image one pixel wide would otherwise be stretched to gigabytes."""
 _LONGEST_WORD = 120
 _GAP, _TEXT = 6, 18
 _Picture = NDArray[np.uint8]
 
 
 def read_some(url: str, part: str | None = None, count: int = 6) -> tuple[Manifest, list[Sample]]:
-    """The manifest, and `count` samples evenly spread over a part; only their own bytes are fetched.
+    """Return the manifest, and `count` samples evenly spread over a part; only their own bytes are fetched.
 
     Args:
-        part: None: the first of train, val, test that there is.
+        part: None: the first that the dataset has of train, val, test.
 
     Raises:
         DatasetError: no dataset, no such part, or a broken index.
@@ -53,21 +53,10 @@ def read_some(url: str, part: str | None = None, count: int = 6) -> tuple[Manife
     for shard in shards:
         here = [number - first for number in wanted if first <= number < first + shard.samples]
         if here:
-            index = _read_index(storage, shard)
+            index = read_index(storage, shard)
             samples += [_read_sample(storage, shard, index[number]) for number in here]
         first += shard.samples
     return manifest, samples
-
-
-def _read_index(storage: Storage, shard: Shard) -> list[list[IndexEntry]]:
-    data = storage.read(shard.index_name, shard.index_bytes)
-    where = f"{storage.url}/{shard.index_name}"
-    if data is None or hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise DatasetError(f"{where}: missing, or not what the manifest says; md2 shards verify checks all of it")
-    index = parse_index(data, where)
-    if len(index) != shard.samples:
-        raise DatasetError(f"{where}: {len(index)} samples, the manifest says {shard.samples}")
-    return index
 
 
 def _read_sample(storage: Storage, shard: Shard, entries: list[IndexEntry]) -> Sample:
@@ -90,9 +79,9 @@ def _read_sample(storage: Storage, shard: Shard, entries: list[IndexEntry]) -> S
 
 
 def contact_sheet(manifest: Manifest, samples: list[Sample]) -> bytes:
-    """PNG: a row a sample; target, its neighbours in time, the stereo partner, the depth over the darkened target.
+    """Return a PNG with a row for each sample: target, source frames, stereo partner, depth over the darkened target.
 
-    Depth is coloured by its logarithm, red 2 m to blue 80 m; a measured pixel is drawn large enough to be seen.
+    Depth is coloured by its logarithm, from red (2 m) to blue (80 m); measured pixels are enlarged.
 
     Raises:
         DatasetError: an image that cannot be decoded.
@@ -132,12 +121,12 @@ def _caption(sample: Sample) -> str:
     words = [sample.key]
     if len(sample.components.get(INTRINSICS, b"")) == 16:
         fx, fy, cx, cy = struct.unpack("<4f", sample.components[INTRINSICS])
-        words.append(f"fx {fx:.1f} fy {fy:.1f} cx {cx:.1f} cy {cy:.1f}")
+        words.append(f"fx {fx:.1f}  fy {fy:.1f}  cx {cx:.1f}  cy {cy:.1f}")
     if len(sample.components.get(STEREO_TRANSLATION, b"")) == 4:
-        words.append(f"to the partner {struct.unpack('<f', sample.components[STEREO_TRANSLATION])[0]:+.3f} m")
+        words.append(f"baseline {struct.unpack('<f', sample.components[STEREO_TRANSLATION])[0]:+.3f} m")
     try:
         meta = json.loads(sample.components.get(META, b"{}"))
-        words += [str(meta[name])[:_LONGEST_WORD] for name in ("drive", "frame", "side") if name in meta]
+        words += [visible(str(meta[name]))[:_LONGEST_WORD] for name in ("drive", "frame", "side") if name in meta]
     except (ValueError, TypeError, RecursionError) as error:
         raise DatasetError(f"sample {sample.key}: {META} is not JSON ({error})") from error
     return "   ".join(words)
@@ -151,7 +140,7 @@ def _row(manifest: Manifest, sample: Sample) -> list[_Picture]:
 
 
 def _open(sample: Sample, component: str, mode: str | None) -> Image.Image:
-    """Decode one component, its size checked before its pixels are allocated."""
+    """Decode one component; check its size before its pixels are allocated."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is the stricter one
@@ -174,7 +163,7 @@ def _image(sample: Sample, component: str) -> _Picture:
 
 
 def _depth_cell(sample: Sample, target: _Picture) -> _Picture:
-    """The measured depths, in colour, over the target in dark grey."""
+    """Draw the measured depths in colour over the target in dark grey."""
     grey = np.repeat((target.mean(axis=2, keepdims=True) * 0.35).astype(np.uint8), 3, axis=2)
     if DEPTH not in sample.components:
         return grey
@@ -186,7 +175,7 @@ def _depth_cell(sample: Sample, target: _Picture) -> _Picture:
 
 
 def _nearest(depth: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:
-    """Depth scaled to a cell: each cell pixel shows the nearest measurement within one pixel of it, 0 = none."""
+    """Scale depth to a cell: each cell pixel shows the nearest measurement within one pixel of it, 0 = none."""
     rows, columns = np.nonzero(depth)
     y, x = rows * height // depth.shape[0], columns * width // depth.shape[1]
     scaled = np.full((height + 2, width + 2), np.inf)
@@ -198,7 +187,7 @@ def _nearest(depth: NDArray[np.float64], height: int, width: int) -> NDArray[np.
 
 
 def depth_colours(depth: NDArray[np.float64]) -> _Picture:
-    """RGB of depths in metres, on a logarithmic scale between `NEAR` and `FAR`; 0 has no meaning here."""
+    """Return RGB of depths in metres, on a logarithmic scale between `NEAR` and `FAR`; not defined for 0."""
     import matplotlib
 
     position = np.log(np.clip(depth, NEAR, FAR) / NEAR) / np.log(FAR / NEAR)
@@ -206,7 +195,7 @@ def depth_colours(depth: NDArray[np.float64]) -> _Picture:
 
 
 def _legend(draw: ImageDraw.ImageDraw, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> None:
-    """A strip of the depth colours above the depth column."""
+    """Draw a strip of the depth colours above the depth column."""
     left, length = width - _GAP - 200, 120
     colours = depth_colours(np.geomspace(NEAR, FAR, length))
     for x, colour in enumerate(colours.tolist(), left + 30):

@@ -6,6 +6,7 @@ dataset.manifest, dataset.tars("train"), dataset.indexes("train")
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -13,12 +14,14 @@ from pathlib import Path
 from shards.cache.download import disk_error
 from shards.cache.fill import PARALLEL, Fetcher
 from shards.cache.folder import Cache, CachedFolder
+from shards.errors import DatasetError
 from shards.files import write_atomic
 from shards.locks import FileLock
 from shards.manifest import MANIFEST, Manifest, Shard
 from shards.publish import require_manifest
-from shards.storage import is_local, local_path, open_storage
+from shards.storage import Storage, is_local, local_path, open_storage
 from shards.stream import ShardStream, check_limit, check_shard
+from shards.tar import IndexEntry, parse_index
 
 SAMPLES_PER_SHARD = 1000
 SHARD_BYTES = 256 << 20
@@ -111,6 +114,23 @@ class LocalDataset:
             DatasetError, StorageError: as `tars`.
         """
         return [tar.with_suffix(".idx") for tar in self.tars(part)]
+
+
+def read_index(storage: Storage, shard: Shard) -> list[list[IndexEntry]]:
+    """Return the entries of a published shard's index, after a comparison with the manifest.
+
+    Raises:
+        DatasetError: it is missing, or differs from the manifest.
+        StorageError: the storage fails.
+    """
+    data = storage.read(shard.index_name, shard.index_bytes)
+    where = f"{storage.url}/{shard.index_name}"
+    if data is None or hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        raise DatasetError(f"{where}: missing, or differs from the manifest; md2 shards verify checks all files")
+    samples = parse_index(data, where)
+    if len(samples) != shard.samples:
+        raise DatasetError(f"{where}: {len(samples)} samples, the manifest says {shard.samples}")
+    return samples
 
 
 def open_dataset(url: str, *, cache: Cache | None = None) -> LocalDataset:

@@ -31,6 +31,8 @@ _QUERY = re.compile(
     r"(?P<address>\b[A-Za-z][A-Za-z0-9+.-]{0,30}:/{1,3}[^\s?'\"<>]*)\?[^\s'\"<>]*=[^\s'\"<>]*?(?=[:;,.)]*(?:[\s'\"<>]|$))"
 )
 _FRAGMENT = re.compile(r"(?P<address>\bhttps?://[^\s#'\"<>]*)#[^\s'\"<>]*=[^\s'\"<>]*", re.IGNORECASE)
+_WORD = re.compile(r"[^\s'\"<>]+")
+_LONGEST_URL = 2048
 _PARAMETER = re.compile(
     r"(?P<name>(?:X-(?:Amz|Goog)-)?(?:Signature|Credential|Security-Token|session_token)|AWSAccessKeyId|access_token"
     r"|api_?key|token|sig|secret|password|passwd)(?P<equals>=|['\"]\s*:\s*['\"]?)[^&\s'\",;)]+",
@@ -102,11 +104,22 @@ def conceal(text: str) -> str:
         if len(value) >= _SHORTEST and _VARIABLE.match(name):
             text = text.replace(value, "…")
     if ":/" in text:
-        text = _USER.sub(r"\g<scheme>…@", text)
-        text = _QUERY.sub(r"\g<address>?…", text)
-        text = _FRAGMENT.sub(r"\g<address>#…", text)
+        text = _WORD.sub(_conceal_url, text)
     text = _AUTHORIZATION.sub(r"\g<name>…", text)
     return _PARAMETER.sub(r"\g<name>\g<equals>…", text)
+
+
+def _conceal_url(word: re.Match[str]) -> str:
+    url = word[0]
+    if ":/" not in url:
+        return url
+    if len(url) > _LONGEST_URL:  # the patterns' time grows with the square of the length
+        return url[: min(url.index(":/") + 2, _LONGEST)] + "…"
+    if "@" in url:
+        url = _USER.sub(r"\g<scheme>…@", url)
+    if "=" in url:
+        url = _FRAGMENT.sub(r"\g<address>#…", _QUERY.sub(r"\g<address>?…", url))
+    return url
 
 
 def visible(text: str) -> str:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from storage_fixtures import (
     bucket,
+    md2,
     moto,
     moto_bucket,
     moto_gate,
@@ -40,6 +41,7 @@ if not torch.cuda.is_available():
 
 __all__ = [
     "bucket",
+    "md2",
     "moto",
     "moto_bucket",
     "moto_gate",

@@ -23,9 +23,8 @@ LAYERS = {
         "shards.card shards.cache",
         "shards.stream",
         "shards.publish",
-        "shards.dataset shards.listing shards.contact_sheet",
-        "shards.copy",
-        "shards.verify",
+        "shards.dataset shards.manage",
+        "shards.contact_sheet shards.transfer",
     ],
     "prep": [
         "prep.workers",

@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from storage_data import SIZE, all_samples, make_dataset, make_samples
-from storage_fixtures import Packed, one_server
+from storage_fixtures import Packed, RunShards, files, one_server
 from storage_servers import Bucket, Fault, Proxy
 
 from bench.write_dataset import write_dataset
-from cli.main import main
 from shards import contact_sheet as sheet_module
 from shards.contact_sheet import CELL, FAR, NEAR, contact_sheet, depth_colours, read_some
 from shards.dataset import open_dataset
@@ -28,29 +27,8 @@ from shards.errors import DatasetError
 from shards.manifest import DepthInfo, Split
 from shards.sample import Codec, Sample
 
-Run = Callable[..., tuple[int, str, str]]
 
-
-@pytest.fixture
-def md2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`md2 shards …` in this process: exit code, stdout, stderr."""
-
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["md2", "shards", *args])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def test_push_ls_show_verify_pull(md2: Run, bucket: Bucket, packed: Packed, tmp_path: Path) -> None:
+def test_push_ls_show_verify_pull(md2: RunShards, bucket: Bucket, packed: Packed, tmp_path: Path) -> None:
     url = f"{bucket.url}/kitti/drive"
     assert md2("push", packed.url, url)[0] == 0
     code, out, _ = md2("ls", bucket.url)
@@ -76,7 +54,7 @@ def test_push_ls_show_verify_pull(md2: Run, bucket: Bucket, packed: Packed, tmp_
     assert "already" in out
 
 
-def test_copy_within_object_storage(md2: Run, moto_bucket: Bucket, packed: Packed) -> None:
+def test_copy_within_object_storage(md2: RunShards, moto_bucket: Bucket, packed: Packed) -> None:
     assert md2("push", packed.url, f"{moto_bucket.url}/a")[0] == 0
     assert md2("copy", f"{moto_bucket.url}/a", f"{moto_bucket.url}/b")[0] == 0
     a, b = ({k[2:]: moto_bucket.get(k) for k in moto_bucket.objects() if k.startswith(f"{p}/")} for p in "ab")
@@ -84,7 +62,7 @@ def test_copy_within_object_storage(md2: Run, moto_bucket: Bucket, packed: Packe
 
 
 def test_pushing_something_else_goes_beside_and_says_so(
-    md2: Run, tmp_path: Path, packed: Packed, repacked: Packed
+    md2: RunShards, tmp_path: Path, packed: Packed, repacked: Packed
 ) -> None:
     target = str(tmp_path / "d")
     md2("push", packed.url, target)
@@ -96,7 +74,7 @@ def test_pushing_something_else_goes_beside_and_says_so(
 
 
 def test_a_pull_that_was_killed_goes_on(
-    md2: Run, rclone_bucket: Bucket, packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    md2: RunShards, rclone_bucket: Bucket, packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from storage_servers import faulty_proxy
 
@@ -123,7 +101,7 @@ def test_a_pull_that_was_killed_goes_on(
         proxy.requests.clear()
         code, out, _ = md2("pull", f"{rclone_bucket.url}/d", str(tmp_path / "d"))
         assert code == 0
-        assert "1 shards copied, 3 were there already" in out
+        assert "1 shard copied, 3 were there already" in out
         fetched = {r.path.rpartition("/d/")[2] for r in proxy.requests if r.path.endswith((".tar", ".idx"))}
         assert fetched <= {slow, "train/000002.idx"}
     assert files(tmp_path / "d") == files(packed.folder)
@@ -140,8 +118,8 @@ def test_a_pull_that_was_killed_goes_on(
     ],
 )
 def test_an_interruption_is_obeyed_while_the_server_is_silent(
-    md2: Run, proxied: Proxy, bucket: Bucket, packed: Packed, tmp_path: Path, command: str, number: signal.Signals,
-    code: int,
+    md2: RunShards, proxied: Proxy, bucket: Bucket, packed: Packed, tmp_path: Path, command: str,
+    number: signal.Signals, code: int,
 ) -> None:  # fmt: skip
     md2("push", packed.url, f"{bucket.url}/d")
     proxied.rule = lambda method, path, number: Fault(silent=True) if path.endswith(".tar") else None
@@ -172,7 +150,7 @@ def damaged(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_verify_names_every_broken_shard(md2: Run, moto_bucket: Bucket, tmp_path: Path, remote: bool) -> None:
+def test_verify_names_every_broken_shard(md2: RunShards, moto_bucket: Bucket, tmp_path: Path, remote: bool) -> None:
     make_dataset(tmp_path / "d", train=8, val=2, per_shard=2)
     url = str(tmp_path / "d")
     if remote:
@@ -194,7 +172,7 @@ def test_verify_names_every_broken_shard(md2: Run, moto_bucket: Bucket, tmp_path
     assert "2 of 5 shards are broken" in err
 
 
-def test_verify_sees_an_index_that_fits_its_hash_but_not_its_tar(md2: Run, tmp_path: Path) -> None:
+def test_verify_sees_an_index_that_fits_its_hash_but_not_its_tar(md2: RunShards, tmp_path: Path) -> None:
     """The manifest vouches for a wrong index: only the tar's own headers tell."""
     from hashlib import sha256
 
@@ -210,7 +188,7 @@ def test_verify_sees_an_index_that_fits_its_hash_but_not_its_tar(md2: Run, tmp_p
     assert "train/000000.idx: is not the index of 000000.tar" in out
 
 
-def test_verify_sees_a_wrong_component_list(md2: Run, tmp_path: Path) -> None:
+def test_verify_sees_a_wrong_component_list(md2: RunShards, tmp_path: Path) -> None:
     make_dataset(tmp_path, train=4, val=2, per_shard=2)
     data = json.loads((tmp_path / "dataset.json").read_text())
     data["components"].remove("depth.png")
@@ -221,7 +199,7 @@ def test_verify_sees_a_wrong_component_list(md2: Run, tmp_path: Path) -> None:
     assert "component list" in err
 
 
-def test_ls_finds_datasets_at_every_depth(md2: Run, tmp_path: Path, bucket: Bucket) -> None:
+def test_ls_finds_datasets_at_every_depth(md2: RunShards, tmp_path: Path, bucket: Bucket) -> None:
     for name in ("x", "deep/er/y"):
         make_dataset(tmp_path / name, train=2, val=2)
         md2("push", str(tmp_path / name), f"{bucket.url}/{name}")
@@ -240,7 +218,7 @@ def test_ls_finds_datasets_at_every_depth(md2: Run, tmp_path: Path, bucket: Buck
     assert "no such bucket" in err
 
 
-def test_ls_copes_with_whatever_else_is_there(md2: Run, bucket: Bucket, packed: Packed) -> None:
+def test_ls_copes_with_whatever_else_is_there(md2: RunShards, bucket: Bucket, packed: Packed) -> None:
     """Names that no dataset of ours has, and names that would steer a terminal."""
     names = ["My Files/ü #1+%20", "x=1&y", "[b]bold[/b]", "*?", "red\x1b[31m"]
     for name in names:
@@ -253,7 +231,7 @@ def test_ls_copes_with_whatever_else_is_there(md2: Run, bucket: Bucket, packed: 
     )
 
 
-def test_ls_passes_over_folders_of_others(md2: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ls_passes_over_folders_of_others(md2: RunShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_dataset(tmp_path / "mine", train=2, val=2)
     (tmp_path / "locked").mkdir()
     list_folder = Path.iterdir
@@ -267,11 +245,11 @@ def test_ls_passes_over_folders_of_others(md2: Run, tmp_path: Path, monkeypatch:
     code, out, _ = md2("ls", str(tmp_path))
     assert code == 0
     assert f"{tmp_path}/mine" in out
-    assert "locked  cannot be looked into" in out
+    assert "locked  cannot be listed" in out
 
 
 def test_the_sheets_name_comes_from_the_url_not_from_the_dataset(
-    md2: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    md2: RunShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_dataset(tmp_path / "in" / "drive", train=2, val=2)
     path = tmp_path / "in" / "drive" / "dataset.json"
@@ -324,7 +302,7 @@ def test_the_contact_sheet_shows_each_image_in_its_column(tmp_path: Path, codec:
 
 @one_server
 def test_show_fetches_only_what_it_shows(
-    md2: Run, bucket: Bucket, proxied: Proxy, packed: Packed, tmp_path: Path
+    md2: RunShards, bucket: Bucket, proxied: Proxy, packed: Packed, tmp_path: Path
 ) -> None:
     md2("push", packed.url, f"{bucket.url}/d")
     proxied.requests.clear()
@@ -370,7 +348,7 @@ def test_nothing_in_a_sample_makes_the_contact_sheet_huge(tmp_path: Path) -> Non
 
 
 def test_no_secret_is_ever_printed_or_written(
-    md2: Run, moto_bucket: Bucket, packed: Packed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    md2: RunShards, moto_bucket: Bucket, packed: Packed, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG", logger="shards")
     told = [md2("push", packed.url, f"{moto_bucket.url}/d"), md2("show", f"{moto_bucket.url}/d", "--no-sheet")]

@@ -22,10 +22,10 @@ from storage_servers import Bucket, Fault, Proxy
 from shards.cache import fill as fill_module
 from shards.cache import folder as cache_module
 from shards.cache.folder import Cache, format_bytes, parse_bytes, residents
-from shards.copy import copy_dataset
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import DatasetError, StorageError, UsageError
 from shards.manifest import Manifest
+from shards.transfer import copy_dataset
 
 
 @pytest.fixture

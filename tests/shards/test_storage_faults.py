@@ -16,11 +16,11 @@ from storage_data import all_samples
 from storage_fixtures import Packed, note_fault, one_server
 from storage_servers import Bucket, Fault, Proxy, faulty_proxy, free_port, plain_web_server
 
-from shards.copy import copy_dataset
 from shards.dataset import open_dataset
 from shards.errors import DatasetError, Md2Error, StorageError
 from shards.publish import open_store
 from shards.storage import open_storage, remote, retry
+from shards.transfer import copy_dataset
 
 BOUND = 30.0
 """Seconds within which every test here must have its answer, on a loaded machine."""

@@ -15,14 +15,13 @@ from storage_data import make_dataset
 from storage_servers import use_endpoint
 
 from shards import locks
-from shards.copy import copy_dataset
 from shards.dataset import open_dataset
 from shards.errors import DatasetError, Md2Error, StorageError
 from shards.files import open_regular, sha256_file
-from shards.listing import find_datasets
 from shards.locks import FileLock
+from shards.manage import find_datasets
 from shards.storage import open_storage
-from shards.verify import verify
+from shards.transfer import copy_dataset, verify
 
 Talk = Callable[[socket.socket, threading.Event], None]
 OK = b"HTTP/1.1 200 OK\r\n"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 from storage_data import make_dataset
@@ -127,3 +130,30 @@ def _through(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     yield proxy
     proxy.rule = None
+
+
+class RunShards(Protocol):
+    """Runs `md2 shards …` in this process; returns exit code, stdout, stderr. `answer` is what stdin holds."""
+
+    def __call__(self, *args: str, answer: str = "") -> tuple[int, str, str]: ...
+
+
+@pytest.fixture
+def md2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunShards:
+    from cli.main import main
+
+    def run(*args: str, answer: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["md2", "shards", *args])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

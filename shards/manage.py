@@ -1,0 +1,149 @@
+"""Datasets below a URL, and the removal of datasets and of unfinished publications: `md2 shards ls|rm|clean`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shards.errors import DatasetError, StorageError
+from shards.manifest import CARD, MANIFEST, REPORT, Manifest
+from shards.publish import FOLDER, Claim, read_claim, read_manifest, require_manifest
+from shards.storage import Storage, is_local, open_storage
+
+MAX_DEPTH = 6
+_OWN = re.compile(rf"[a-z0-9_]+/\d{{6}}\.(tar|idx)|{re.escape(CARD)}|{re.escape(REPORT)}|{re.escape(FOLDER)}/.+")
+"""Names that md2 gives within a dataset, besides the manifest."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A dataset below a URL: its manifest, or why it has none."""
+
+    url: str
+    manifest: Manifest | None
+    note: str = ""
+    unfinished: bool = False
+
+
+@dataclass(frozen=True)
+class Leavings:
+    """An unfinished publication: who claims it, and the objects that are there already."""
+
+    url: str
+    claim: Claim | None
+    note: str
+    """Why the claim is not known, "" if it is."""
+    names: list[str]
+    """Of the objects that md2 put there."""
+
+    @property
+    def who(self) -> str:
+        """The claim in words."""
+        if self.claim is None:
+            return self.note or "nobody claims it"
+        return f"claimed by {self.claim.who}{', which has ended' if self.claim.has_ended else ''}"
+
+
+def find_datasets(url: str) -> Iterator[Found]:
+    """Yield every dataset at `url` and up to six folders below it; unfinished and broken ones have a note.
+
+    Raises:
+        DatasetError: `url` itself is a dataset with a broken manifest.
+        StorageError: the storage fails.
+        UsageError: a web address that is not a dataset itself: it cannot be listed.
+    """
+    storage = open_storage(url)
+    found = read_manifest(storage)
+    if found is not None:
+        yield Found(storage.url, found.manifest)
+        return
+    yield from _below(storage, "", 0)
+
+
+def _below(storage: Storage, prefix: str, depth: int) -> Iterator[Found]:
+    here = f"{storage.url}/{prefix}" if prefix else storage.url
+    try:
+        files, folders = storage.children(prefix)
+    except StorageError as error:
+        if not prefix or not is_local(storage.url):
+            raise
+        yield Found(here, None, f"cannot be listed: {error}")  # another user's folder does not end the list
+        return
+    if MANIFEST in files:
+        yield _look(here)
+    elif FOLDER in folders:
+        yield Found(here, None, "unfinished: being published, or interrupted", unfinished=True)
+    elif depth < MAX_DEPTH:
+        for name in folders:
+            if not name.startswith("."):
+                yield from _below(storage, f"{prefix}/{name}" if prefix else name, depth + 1)
+
+
+def _look(url: str) -> Found:
+    try:
+        found = read_manifest(open_storage(url))
+    except DatasetError as error:
+        if isinstance(error, StorageError) and not is_local(url):
+            raise
+        return Found(url, None, f"broken: {error}")
+    return Found(url, found.manifest if found else None)
+
+
+def find_unfinished(url: str) -> list[Leavings]:
+    """Return the unfinished publications at `url` and below it, and leftovers of one beside a committed dataset.
+
+    Raises:
+        StorageError: the storage fails.
+    """
+    storage = open_storage(url)
+    if storage.stat(MANIFEST) is not None:
+        left = [name for name in storage.names(FOLDER) if _OWN.fullmatch(name)]
+        return [_leavings(storage, left)] if left else []
+    found = []
+    for dataset in _below(storage, "", 0):
+        if dataset.unfinished:
+            below = open_storage(dataset.url)
+            found.append(_leavings(below, [name for name in below.names("") if _OWN.fullmatch(name)]))
+    return found
+
+
+def _leavings(storage: Storage, names: list[str]) -> Leavings:
+    try:
+        return Leavings(storage.url, read_claim(storage), "", names)
+    except StorageError as error:
+        return Leavings(storage.url, None, str(error), names)
+
+
+def remove_unfinished(leavings: Leavings) -> None:
+    """Remove an unfinished publication, the claim last, so that an interruption leaves it claimed.
+
+    Raises:
+        StorageError: the storage fails, or the dataset was committed meanwhile.
+    """
+    storage = open_storage(leavings.url)
+    if storage.stat(MANIFEST) is not None and not all(name.startswith(f"{FOLDER}/") for name in leavings.names):
+        raise StorageError(f"{leavings.url}: was committed meanwhile; nothing is removed")
+    storage.delete(sorted(leavings.names, key=lambda name: name.endswith("/claim.json")))
+    storage.sweep()
+
+
+def remove_dataset(url: str) -> int:
+    """Remove a committed dataset, the manifest first, so that readers see it whole or not at all.
+
+    Objects that md2 did not put there stay.
+
+    Returns:
+        Number of removed objects.
+
+    Raises:
+        DatasetError: no dataset, or a broken manifest.
+        StorageError: the storage fails.
+        UsageError: a web address.
+    """
+    storage = open_storage(url)
+    require_manifest(storage)
+    names = [name for name in storage.names("") if _OWN.fullmatch(name)]
+    storage.delete([MANIFEST, *names])
+    storage.sweep()
+    return 1 + len(names)
