@@ -1,0 +1,281 @@
+"""A walk through the commands with each of their inputs broken in each way: no traceback, no hang, one line.
+
+By default each input meets some of the ways, in turn; MD2_WALK=all takes every way for every input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import pytest
+from evaluation_data import constant, pack_truth, tiny_checkpoint, tiny_config
+from PIL import Image
+from pipeline_data import smooth
+
+from cli.console import run
+from cli.main import app
+from md2.checkpoint import load_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ALL = os.environ.get("MD2_WALK") == "all"
+WAYS_IN_TURN = 3
+MOST_SECONDS = 60
+MOST_MEGABYTES = 500
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes() or b"\0")
+    for place in range(0, len(data), max(1, len(data) // 7)):
+        data[place] ^= 0x55
+    path.write_bytes(data)
+
+
+def utf16(path: Path) -> None:
+    path.write_bytes(path.read_bytes().decode("latin-1").encode("utf-16"))
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def circle(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+WAYS: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": cut,
+    "flipped": flip,
+    "html": lambda path: path.write_text("<html><body>403 Forbidden</body></html>\n"),
+    "zeros": lambda path: path.write_bytes(bytes(4096)),
+    "noise": lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)),
+    "utf-16": utf16,
+    "nested": lambda path: path.write_text("[" * 5000),
+    "braces": lambda path: path.write_text('{"a":' * 5000),
+    "digits": lambda path: path.write_text(f'{{"a": {"9" * 5000}}}'),
+    "number": lambda path: path.write_text("1"),
+    "list": lambda path: path.write_text('["a", "\\u001b[2J", null]'),
+    "escapes": lambda path: path.write_bytes(b"\x1b]0;title\x07\x1b[2J \xe2\x80\xae: \xff\n" * 5),
+    "folder": folder,
+    "pipe": pipe,
+    "circle": circle,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line with `{}` for the folder of its inputs, and those of its inputs that are broken in turn."""
+
+    words: str
+    victims: tuple[str, ...]
+
+
+@dataclass
+class Tally:
+    inputs: int = 0
+    problems: list[str] = field(default_factory=list)
+    netted: list[str] = field(default_factory=list)
+    codes: dict[int, int] = field(default_factory=dict)
+
+
+SMALL_RUN = "train.device=cpu train.max_steps=2 train.log_every=1"
+CASES = [
+    Case("predict {}/model.pt {}/street.png --out {}/out", ("model.pt", "street.png")),
+    Case("predict {}/model.pt {}/film.mp4 --out {}/out --limit 2", ("film.mp4",)),
+    Case("export {}/model.pt --to monodepth2 --out {}/out", ("model.pt",)),
+    Case(
+        "eval {}/model.pt {}/truth --json {}/e.json",
+        ("model.pt", "truth/dataset.json", "truth/test/000000.tar", "truth/test/000000.idx"),
+    ),
+    Case("eval {}/truth --predictions {}/d.npy", ("d.npy", "d.npy.keys.txt")),
+    Case("eval {}/gt_depths.npz --predictions {}/d.npy", ("gt_depths.npz",)),
+    Case("eval {}/truth --predictions {}/pngs", ("pngs/drive_000.png",)),
+    Case("odometry {}/model.pt {}/frames --poses {}/poses.txt --out {}/out", ("frames/1.png", "poses.txt")),
+    Case(
+        "report {}/run --out {}/r.html --limit 1",
+        (
+            "run/config.yaml",
+            "run/environment.json",
+            "run/metrics.jsonl",
+            "run/panels/val-00000001.png",
+            "run/checkpoints/best.pt",
+            "truth/README.md",
+            "truth/dataset.json",
+        ),
+    ),
+    Case("shards ls {}/truth", ("truth/dataset.json",)),
+    Case("shards show {}/truth --sheet {}/s.png", ("truth/dataset.json", "truth/test/000000.tar")),
+    Case("shards verify {}/truth", ("truth/dataset.json", "truth/test/000000.idx", "truth/README.md")),
+    Case("shards pull {}/truth {}/copy", ("truth/dataset.json", "truth/test/000000.tar", "truth/README.md")),
+    Case(
+        "prep --raw {}/raw --split {}/raw/splits/sample --part val --size 96x32 --workers 1 --out {}/packed",
+        (
+            "raw/splits/sample/val_files.txt",
+            "raw/2011_09_26/calib_cam_to_cam.txt",
+            "raw/2011_09_26/calib_velo_to_cam.txt",
+            "raw/2011_09_26/2011_09_26_drive_0002_sync/image_02/data/0000000002.png",
+            "raw/2011_09_26/2011_09_26_drive_0002_sync/velodyne_points/data/0000000002.bin",
+        ),
+    ),
+    Case(
+        "prep --dataset folder --raw {}/own --size 96x64 --workers 1 --out {}/packed",
+        ("own/camera.yaml", "own/d/left/2.png"),
+    ),
+    Case("train {}/mono.yaml --run {}/new", ("mono.yaml",)),
+    Case("train --resume {}/run", ("run/config.yaml", "run/environment.json", "run/checkpoints/last.pt")),
+]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every input, small and whole."""
+    root = tmp_path_factory.mktemp("good")
+    pack_truth(root / "truth", [constant(4), constant(9)])
+    tiny_checkpoint(root / "model.pt")
+    for name in ("best", "last"):
+        tiny_checkpoint(root / "run" / "checkpoints" / f"{name}.pt", tiny_config(data={"url": str(root / "truth")}))
+    config = load_checkpoint(root / "run" / "checkpoints" / "best.pt").parsed_config().to_yaml()
+    (root / "run" / "config.yaml").write_text(config)
+    (root / "mono.yaml").write_text(config)
+    (root / "run" / "environment.json").write_text(json.dumps({"dataset": {"manifest_sha256": "0" * 64}}))
+    lines = [{"kind": kind, "step": 1, "epoch": 0, "loss": 0.2, "lr": 1e-4} for kind in ("train", "val")]
+    (root / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pictures = [smooth(np.random.default_rng(seed), 96, 64) for seed in range(5)]
+    for place in ("street.png", "run/panels/val-00000001.png"):
+        (root / place).parent.mkdir(exist_ok=True)
+        Image.fromarray(pictures[0]).save(root / place)
+    for folder in ("frames", "own/d/left"):
+        (root / folder).mkdir(parents=True)
+        for number, picture in enumerate(pictures):
+            Image.fromarray(picture).save(root / folder / f"{number}.png")
+    (root / "own" / "camera.yaml").write_text("width: 96\nheight: 64\nfx: 50\nfy: 48\ncx: 47.5\ncy: 31.5\n")
+    (root / "poses.txt").write_text("".join(f"1 0 0 0 0 1 0 0 0 0 1 {n}\n" for n in range(5)))
+    np.save(root / "d.npy", np.full((2, 8, 24), 0.2, np.float32))
+    (root / "d.npy.keys.txt").write_text("drive_000\ndrive_001\n")
+    (root / "pngs").mkdir()
+    for key in ("drive_000", "drive_001"):
+        Image.fromarray(constant(5)).save(root / "pngs" / f"{key}.png")
+    ragged = np.empty(2, dtype=object)
+    ragged[0], ragged[1] = np.full((40, 120), 4, np.float32), np.full((36, 110), 9, np.float32)
+    np.savez(root / "gt_depths.npz", data=ragged)
+    from fractions import Fraction
+
+    from md2.inference.video import VideoWriter
+
+    with VideoWriter(root / "film.mp4", Fraction(10)) as writer:
+        for picture in pictures:
+            writer.write(picture)
+    return root
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    def late(number: int, frame: FrameType | None) -> None:
+        raise AssertionError(f"still running after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def needed(case: Case, good: Path, drive: Path) -> list[tuple[Path, str]]:
+    """What a case reads: (source, place below its folder)."""
+    names = {word.removeprefix("{}/").split("/")[0] for word in case.words.split() if word.startswith("{}/")}
+    names |= {victim.split("/")[0] for victim in case.victims}
+    if "d.npy" in names:
+        names.add("d.npy.keys.txt")
+    if "--resume" in case.words or case.words.startswith("report"):
+        names |= {"truth"}
+    found = [(good / name, name) for name in sorted(names) if (good / name).exists()]
+    return [*found, (drive, "raw")] if "raw" in names else found
+
+
+def attempt(words: list[str], capsys: pytest.CaptureFixture[str], tally: Tally, label: str) -> None:
+    tally.inputs += 1
+    capsys.readouterr()
+    try:
+        with at_most(MOST_SECONDS):
+            code = run(app, words)
+    except BaseException as error:  # nothing may come through
+        tally.problems.append(f"{label}: {type(error).__name__}: {error}")
+        return
+    shown = capsys.readouterr()
+    tally.codes[code] = tally.codes.get(code, 0) + 1
+    lines = [line for line in shown.err.splitlines() if line.startswith("md2: ")]
+    both = shown.out + shown.err
+    if "Traceback" in both or any(mark in both for mark in ("\x1b]", "\x1b[2J", "\u202e", "\x07")):
+        tally.problems.append(f"{label}: {both[-400:]!r}")
+    if code == 1:
+        tally.netted.append(f"{label}: {lines}")
+    if code not in (0, 1, 2, 3, 4, 5, 6) or (code not in (0, 4) and not lines):
+        tally.problems.append(f"{label}: exit code {code}, {lines} {shown.err[-300:]!r}")
+
+
+def test_every_command_with_every_input_broken(
+    good: Path,
+    drive: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MD2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MD2_STORAGE_PATIENCE", "2")
+    monkeypatch.chdir(tmp_path)
+    began, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tally, turn = Tally(), count()
+    for case in CASES:
+        for victim in case.victims:
+            ways = list(WAYS)
+            if not ALL:
+                ways = [ways[next(turn) * 5 % len(ways)] for _ in range(WAYS_IN_TURN)]
+            for way in ways:
+                place = tmp_path / "inputs"
+                for source, name in needed(case, good, drive):
+                    copy = shutil.copytree if source.is_dir() else shutil.copy
+                    (place / name).parent.mkdir(parents=True, exist_ok=True)
+                    copy(source, place / name)
+                for file in (place / "run" / "config.yaml", place / "mono.yaml"):
+                    if file.is_file():
+                        file.write_text(file.read_text().replace(str(good), str(place)))
+                WAYS[way](place / victim)
+                words = [word.replace("{}", str(place)) for word in case.words.split()]
+                attempt(words, capsys, tally, f"{case.words.split(' {')[0]}, {victim} {way}")
+                shutil.rmtree(place)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
+    with capsys.disabled():
+        print(
+            f"\n{tally.inputs} broken inputs: {len(tally.problems)} problems, {len(tally.netted)} caught by the net, "
+            f"exit codes {dict(sorted(tally.codes.items()))}, {time.monotonic() - began:.0f} s, "
+            f"{grown:.0f} MB more at the peak"
+        )
+    assert not tally.problems, "\n".join(tally.problems)
+    assert not tally.netted, "\n".join(tally.netted)
+    assert grown < MOST_MEGABYTES
