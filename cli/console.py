@@ -45,7 +45,7 @@ _OURS = ("md2", "prep", "shards", "cli", "bench")
 _ROOT = Path(__file__).resolve().parents[1]
 # What an ASCII console shows instead; anything else is written out as an escape.
 _ASCII = {"±": "+-", "\N{MULTIPLICATION SIGN}": "x", "…": "...", "\N{EN DASH}": "-", "²": "^2", "³": "^3", "→": "->"}
-_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")
+_OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "failed to map segment")
 _debug = False
 
 
@@ -202,8 +202,11 @@ def _explained(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, ImportError) and isinstance(error.__cause__, ImportError):  # NumPy's advice
+        error = error.__cause__
     name, text = type(error).__name__, first_line(error)
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or any(mark in text for mark in _OUT_OF_MEMORY):
+    small = text.lower()
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or any(mark in small for mark in _OUT_OF_MEMORY):
         return f"{name}: not enough memory; take smaller batches or fewer workers"
     if isinstance(error, RecursionError):
         return f"{name}: an input is nested too deeply"

@@ -45,9 +45,11 @@ def open_predictions(path: Path, order: Sequence[str] | None) -> Callable[[Batch
         return _from_pngs(path, order)
     rows = read_disparities(path)
     keys = keys_file(path)
-    if order is not None and not keys.exists():
+    if order is not None and not keys.is_file():
         return saved_disparity(rows, order)
     try:
+        if not keys.is_file():
+            raise FileNotFoundError(keys)
         return saved_disparity(rows, keys.read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
@@ -62,10 +64,9 @@ def read_disparities(path: Path) -> NDArray[np.floating[Any]]:
     Raises:
         InputError: missing, damaged, of another shape or kind.
     """
+    _require_file(path)
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except (ValueError, OSError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
         # NumPy would advise to unpickle, which must not be done.
         reason = "it holds Python objects, or is not an .npy" if "pickle" in str(error) else first_line(error)
@@ -78,6 +79,12 @@ def read_disparities(path: Path) -> NDArray[np.floating[Any]]:
         raise InputError(f"{path}: {rows.dtype} {rows.shape}; floating-point (N, H, W) is needed")
     disparities: NDArray[np.floating[Any]] = rows
     return disparities
+
+
+def _require_file(path: Path) -> None:
+    """Refuse what is missing, and pipes, which would be waited for."""
+    if not path.is_file():
+        raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
 
 
 def saved_disparity(rows: NDArray[np.floating[Any]], order: Sequence[str]) -> Callable[[Batch], Tensor]:
@@ -109,7 +116,9 @@ def saved_disparity(rows: NDArray[np.floating[Any]], order: Sequence[str]) -> Ca
 
 def _from_pngs(folder: Path, order: Sequence[str] | None) -> Callable[[Batch], Tensor]:
     """Depth PNGs of KITTI's benchmark (metres x 256), named after sample keys, or one a line of `order`."""
-    files = sorted((path for path in folder.glob("*.png") if not path.name.startswith("._")), key=_counting)
+    files = sorted(
+        (path for path in folder.glob("*.png") if not path.name.startswith("._") and path.is_file()), key=_counting
+    )
     if not files:
         raise InputError(f"{folder}: no .png in this folder of predictions")
     path_of = {path.stem: path for path in files}
@@ -173,6 +182,7 @@ def read_ground_truth(path: Path) -> list[NDArray[np.float32]]:
     Raises:
         InputError: missing, damaged, too large, or anything else than depth maps.
     """
+    _require_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             names = [info for info in archive.infolist() if info.filename == "data.npy"]
@@ -182,8 +192,6 @@ def read_ground_truth(path: Path) -> list[NDArray[np.float32]]:
                 raise InputError(f"{path}: unpacks to {names[0].file_size / 1e9:,.0f} GB; that is no gt_depths.npz")
             with archive.open(names[0]) as file:
                 content = file.read(names[0].file_size)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
         raise InputError(f"{path}: not an .npz archive, or damaged ({first_line(error)})") from error
     try:

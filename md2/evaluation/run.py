@@ -145,7 +145,13 @@ def measure(
     collectors += [direction] if predictor is None else []
     pngs = BenchmarkPngs(options.save_png, data.protocol.max_depth) if options.save_png is not None else None
     collectors += [pngs] if pngs is not None else []
-    evaluation = evaluate(predict, data.batches(progress), data.protocol, scaling, collectors)
+    passes = 1 + options.baselines * (1 if predictor is None else 2)
+
+    def batches(number: int) -> Iterator[Batch]:
+        """The data once more, as pass `number` of all that the bar counts."""
+        return data.batches(lambda done, total: progress(number * total + done, passes * total))
+
+    evaluation = evaluate(predict, batches(0), data.protocol, scaling, collectors)
 
     if direction.is_depth:
         warnings.append(
@@ -155,10 +161,10 @@ def measure(
         warnings.append(f"{pngs.without} images have no ground truth, so no size and scale: no PNG of them")
     rows = {model_name(options.model or str(options.predictions)): evaluation.metrics}
     if options.baselines:
-        rows["constant depth, median"] = evaluate(constant_disparity, data.batches(), data.protocol, "median").metrics
+        rows["constant depth, median"] = evaluate(constant_disparity, batches(1), data.protocol, "median").metrics
         if predictor is not None:
             fresh = network_disparity(_untrained(predictor))
-            rows["untrained net, median"] = evaluate(fresh, data.batches(), data.protocol, "median").metrics
+            rows["untrained net, median"] = evaluate(fresh, batches(2), data.protocol, "median").metrics
     published = published_rows() if data.is_eigen else {}
     rows |= published
     how = "median scaling" if scaling == "median" else f"metric, {scaling:g} m per unit"
@@ -182,7 +188,7 @@ class _Data:
 
     name: str
     protocol: Protocol
-    batches: Callable[..., Iterator[Batch]]
+    batches: Callable[[Progress], Iterator[Batch]]
     warnings: list[str]
     about: dict[str, Any]
     is_eigen: bool
@@ -210,8 +216,8 @@ def _open(options: EvalOptions, predictor: Predictor | None) -> _Data:
 
 def _batches_of(
     options: EvalOptions, dataset: LocalDataset, part: str, predictor: Predictor | None
-) -> Callable[..., Iterator[Batch]]:
-    def batches(progress: Progress = lambda done, total: None) -> Iterator[Batch]:
+) -> Callable[[Progress], Iterator[Batch]]:
+    def batches(progress: Progress) -> Iterator[Batch]:
         total = dataset.manifest.samples(part)
         found = evaluation_batches(dataset, part, predictor, batch_size=options.batch_size, limit=options.limit)
         return _counted(found, min(total, options.limit or total), progress)
@@ -234,7 +240,7 @@ def _open_truth(options: EvalOptions, predictor: Predictor | None) -> _Data:
     name = options.protocol if options.protocol != "auto" else "eigen_benchmark" if len(maps) == 652 else "eigen"
     protocol = choose_protocol(None, name, **given)  # type: ignore[arg-type]
 
-    def batches(progress: Progress = lambda done, total: None) -> Iterator[Batch]:
+    def batches(progress: Progress) -> Iterator[Batch]:
         return _counted(ground_truth_batches(maps, options.batch_size), len(maps), progress)
 
     about = {"dataset": options.dataset, "split": None, "manifest_sha256": None, "part": None}

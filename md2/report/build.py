@@ -234,8 +234,10 @@ def _facts(config: Config, lines: list[dict[str, Any]]) -> list[tuple[str, str]]
         found.append(("best validation abs_rel", f"{best['abs_rel']:.3f}"))
         found.append(("reached at step", f"{best['step']:,}"))
     trained = _of(lines, "train")
+    losses = [line["loss"] for line in trained if isinstance(line.get("loss"), int | float)]
+    if losses:
+        found.append(("last training loss", f"{losses[-1]:.4f}"))
     if trained:
-        found.append(("last training loss", f"{trained[-1]['loss']:.4f}"))
         rates = [line["images_per_second"] for line in trained if line.get("images_per_second") is not None]
         waits = [line["data_wait"] for line in trained if line.get("data_wait") is not None]
         if rates:

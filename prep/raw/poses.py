@@ -25,6 +25,8 @@ def read_poses(path: Path) -> Matrix:
     Raises:
         InputError: it cannot be read, is larger than 64 MiB, or is malformed.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a file")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_POSE_BYTES + 1)

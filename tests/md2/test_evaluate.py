@@ -300,7 +300,11 @@ def test_files_hold_what_the_table_says(packed: Path, stereo: Path, tmp_path: Pa
 
 def test_baselines_stand_beside_the_model(packed: Path, mono: Path) -> None:
     """True depth is constant in each image, so the constant guess, median-scaled, is exact."""
-    rows = run(packed, model=str(mono), baselines=True).rows
+    counted: list[tuple[int, int]] = []
+    options = EvalOptions(model=str(mono), dataset=str(packed), baselines=True, batch_size=2)
+    rows = run_eval(options, load(mono, "cpu"), lambda done, total: counted.append((done, total))).rows
+    # Three passes of three images, two at a time.
+    assert counted == [(done, 9) for done in (2, 3, 5, 6, 8, 9)]
     assert rows["constant depth, median"]["abs_rel"] == pytest.approx(0, abs=1e-9)
     assert rows["untrained net, median"]["abs_rel"] > 0
     assert rows["published M 640x192"]["abs_rel"] == 0.115
