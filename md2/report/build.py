@@ -289,7 +289,7 @@ def _panels(run: Path, columns: list[str], notes: list[str]) -> list[Figure]:
     """First, middle and last panel of validation and of training, latest first; unreadable ones go into `notes`."""
     figures = []
     for kind, label in (("val", "Validation"), ("train", "Training")):
-        files = sorted((run / "panels").glob(f"{kind}-*.png"))
+        files = sorted(path for path in (run / "panels").glob(f"{kind}-*.png") if path.is_file())
         places = sorted({0, len(files) // 2, len(files) - 1})[-PANELS_SHOWN:] if files else []
         for place in reversed(places):
             step = files[place].stem.rpartition("-")[2]

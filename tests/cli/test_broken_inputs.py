@@ -31,7 +31,7 @@ from md2.checkpoint import load_checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore")
 ALL = os.environ.get("MD2_WALK") == "all"
 WAYS_IN_TURN = 1
-MOST_SECONDS = 60
+MOST_SECONDS = 90
 MOST_MEGABYTES = 500
 
 
