@@ -186,9 +186,9 @@ class FolderLayout:
             )
         if left.keys() & right.keys():
             return right
-        bare = {_SIDE_WORD.sub("", stem): ref for stem, ref in right.items()}
-        pairs = {stem: bare[key] for stem in left if (key := _SIDE_WORD.sub("", stem)) in bare}
-        if len(bare) == len(right) and len(pairs) == len({_SIDE_WORD.sub("", stem) for stem in left}) > 0:
+        bare = {_without_side(stem): ref for stem, ref in right.items()}
+        pairs = {stem: bare[key] for stem in left if (key := _without_side(stem)) in bare}
+        if pairs and len(bare) == len(right) and len({_without_side(stem) for stem in left}) == len(left):
             notes.append(f"{drive}: pairs by name without left and right, as {min(left)} with {min(right)}")
             return pairs
         raise InputError(
@@ -232,6 +232,11 @@ class FolderLayout:
             above = None if not folder else self._camera(folder.rpartition("/")[0])
             self._cameras[folder] = above if ref is None else parse_camera(read(ref, MAX_TEXT_BYTES), ref.place)
         return self._cameras[folder]
+
+
+def _without_side(stem: str) -> str:
+    """A frame's name without what says which camera it is from."""
+    return re.sub(r"[_\-. ]+", "_", _SIDE_WORD.sub("", stem)).strip("_")
 
 
 def drive_key(name: str) -> str:
@@ -294,7 +299,7 @@ def _levels(refs: Sequence[Ref]) -> tuple[int, int] | None:
             if len(data) <= _PNG_COLOUR or data[_PNG_DEPTH] != 16:
                 return None
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                samples.append(np.asarray(image)[::2, ::2].ravel())
+                samples.append(np.asarray(image)[::2].ravel())
             if data[_PNG_COLOUR] & 2 and max(sample.max() for sample in samples) >= 1 << 6:
                 return None  # colour that fills at least 14 bits, of which the upper 8 are good
         except (SampleError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):

@@ -53,7 +53,8 @@ def read_scan(data: bytes, name: str, typical: int = 0) -> npt.NDArray[np.float3
         raise SampleError(f"{name}: ends in zeros: the copy was interrupted; {again}")
     scan = np.frombuffer(data, dtype="<f4").reshape(-1, 4)
     with np.errstate(invalid="ignore"):
-        strange = (np.abs(scan[:, :3]) > _FARTHEST).any(axis=1) | (scan[:, 3] < 0)
+        far = (np.abs(scan[:, :3]) > _FARTHEST) & np.isfinite(scan[:, :3])
+        strange = far.any(axis=1) | (scan[:, 3] < 0)
     if np.count_nonzero(strange) > _IMPLAUSIBLE * len(scan):
         raise SampleError(
             f"{name}: {np.count_nonzero(strange):,} of {len(scan):,} points are beyond {_FARTHEST:.0f} m or have a "
