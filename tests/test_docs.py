@@ -138,6 +138,13 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_table_is_one(page: Path) -> None:
+    """A wrong line of dashes leaves the rows as text."""
+    for token in MARKDOWN.parse(page.read_text()):
+        assert token.type != "inline" or not re.search(r"^\|.*\|$", token.content, re.MULTILINE), token.content[:80]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_path_of_the_repository_exists(page: Path) -> None:
     """In code and in drawings: `md2/loss.py`, `prep/raw/`."""
     drawings = [token.content for token in tokens(page) if token.info == "mermaid"]
