@@ -39,7 +39,7 @@ from md2.config import DataConfig, LossConfig, ModelConfig  # noqa: E402
 from md2.data.batch import Offset  # noqa: E402
 from md2.loss import image_pyramid, reprojection_loss  # noqa: E402
 from md2.model import Networks, Pose, Prediction  # noqa: E402
-from md2.training.precision import Switches  # noqa: E402
+from md2.training.amp import AmpSettings  # noqa: E402
 
 MODES: dict[str, tuple[list[int], bool]] = {
     "mono": ([0, -1, 1], False),
@@ -117,19 +117,19 @@ class Contender:
     The loss part is its value and its gradient by the networks' outputs; backward is the networks' share.
     """
 
-    def __init__(self, networks: Networks, inputs: Inputs, switches: Switches, baseline: bool) -> None:
-        self.device = switches.device
-        self.switches, self.inputs, self.baseline = switches, inputs, baseline
-        self.networks = switches.prepare(copy.deepcopy(networks)).train()
-        self.model = switches.compiled(self.networks)
+    def __init__(self, networks: Networks, inputs: Inputs, amp: AmpSettings, baseline: bool) -> None:
+        self.device = amp.device
+        self.amp, self.inputs, self.baseline = amp, inputs, baseline
+        self.networks = amp.prepare(copy.deepcopy(networks)).train()
+        self.model = amp.compiled(self.networks)
         trainable = [p for p in self.networks.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trainable, lr=1e-6, fused=self.device.type == "cuda")
-        self.seen = switches.inputs(inputs.images)
+        self.seen = amp.inputs(inputs.images)
 
     def step(self) -> dict[str, float]:
         """Seconds of each part, and of the whole."""
         marks = [self._now()]
-        with self.switches.autocast():
+        with self.amp.autocast():
             prediction = reference.predict(self.networks, self.seen) if self.baseline else self.model(self.seen)
         marks.append(self._now())
         cut = detached(prediction)
@@ -151,13 +151,13 @@ class Contender:
         return time.perf_counter()
 
 
-def switches_of(variant: str, device: torch.device) -> Switches:
-    """A variant's name -> its switches; all but `contiguous` are channels_last too."""
+def amp_of(variant: str, device: torch.device) -> AmpSettings:
+    """A variant's name -> its amp; all but `contiguous` are channels_last too."""
     known = {"contiguous", "channels_last", "bf16", "compile", "bf16+compile"}
     if variant not in known:
         raise SystemExit(f"unknown variant {variant!r}: one of {', '.join(sorted(known))}")
     dtype = torch.bfloat16 if "bf16" in variant else None
-    return Switches(device, dtype, variant != "contiguous", "compile" in variant)
+    return AmpSettings(device, dtype, variant != "contiguous", "compile" in variant)
 
 
 def check(mode: str) -> tuple[float, float]:
@@ -280,10 +280,10 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, list
     torch.manual_seed(0)
     networks = Networks(ModelConfig(), DataConfig(frames=frames, stereo=stereo), LossConfig()).to(device)
     inputs = Inputs.make(options.mode, options.batch, options.height, options.width, device)
-    plain = Switches(device, None, False, False)
+    plain = AmpSettings(device, None, False, False)
     contenders = {"baseline": Contender(networks, inputs, plain, baseline=True)}
     for variant in options.variants.split(","):
-        contenders[f"md2 {variant}"] = Contender(networks, inputs, switches_of(variant, device), baseline=False)
+        contenders[f"md2 {variant}"] = Contender(networks, inputs, amp_of(variant, device), baseline=False)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for index in range(options.repeats + 2):
         for name, contender in contenders.items():

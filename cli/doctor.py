@@ -46,6 +46,10 @@ def _gpu() -> str:
     import torch
 
     if not torch.cuda.is_available():
+        from md2.distributed import unused_gpu
+
+        if reason := unused_gpu():
+            raise RuntimeError(reason)
         return "none: everything runs on the CPU"
     from md2.photometric.reprojection import has_kernels
 

@@ -14,9 +14,9 @@ from cli.console import errors, progress_bar
 
 
 class BarReporter:
-    """A bar with loss, images/s and time left; messages above it. Ranks other than 0 have messages only.
+    """A bar with loss, images/s and time left, messages above it. Ranks other than 0 show messages only.
 
-    Where stderr is no terminal (a log file), plain lines instead.
+    If stderr is no terminal but a log file, plain lines.
     """
 
     def __init__(self) -> None:
@@ -55,31 +55,33 @@ def train(
         list[str] | None, typer.Argument(help="key.sub=value, e.g. data.url=... train.epochs=5")
     ] = None,
     run: Annotated[Path | None, typer.Option("--run", "--run-dir", help="Run folder. (default: runs/CONFIG)")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run, mid-epoch, with the same numbers.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume this run, mid-epoch, with the same numbers.")] = None,
     show: Annotated[
-        bool, typer.Option("--show", help="Print the whole configuration, defaults and overrides included, and end.")
+        bool, typer.Option("--show", help="Print the whole configuration, defaults and overrides included, and exit.")
     ] = False,
 ) -> None:
-    """Train a model, or go on with a run. Every configuration key is in docs/training.md; --show prints them."""
-    if show:
-        from md2.train import load_source
-        from shards.errors import UsageError
+    """Train a model, or resume a run. Every configuration key is in docs/training.md; --show prints them."""
+    # Before torch is imported, which takes seconds: a misspelt word is reported at once.
+    from md2.config import load_source
+    from shards.errors import UsageError
 
-        if resume is not None:
-            raise UsageError(f"--show goes with a configuration; that of a run is {resume / 'config.yaml'}")
-
-        print(load_source(config, overrides or []).to_yaml(), end="")
-        return
+    if show and resume is not None:
+        raise UsageError(f"--show takes a configuration; a run's is in {resume / 'config.yaml'}")
+    if resume is None:
+        settings = load_source(config, overrides or [])
+        if show:
+            print(settings.to_yaml(), end="")
+            return
     from md2.train import run_command
 
     reporter = BarReporter()
     try:
-        outcome = run_command(config, overrides or [], run, resume, reporter)
+        result = run_command(config, overrides or [], run, resume, reporter)
     finally:
         reporter.stop()
     if reporter.main:
-        done = "stopped early" if outcome.stopped.early else "done"
-        reporter.message(f"{done} at step {outcome.stopped.step}: {outcome.run}")
-        if outcome.stopped.early:
-            reporter.message(f"go on with: md2 train --resume {shlex.quote(str(outcome.run))}")
-    raise typer.Exit(outcome.exit_code)
+        done = "stopped early" if result.stopped.early else "done"
+        reporter.message(f"{done} at step {result.stopped.step}: {result.run}")
+        if result.stopped.early:
+            reporter.message(f"resume with: md2 train --resume {shlex.quote(str(result.run))}")
+    raise typer.Exit(result.exit_code)

@@ -1,8 +1,8 @@
-"""Checkpoints: one file that a run, an evaluation or a colleague can go on from.
+"""Checkpoints: one file that a run, an evaluation or a colleague can continue from.
 
-A file is written beside its place, synced, then renamed; the last one but one is kept, so that a
-damaged `last.pt` (full disk, power cut) costs a few steps and not the run. Files are read with
-`weights_only=True`: a checkpoint from a stranger cannot run code.
+A file is written under another name, synced, then renamed. The one before is kept, so a damaged `last.pt` (full disk,
+power cut) costs a few steps, not the run. Files are read with `weights_only=True`: a stranger's checkpoint cannot run
+code.
 
     RUN/checkpoints/last.pt       newest
     RUN/checkpoints/previous.pt   the one before
@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from md2.config import Config, config_from_dict
+from md2.config import Config, config_from_dict, recipes
 from shards.errors import InputError, first_line
 from shards.files import fsync_folder
 
 FORMAT = 1
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
-_TO_GO_ON_FROM = (LAST, PREVIOUS, BEST)
+_RESUMABLE = (LAST, PREVIOUS, BEST)
 StateDict = dict[str, torch.Tensor]
 
 
@@ -40,9 +40,9 @@ class Checkpoint:
         metres_per_unit: metres in one unit of predicted depth; None where the scale is unknown (mono).
         step: optimiser steps done.
         epoch: epochs completed.
-        training: what resuming needs beyond that (optimiser, schedule, scaler, loader, random state);
-            empty in a checkpoint that is only for inference.
-        metrics: validation metrics at this point, if any.
+        training: state that only resuming needs (optimiser, schedule, scaler, loaders); empty in a checkpoint for
+            inference.
+        metrics: validation metrics at this step, if any.
     """
 
     config: dict[str, Any]
@@ -57,13 +57,13 @@ class Checkpoint:
         """The configuration as a model.
 
         Raises:
-            UsageError: written by another version, with keys that this one does not have.
+            UsageError: another version of md2 wrote it, with keys that this one does not have.
         """
         return config_from_dict(self.config, where)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: Path | None = None) -> None:
-    """Write atomically; `keep`: where the file now at `path` goes (a rename) instead of being replaced.
+    """Write atomically; `keep`: the name that the present file at `path` gets instead of being replaced.
 
     Raises:
         InputError: the disk is full or the folder cannot be written.
@@ -82,16 +82,16 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: Path | None = N
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        # Where a write fails torch speaks of positions in its archive; the reason is behind that.
+        # torch's own message is about positions in its archive; the reason is in its context.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        told = getattr(cause, "strerror", None) or first_line(cause)
+        reason = getattr(cause, "strerror", None) or first_line(cause)
         raise InputError(
-            f"cannot write checkpoint {path}: {told}; free some space there, or choose another --run"
+            f"cannot write checkpoint {path}: {reason}; free some space there, or choose another --run"
         ) from error
 
 
 def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The fields without the deep copy of `dataclasses.asdict` (which would double the memory)."""
+    """The fields, without the deep copy of `dataclasses.asdict`, which would double the memory."""
     return {each.name: getattr(checkpoint, each.name) for each in fields(checkpoint)}
 
 
@@ -104,6 +104,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
+    if foreign := what_else(path):
+        raise InputError(f"{path}: {foreign}, not a checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -112,17 +114,48 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except Exception as error:  # a zip with other things in it trips torch's unpickler in any way
-        raise InputError(f"{path}: damaged or not a checkpoint ({first_line(error)})") from error
+    except Exception as error:  # a zip with other contents trips torch's unpickler in any way
+        raise InputError(f"{path}: damaged or not a checkpoint ({reason_of(error)})") from error
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a checkpoint of md2's format {FORMAT}")
     if not _is_sound(data):
-        raise InputError(f"{path}: not what a checkpoint holds; another version of md2 or another program wrote it")
+        raise InputError(f"{path}: not a checkpoint's fields; another version of md2 or another program wrote it")
     return Checkpoint(**data)
 
 
+def what_else(path: Path) -> str | None:
+    """What a file is that cannot hold weights, by its first bytes; None if it may."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    kinds = {
+        b"version https://git-lfs": "a git-lfs pointer (git lfs pull fetches the file)",
+        b"\x89PNG": "a PNG picture",
+        b"\xff\xd8\xff": "a JPEG picture",
+    }
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "a web page"
+    found = next((kind for magic, kind in kinds.items() if start.startswith(magic)), None)
+    if found is None and start.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+            return None
+        if any(name.endswith("encoder.pth") for name in names):
+            return "a zip of Monodepth2 weights (unpack it and give the folder with encoder.pth)"
+    return found
+
+
+def reason_of(error: Exception) -> str:
+    """Why torch cannot read a file, for a message; without its advice to run the file's code."""
+    text = str(error)
+    if "Unsupported global" in text or "weights_only" in text:
+        return "it holds Python objects, whose code md2 does not run: save the model's state_dict()"
+    return first_line(error)
+
+
 def _is_sound(data: dict[str, Any]) -> bool:
-    """Whether the fields are those of a `Checkpoint`, and hold what it says."""
+    """Whether the fields are a `Checkpoint`'s, by name and type."""
     networks, unit = data.get("networks"), data.get("metres_per_unit")
     needed = {each.name for each in fields(Checkpoint)}
     return (
@@ -139,19 +172,19 @@ def _is_sound(data: dict[str, Any]) -> bool:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has come to its first checkpoint, damaged or not."""
-    return any((run / "checkpoints" / name).exists() for name in _TO_GO_ON_FROM)
+    """Whether a run has a checkpoint, damaged or not."""
+    return any((run / "checkpoints" / name).exists() for name in _RESUMABLE)
 
 
 def load_latest(run: Path) -> tuple[Checkpoint, str | None]:
-    """The newest undamaged checkpoint of a run, and a warning if that is not the newest file.
+    """The newest undamaged checkpoint of a run, and a warning if a newer file is damaged.
 
     Raises:
-        InputError: the run has none.
+        InputError: there is none.
     """
     folder = run / "checkpoints"
     damages: list[str] = []
-    for path in (folder / name for name in _TO_GO_ON_FROM):
+    for path in (folder / name for name in _RESUMABLE):
         if not path.exists():
             continue
         try:
@@ -159,24 +192,35 @@ def load_latest(run: Path) -> tuple[Checkpoint, str | None]:
         except InputError as error:
             damages.append(str(error))
             continue
-        return checkpoint, f"{damages[0]}; going on from {path.name}" if damages else None
+        return checkpoint, f"{damages[0]}; resuming from {path.name}" if damages else None
     raise InputError(
-        f"{run}: no checkpoint to go on from ({'; '.join(damages) or 'none there'}); start a new run, for instance "
-        f"from this one's weights: md2 train CONFIG model.weights={folder / BEST} --run DIR"
+        f"{run}: no checkpoint to resume from ({'; '.join(damages) or 'none there'}); start a new run: "
+        "md2 train CONFIG --run DIR"
     )
 
 
 def resolve(path: str | Path) -> Path:
-    """A run folder -> its best checkpoint, else its last; a file -> itself.
+    """The best checkpoint of a run, else its last; a checkpoint file is returned as it is.
+
+    Args:
+        path: a run folder, its folder `checkpoints`, or a file.
 
     Raises:
-        InputError: neither a checkpoint nor a run with one.
+        InputError: none of them.
     """
     path = Path(path)
     if path.is_file():
         return path
-    for name in (BEST, LAST, PREVIOUS):
-        candidate = path / "checkpoints" / name
-        if candidate.is_file():
-            return candidate
-    raise InputError(f"{path}: neither a checkpoint nor a run folder with checkpoints/")
+    for folder in (path / "checkpoints", path):
+        for name in (BEST, LAST, PREVIOUS):
+            if (folder / name).is_file():
+                return folder / name
+    if not path.exists():
+        known = f" (a recipe: train it first, md2 train {path})" if str(path) in recipes() else ""
+        raise InputError(f"{path}: no such file or folder{known}; {EXPECTED}")
+    inner = sorted(file.parent for file in path.glob("*/encoder.pth"))
+    hint = f"; did you mean {inner[0]}?" if inner else f"; {EXPECTED}"
+    raise InputError(f"{path}: neither a checkpoint nor a folder with one{hint}")
+
+
+EXPECTED = "give a run folder, a checkpoint, or a folder of Monodepth2 weights (encoder.pth, depth.pth)"

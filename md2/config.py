@@ -1,7 +1,6 @@
 """The training configuration: YAML -> pydantic models, `key.sub=value` overrides, helpful errors.
 
-Nothing is derived before the overrides are merged. An unknown key names the nearest known one, an
-impossible combination its reason.
+The message for an unknown key names the nearest known one, that for an impossible combination its reason.
 """
 
 from __future__ import annotations
@@ -16,17 +15,19 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from shards.errors import UsageError
+from shards.errors import UsageError, first_line
 
 Encoder = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
 class Section(BaseModel):
+    """A group of keys; unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
-    """What to read and how to present it to the networks."""
+    """The dataset, and how its samples reach the networks."""
 
     url: str = "kitti_shards/eigen_zhou"
     """Folder or URL of a packed dataset."""
@@ -35,9 +36,11 @@ class DataConfig(Section):
     stereo: bool = False
     """Use the stereo partner as a source frame."""
     width: int = Field(640, ge=64, multiple_of=32)
+    """Width of the images in pixels; stored images of another size are resized."""
     height: int = Field(192, ge=64, multiple_of=32)
+    """Height of the images in pixels."""
     intrinsics: Literal["calibrated", "nominal"] = "calibrated"
-    """`nominal`: fx = 0.58 w, fy = 1.92 h, cx = 0.5 w, cy = 0.5 h, which the published numbers used."""
+    """Camera matrices: each drive's own, or `nominal` (the published numbers): fx 0.58 w, fy 1.92 h, cx w/2, cy h/2."""
     baseline: Literal["paper", "metres"] = "paper"
     """Unit of the stereo translation: the paper's (0.1 for 0.54 m) or metres."""
     flip: bool = True
@@ -49,13 +52,14 @@ class DataConfig(Section):
     threads: int | None = Field(None, gt=0)
     """Decoding threads; None: one per available core, at most 8 where the GPU decodes."""
     prefetch: int = Field(2, gt=0)
+    """Batches that DALI prepares ahead."""
     shuffle: Literal["window", "global"] = "window"
     """`window`: shards in random order, samples shuffled over 8 of them; `global`: over the whole part."""
 
     @model_validator(mode="before")
     @classmethod
     def _drop_what_earlier_versions_had(cls, values: Any) -> Any:
-        """Configurations and run folders of earlier versions have `shuffle_buffer`, which decides nothing any more."""
+        """Configurations and run folders of earlier versions have `shuffle_buffer`, which no longer has an effect."""
         if isinstance(values, dict) and "shuffle_buffer" in values:
             values = {name: value for name, value in values.items() if name != "shuffle_buffer"}
             logging.getLogger(__name__).warning("data.shuffle_buffer is ignored: data.shuffle says what is shuffled")
@@ -83,14 +87,19 @@ class ModelConfig(Section):
     """The networks."""
 
     encoder: Encoder = "resnet18"
+    """ResNet of the depth network, and of a `separate_resnet` pose network."""
     weights: str = "imagenet"
     """`imagenet`, `scratch`, a torchvision ResNet file, or a run, checkpoint or folder to start from."""
     scales: list[int] = [0, 1, 2, 3]
     """Scales with a disparity output; 0 is full resolution."""
     min_depth: float = Field(0.1, gt=0)
+    """Depth at disparity 1, in the unit of depth."""
     max_depth: float = Field(100.0, gt=0)
+    """Depth at disparity 0."""
     pose_network: Literal["separate_resnet", "shared", "posecnn"] = "separate_resnet"
+    """Network of the camera's motion: a ResNet of its own, the depth encoder's features, or a small plain one."""
     pose_input: Literal["pairs", "all"] = "pairs"
+    """Frames that the pose network sees at once: target and one source, or all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -109,10 +118,13 @@ class LossConfig(Section):
     avg_reprojection: bool = False
     """Average the error over the sources instead of taking the minimum."""
     disable_automasking: bool = False
+    """Count every pixel, also where an unwarped source fits better than all warped ones."""
     predictive_mask: bool = False
     """Learn a mask instead of auto-masking (Zhou et al.); needs disable_automasking."""
     no_ssim: bool = False
+    """Photometric error without SSIM: L1 alone."""
     disparity_smoothness: float = Field(1e-3, ge=0)
+    """Weight of edge-aware smoothness; divided by 2 at each smaller scale."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -125,25 +137,37 @@ class TrainConfig(Section):
     """The loop."""
 
     epochs: int = Field(20, gt=0)
+    """Passes over the train part."""
     batch_size: int = Field(12, gt=0)
     """Samples per step and rank."""
     accumulate: int = Field(1, gt=0)
     """Batches whose gradients are averaged into one step."""
     learning_rate: float = Field(1e-4, gt=0)
+    """Adam's learning rate at the start."""
     lr_step_epochs: int = Field(15, gt=0)
-    """Multiply the learning rate by lr_gamma every so many epochs."""
+    """Epochs after which the learning rate is multiplied by lr_gamma, again and again."""
     lr_gamma: float = Field(0.1, gt=0)
+    """Factor on the learning rate."""
     seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of random weights, order, augmentation and noise."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where to train; `auto` is a GPU if the machine has one."""
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
-    """Autocast of the networks; loss and geometry stay float32. `auto`: bf16 on a GPU, float32 on a CPU."""
+    """Autocast of the networks; loss and geometry stay float32.
+
+    `auto`: float32 on a CPU; on a GPU bf16, or what older GPUs compute in natively. `float32` on a GPU uses TF32 in
+    convolutions, as PyTorch does by default."""
     channels_last: Literal["auto"] | bool = "auto"
+    """Memory format of the networks; `auto` is channels_last."""
     compile: Literal["auto", "graphs"] | bool = "auto"
-    """torch.compile of the networks; `graphs`: replayed as CUDA graphs, for GPUs that wait for the host's launches."""
+    """torch.compile of the networks.
+
+    `auto`: on a GPU with Triton, and without compiling if that fails. `graphs`: replayed as CUDA graphs, for GPUs that
+    wait for the host's launches."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is NaN or infinite: stop the run, or skip the step (and report it)."""
+    """On a NaN or infinite loss or gradient: stop the run, or skip the step and report it."""
     max_steps: int | None = Field(None, gt=0)
-    """Stop after so many optimiser steps, whatever `epochs` says."""
+    """Optimiser steps after which the run ends, whatever `epochs` is."""
     checkpoint_every: int = Field(1000, gt=0)
     """Steps between checkpoints; one is written at each epoch's end as well."""
     log_every: int = Field(50, gt=0)
@@ -151,9 +175,9 @@ class TrainConfig(Section):
     image_every: int = Field(500, gt=0)
     """Steps between image panels in TensorBoard."""
     sinks: list[Literal["wandb", "mlflow"]] = []
-    """Report scalars to these as well; each needs its own package and takes its settings from the environment."""
+    """Loggers that get the scalars as well; each needs its own package and reads its settings from the environment."""
     val_batches: int | None = Field(None, gt=0)
-    """Validate on so many batches; None: the whole validation part."""
+    """Batches to validate on; None: the whole val part."""
 
 
 class Config(Section):
@@ -195,7 +219,8 @@ def load_config(source: str | Path | None, overrides: Iterable[str] = ()) -> Con
 
     Args:
         source: path of a YAML file, name of a recipe in `md2/configs/`, or None for the defaults.
-        overrides: values are parsed as YAML: `data.frames=[0,-1,1]`, `train.learning_rate=1e-4`.
+        overrides: values are parsed as YAML (`data.frames=[0,-1,1]`, `train.learning_rate=1e-4`), but for keys that
+            hold text, such as `data.url`, whose value is taken as it is.
 
     Raises:
         UsageError: no such file or recipe, not YAML, unknown key (names the nearest), wrong value,
@@ -205,6 +230,17 @@ def load_config(source: str | Path | None, overrides: Iterable[str] = ()) -> Con
     tree = {} if source is None else _read_yaml(*_find(source))
     merge_overrides(tree, overrides)
     return config_from_dict(tree, where)
+
+
+def load_source(source: str | None, overrides: Iterable[str] = ()) -> Config:
+    """`load_config` of the configuration that a command names.
+
+    Raises:
+        UsageError: none is named, or as `load_config`.
+    """
+    if source is None:
+        raise UsageError("give a configuration: a YAML file or a recipe name (md2 zoo lists them), or --resume RUN")
+    return load_config(source, overrides)
 
 
 def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
@@ -243,8 +279,11 @@ def _find(source: str | Path) -> tuple[str, str]:
     known = recipes()
     if str(source) in known:
         return str(source), known[str(source)]
-    near = difflib.get_close_matches(str(source), known, n=1, cutoff=0.5)
+    part = [name for name in known if str(source) and str(source) in name]
+    near = part or difflib.get_close_matches(str(source), known, n=1, cutoff=0.5)
     hint = f"; did you mean the recipe {near[0]}?" if near else "; `md2 zoo` lists the recipes"
+    if len(part) > 1:
+        hint = f"; {len(part)} recipes have it in their name, such as {part[0]}: `md2 zoo` lists them"
     raise UsageError(f"no configuration file or recipe {str(source)!r}{hint}")
 
 
@@ -267,8 +306,12 @@ def _text(path: Path) -> str:
 def _read_yaml(name: str, text: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # a date that there is not, such as 2011-09-31, is a ValueError
-        raise UsageError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise UsageError(f"{name}{where}: not YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2011-09-31, which is no date, is a ValueError
+        raise UsageError(f"{name}: not YAML: {first_line(error)}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -281,8 +324,9 @@ def _merge(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UsageError(f"override {override!r} is not of the form key.sub=value, e.g. train.batch_size=8")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
+        # A folder named 2024-11-28 is no date, and one with # in its name has no comment.
+        value = text if text and key in _text_keys() else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"override {override!r}: the value is not YAML") from error
     *sections, last = key.split(".")
     for section in sections:
@@ -300,6 +344,18 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
             yield from known_keys(field.annotation, f"{prefix}{name}.")
 
 
+def _text_keys() -> set[str]:
+    """Dotted keys whose values are any text."""
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    return {
+        f"{section}.{name}"
+        for section, model in sections.items()
+        if isinstance(model, type) and issubclass(model, BaseModel)
+        for name, field in model.model_fields.items()
+        if field.annotation is str
+    }
+
+
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
@@ -308,7 +364,8 @@ def _explain(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message
-    return f"{key} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+    how = f"; a list is written {key}=[0,-1,1]" if first["type"] == "list_type" else ""
+    return f"{key} = {first['input']!r}: {message[0].lower()}{message[1:]}{how}"
 
 
 def _nearest(key: str) -> str:

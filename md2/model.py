@@ -118,6 +118,13 @@ class Networks(nn.Module):
             # Two motions although a pair needs one: official checkpoints have 12 channels here.
             self.pose = PoseDecoder(self.pose_encoder.channels, inputs=1, motions=max(2, images - 1))
 
+    def drop_poses(self) -> None:
+        """Remove the pose network: depth alone is predicted from here on."""
+        for name in ("pose_encoder", "pose"):
+            if hasattr(self, name):
+                delattr(self, name)
+        self.frames, self.temporal = [0], []
+
     def forward(self, augmented: Mapping[Offset, Tensor]) -> Prediction:
         """Offset -> images (B, 3, H, W) in [0, 1], H and W multiples of 32.
 

@@ -1,6 +1,6 @@
 """Start or resume a run; also the entry for torchrun.
 
-A folder becomes a run when everything is known to work: a mistake in the configuration leaves none behind.
+A folder becomes a run once everything is known to work, so a mistake in the configuration leaves no run behind.
 
 md2 train CONFIG [key.sub=value ...] --run DIR
 md2 train --resume DIR
@@ -23,15 +23,18 @@ from pathlib import Path
 from types import FrameType
 
 from md2.checkpoint import has_checkpoint, load_latest
-from md2.config import Config, config_from_dict, load_config, merge_overrides, read_config_tree
+from md2.config import Config, config_from_dict, load_source, merge_overrides, read_config_tree
 from md2.distributed import Ranks, ranks
 from md2.training.runlog import ENVIRONMENT, environment
+from md2.training.summary import run_figure
 from md2.training.trainer import Reporter, Stopped, Trainer
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import InputError, Md2Error, TrainingError, UsageError
 from shards.files import write_atomic
+from shards.locks import FileLock
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
 CHANGEABLE = (
     "data.url",
     "data.threads",
@@ -47,15 +50,14 @@ CHANGEABLE = (
     "train.on_nan",
     "train.sinks",
 )
-"""What may change on resume: nothing here alters the numbers of a step, while batch_size x accumulate x ranks stays."""
-
+"""Keys that may change on resume: none alters the numbers of a step while batch_size x accumulate x ranks stays."""
 
 IMPATIENCE = 1.0
-"""Seconds after which a second Ctrl-C is meant: schedulers and torchrun send the first signal twice."""
+"""Seconds after which a second Ctrl-C counts: schedulers and torchrun send the first signal twice."""
 
 
 class StopRequest:
-    """Set by SIGTERM or Ctrl-C; the loop looks at it between steps. A second Ctrl-C, later, ends at once."""
+    """Set by SIGTERM or Ctrl-C and polled between steps. A second Ctrl-C, later, ends the process at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -65,6 +67,7 @@ class StopRequest:
         return self.signal is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
+        """Remember a signal."""
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self.since > IMPATIENCE:
@@ -72,15 +75,15 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """As a shell reports the signal: 143 for SIGTERM, 130 for Ctrl-C."""
+        """The code that a shell reports for the signal: 143 for SIGTERM, 130 for Ctrl-C."""
         return 0 if self.signal is None else 128 + self.signal
 
 
 @contextmanager
 def stop_on_signals(request: StopRequest) -> Iterator[None]:
-    """While inside, SIGTERM and SIGINT ask the loop to stop instead of killing the process.
+    """While inside, SIGTERM and SIGINT stop the loop after its step instead of killing the process.
 
-    The loop only: fetching a dataset may take hours, and loses nothing when it is killed.
+    For the loop only: fetching a dataset may take hours, and loses nothing when it is killed.
     """
     before = {number: signal.signal(number, request.handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -91,72 +94,123 @@ def stop_on_signals(request: StopRequest) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Where a run got to, and the exit code that says so."""
+class TrainingResult:
+    """Where a run stopped, and the exit code."""
 
     stopped: Stopped
     run: Path
     exit_code: int
 
 
-def start_run(config: Config, run: Path, reporter: Reporter) -> Outcome:
+def start_run(config: Config, run: Path, reporter: Reporter) -> TrainingResult:
     """Train a new run in the folder `run`, which must not hold one yet.
 
     Raises:
-        UsageError: `run` already holds a run, or the dataset lacks what the configuration asks for.
+        UsageError: `run` already holds a run, or the dataset lacks what the configuration needs.
         DatasetError, StorageError: the dataset cannot be read.
-        TrainingError: training cannot go on.
+        TrainingError: training cannot continue.
     """
+    _refuse_used(run)
+    config = _with_absolute_url(config)
     stop = StopRequest()
+    dataset = _dataset(config)
     with ranks(config.train.device) as place:
-        if (run / CONFIG).exists():
-            raise UsageError(
-                f"{run} already holds a run: md2 train --resume {shlex.quote(str(run))} goes on with it, "
-                "--run names another"
-            )
-        place.barrier()
-        dataset = open_dataset(config.data.url)
         trainer = Trainer(config, dataset, run, place, reporter, should_stop=stop)
-        # Only now that everything is there: a run that did not get that far can be started again.
-        if place.main:
-            _write_start(config, run, place, dataset)
-        return _finish(trainer, run, place, stop)
+        # Only now that everything works: a run that did not get this far can be started again.
+        with _claimed(run, place):
+            if place.main:
+                _refuse_used(run)
+                _write_start(config, run, place, dataset)
+            return _finish(trainer, run, place, stop)
 
 
-def resume_run(run: Path, overrides: Sequence[str], reporter: Reporter) -> Outcome:
-    """Go on with a run from its newest checkpoint, mid-epoch and with the same numbers.
+def resume_run(run: Path, overrides: Sequence[str], reporter: Reporter) -> TrainingResult:
+    """Resume a run from its newest checkpoint, mid-epoch and with the same numbers.
 
-    A run that was killed before its first checkpoint begins again, with the same numbers too.
+    A run that was killed before its first checkpoint starts again, with the same numbers too.
 
     Raises:
-        UsageError: no run there, or an override that would change the numbers.
+        UsageError: no run there, another process trains in it, or an override would change the numbers.
         InputError: there are checkpoints, but none that can be read.
         TrainingError, DatasetError: as `start_run`; another dataset than the run's.
     """
-    config = _config_to_resume(run, overrides)
+    config = _with_absolute_url(_config_to_resume(run, overrides))
     stop = StopRequest()
-    with ranks(config.train.device) as place:
+    dataset = _dataset(config)
+    _check_dataset(run, dataset)
+    with ranks(config.train.device) as place, _claimed(run, place):
         checkpoint, warning = load_latest(run) if has_checkpoint(run) else (None, "no checkpoint yet: from the start")
         if warning and place.main:
             reporter.message(f"warning: {warning}")
-        dataset = open_dataset(config.data.url)
-        _check_dataset(run, dataset)
         trainer = Trainer(config, dataset, run, place, reporter, resume=checkpoint, should_stop=stop)
+        if trainer.measured and trainer.step >= trainer.total_steps and place.main:
+            reporter.message(
+                f"the run is finished ({trainer.step} steps): to train further, raise train.epochs"
+                + (" or train.max_steps" if config.train.max_steps else "")
+            )
         return _finish(trainer, run, place, stop)
 
 
-def _finish(trainer: Trainer, run: Path, place: Ranks, stop: StopRequest) -> Outcome:
+def _refuse_used(run: Path) -> None:
+    if (run / CONFIG).exists():
+        raise UsageError(
+            f"{run} already holds a run: md2 train --resume {shlex.quote(str(run))} resumes it, --run names another"
+        )
+
+
+def _with_absolute_url(config: Config) -> Config:
+    """A relative folder as an absolute path, so that the run can be resumed from any folder."""
+    if "://" in config.data.url:
+        return config
+    url = str(Path(config.data.url).expanduser().absolute())
+    return config.model_copy(update={"data": config.data.model_copy(update={"url": url})})
+
+
+def _dataset(config: Config) -> LocalDataset:
+    """The run's dataset; for several ranks, with its files on this machine.
+
+    They are fetched before the ranks join: that may take longer than a collective waits.
+    """
+    dataset = open_dataset(config.data.url)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        for part in ("train", "val"):
+            if part in dataset.manifest.parts:
+                dataset.tars(part)
+    return dataset
+
+
+@contextmanager
+def _claimed(run: Path, place: Ranks) -> Iterator[None]:
+    """Hold the run folder while inside; the kernel lets go of it however the process ends.
+
+    Raises:
+        UsageError: another process holds it.
+        InputError: the folder cannot be written.
+    """
+    if not place.main:
+        yield
+        return
+    lock = FileLock(run / LOCK)
+    try:
+        free = lock.try_acquire()
+    except OSError as error:
+        raise _unwritable(run, error) from error
+    if not free:
+        raise UsageError(f"{run}: {lock.holder()} is training there: wait for it, or name another with --run")
+    with lock:
+        yield
+
+
+def _finish(trainer: Trainer, run: Path, place: Ranks, stop: StopRequest) -> TrainingResult:
     with stop_on_signals(stop):
         stopped = trainer.fit()
     if place.main:
-        from md2.training.summary import run_figure
-
         run_figure(run)
-    return Outcome(stopped, run, stop.exit_code if stopped.early else 0)
+    return TrainingResult(stopped, run, stop.exit_code if stopped.early else 0)
 
 
 def _write_start(config: Config, run: Path, place: Ranks, dataset: LocalDataset) -> None:
-    """Make `run` a run: its configuration, which comes last, is the sign of one.
+    """Make the folder a run: its configuration, which is written last, is the mark of one.
 
     Raises:
         InputError: the folder cannot be written.
@@ -169,9 +223,11 @@ def _write_start(config: Config, run: Path, place: Ranks, dataset: LocalDataset)
         write_atomic(run / ENVIRONMENT, (json.dumps(environment(place.device, facts), indent=1) + "\n").encode())
         write_atomic(run / CONFIG, config.to_yaml().encode())
     except OSError as error:
-        raise InputError(
-            f"cannot write the run folder {run}: {error.strerror or error}; --run names another"
-        ) from error
+        raise _unwritable(run, error) from error
+
+
+def _unwritable(run: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write the run folder {run}: {error.strerror or error}; --run names another")
 
 
 def _check_dataset(run: Path, dataset: LocalDataset) -> None:
@@ -188,12 +244,20 @@ def _check_dataset(run: Path, dataset: LocalDataset) -> None:
 def _config_to_resume(run: Path, overrides: Sequence[str]) -> Config:
     path = run / CONFIG
     if not path.is_file():
+        inside = next((folder for folder in run.parents if (folder / CONFIG).is_file()), None)
+        if inside is not None:
+            raise UsageError(f"{run} is inside a run: md2 train --resume {shlex.quote(str(inside))} resumes it")
         raise UsageError(
             f"{run}: no run to resume there ({CONFIG} is missing); "
             f"start one with md2 train CONFIG --run {shlex.quote(str(run))}"
         )
     for override in overrides:
-        key = override.partition("=")[0]
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise UsageError(
+                f"--resume takes the run's own configuration, so {override!r} is one word too many: "
+                "give only --resume RUN and key.sub=value"
+            )
         if key not in CHANGEABLE:
             raise UsageError(
                 f"{key} cannot change on resume (it would alter the numbers); these can: {', '.join(CHANGEABLE)}"
@@ -204,7 +268,7 @@ def _config_to_resume(run: Path, overrides: Sequence[str]) -> Config:
 
 
 def progress_line(step: int, total: int, epoch: int, loss: float, images_per_second: float) -> str:
-    """Progress for logs; epochs count from 1."""
+    """A line of progress for logs; epochs count from 1."""
     return f"step {step}/{total}  epoch {epoch + 1}  loss {loss:.4f}  {images_per_second:.1f} images/s"
 
 
@@ -212,23 +276,26 @@ class PlainReporter:
     """Lines on stdout, for torchrun and logs."""
 
     def start(self, total: int, done: int) -> None:
+        """Remember the number of steps."""
         self.total = total
 
     def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None:
+        """Print a logged step."""
         if loss is not None:
             print(progress_line(step, self.total, epoch, loss, images_per_second), flush=True)
 
     def message(self, text: str) -> None:
+        """Print one line."""
         print(text, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m md2.train`, as torchrun starts it."""
+    """Run `python -m md2.train`, as torchrun starts it; returns the exit code."""
     parser = argparse.ArgumentParser(prog="md2.train", description="Train under torchrun; see md2 train --help")
     parser.add_argument("config", nargs="?", help="YAML file or recipe name")
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     parser.add_argument("--run", "--run-dir", type=Path, help="run folder")
-    parser.add_argument("--resume", type=Path, help="run folder to go on with")
+    parser.add_argument("--resume", type=Path, help="run folder to resume")
     options = parser.parse_intermixed_args(arguments)
     try:
         return run_command(options.config, options.overrides, options.run, options.resume, PlainReporter()).exit_code
@@ -243,32 +310,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(
     source: str | None, overrides: Sequence[str], run: Path | None, resume: Path | None, reporter: Reporter
-) -> Outcome:
-    """What both entries do: resume where asked, else start.
+) -> TrainingResult:
+    """Resume the run `resume`, or start one of the configuration `source`: what both entries do.
 
     Raises:
-        UsageError: neither or both of a configuration and a run to resume.
+        UsageError: neither or both of them.
         Md2Error: as `start_run` and `resume_run`.
     """
     if resume is not None:
-        # Without a configuration the first word after --resume is an override already.
+        # There is no configuration, so the first word is an override.
         words = [word for word in (source, *overrides) if word is not None]
         if run is not None:
             raise UsageError("--resume names the run folder itself: leave --run out")
         return resume_run(resume, words, reporter)
     config = load_source(source, overrides)
     return start_run(config, run or Path("runs") / Path(str(source)).stem, reporter)
-
-
-def load_source(source: str | None, overrides: Sequence[str]) -> Config:
-    """The configuration that a command names.
-
-    Raises:
-        UsageError: none is named, or as `load_config`.
-    """
-    if source is None:
-        raise UsageError("give a configuration: a YAML file or a recipe name (md2 zoo lists them), or --resume RUN")
-    return load_config(source, overrides)
 
 
 if __name__ == "__main__":

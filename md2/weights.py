@@ -1,9 +1,8 @@
 """Weights from elsewhere: torchvision's ImageNet ResNets, official Monodepth2 folders, earlier runs.
 
-An official folder holds one state dict per sub-network: `encoder.pth` (with `height`, `width` and
-`use_stereo` beside the weights), `depth.pth`, and, where poses were learned, `pose.pth` and
-`pose_encoder.pth`; a predictive mask in `predictive_mask.pth`. Every file is read with
-`weights_only=True`: a file from a stranger cannot run code.
+An official folder holds one state dict per sub-network: `encoder.pth` (with `height`, `width` and `use_stereo` beside
+the weights), `depth.pth`, for learned poses `pose.pth` and `pose_encoder.pth`, for a predictive mask
+`predictive_mask.pth`. Every file is read with `weights_only=True`: a stranger's file cannot run code.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from urllib.error import HTTPError
 import torch
 from torch import Tensor, nn
 
-from md2.checkpoint import StateDict, load_checkpoint, resolve
+from md2.checkpoint import StateDict, load_checkpoint, reason_of, resolve, what_else
 from md2.config import Config, config_from_dict
 from md2.model import Networks
 from md2.networks.decoder import WIDTHS
@@ -41,7 +40,7 @@ IMAGENET_URLS = {
         "resnet152": "394f9c45",
     }.items()
 }
-"""torchvision's IMAGENET1K_V1 files; the name's end is the start of the content's sha256."""
+"""torchvision's IMAGENET1K_V1 files; their names end with the start of the content's sha256."""
 
 OFFICIAL_NAMES = ("encoder", "depth", "pose_encoder", "pose", "predictive_mask")
 _EXTRAS = ("height", "width", "use_stereo")
@@ -49,16 +48,16 @@ _BLOCK = re.compile(r"encoder\.layer([1-4])\.(\d{1,4})\.")
 
 
 def initialise(networks: Networks, weights: str) -> list[str]:
-    """Give new networks their starting weights, as `model.weights` says.
+    """Load the starting weights that `model.weights` names.
 
     Args:
-        networks: freshly made; what `weights` does not hold keeps its random start.
+        networks: freshly made; sub-networks that `weights` lacks keep their random values.
         weights: `scratch`; `imagenet` (downloaded once into torch.hub's cache, hash checked); a torchvision
-            ResNet file; or a run folder, checkpoint or official Monodepth2 folder, whose sub-networks are all
-            taken over that `networks` has too.
+            ResNet file; or a run folder, checkpoint or official Monodepth2 folder, of which the sub-networks are
+            loaded that `networks` has too.
 
     Returns:
-        Names of the sub-networks that were expected in `weights` and are not there: they start at random.
+        Names of the sub-networks that `weights` lacks, which start at random.
 
     Raises:
         InputError: no such file, a download that fails, a damaged file, keys or shapes that do not fit, or a pose
@@ -77,8 +76,8 @@ def initialise(networks: Networks, weights: str) -> list[str]:
         )
     if is_monodepth2(path):
         return _load_common(networks, read_monodepth2(path).networks, str(path))
-    if path.is_file() and "conv1.weight" in (state := _read(path)):
-        load_imagenet(networks, _tensors(state), str(path))
+    if path.is_file() and "conv1.weight" in (state := _tensors(_read(path))):
+        load_imagenet(networks, state, str(path))
         return []
     found = resolve(path)
     return _load_common(networks, load_checkpoint(found).networks, str(found))
@@ -107,14 +106,15 @@ def download_imagenet(encoder: str) -> StateDict:
 
 
 def load_imagenet(networks: Networks, state: Mapping[str, Tensor], where: str) -> None:
-    """A torchvision ResNet state dict into the depth encoder and, for stacked images, the pose encoder.
+    """Load a torchvision ResNet state dict into the depth encoder and the pose encoder.
 
-    The first filter of an encoder of n images is repeated n times and divided by n: n equal images give the
+    The first filter of an encoder of n images is repeated n times and divided by n, so that n equal images give the
     features of one.
 
     Raises:
-        InputError: keys or shapes do not fit the encoder.
+        InputError: another ResNet, or keys or shapes do not fit.
     """
+    _check_encoder(networks, {f"encoder.{key}": value for key, value in state.items()}, where)
     encoders = [child for child in networks.children() if isinstance(child, ResNetEncoder)]
     for encoder in encoders:
         images = encoder.encoder.conv1.in_channels // 3
@@ -126,10 +126,10 @@ def load_imagenet(networks: Networks, state: Mapping[str, Tensor], where: str) -
 
 @dataclass(frozen=True)
 class Monodepth2:
-    """An official folder's content.
+    """Contents of an official folder.
 
     Attributes:
-        height, width: size that the networks were trained at.
+        height, width: size of the training images.
         stereo: trained with the stereo partner, in the paper's unit.
         networks: sub-network name -> state dict.
     """
@@ -140,17 +140,19 @@ class Monodepth2:
     networks: dict[str, StateDict]
 
     def config(self, where: str) -> Config:
-        """The configuration whose `Networks` these weights fit. Frames are 0, -1, 1 where a pose network is there.
+        """The configuration whose `Networks` these weights fit.
+
+        Frames are 0, -1, 1 for a pose network of pairs, and for a mono model that comes without its pose network.
 
         Raises:
-            InputError: not a ResNet encoder and a Monodepth2 decoder; a mono model without its pose network.
-            UsageError: the size or the scales are ones that the configuration refuses.
+            InputError: not a ResNet encoder and a Monodepth2 decoder.
+            UsageError: the configuration refuses the size or the scales.
         """
-        if "pose" not in self.networks and not self.stereo:
-            raise InputError(f"{where}: pose.pth is missing, and encoder.pth says that this is no stereo model")
-        pose, frames = _pose_of(self.networks, where)
-        scales = [WIDTHS.index(weight.shape[1]) for weight in _heads(self.networks["depth"], where)]
         encoder = _encoder_of(self.networks["encoder"], where)
+        scales = [WIDTHS.index(weight.shape[1]) for weight in _heads(self.networks["depth"], where)]
+        pose, frames = _pose_of(self.networks, where)
+        if frames == [0] and not self.stereo:
+            frames = [0, -1, 1]
         masked = "predictive_mask" in self.networks
         return config_from_dict(
             {
@@ -168,11 +170,10 @@ def is_monodepth2(path: str | Path) -> bool:
 
 
 def read_monodepth2(folder: str | Path) -> Monodepth2:
-    """Read an official folder; which keys the networks need is checked when they are loaded.
+    """Read an official folder; its keys are checked when they are loaded into networks.
 
     Raises:
-        InputError: `encoder.pth` or `depth.pth` is missing, a file is damaged or has no state dict in it, or
-            the encoder's size is.
+        InputError: `encoder.pth`, its size or `depth.pth` is missing, or a file is damaged or holds no state dict.
     """
     folder = Path(folder)
     missing = [f"{name}.pth" for name in ("encoder", "depth") if not (folder / f"{name}.pth").is_file()]
@@ -184,11 +185,15 @@ def read_monodepth2(folder: str | Path) -> Monodepth2:
     if not isinstance(height, int) or not isinstance(width, int):
         raise InputError(f"{folder}/encoder.pth: height and width are missing; it is not Monodepth2's encoder file")
     networks = {name: _tensors(state) for name, state in states.items()}
+    if "pose" not in networks:
+        networks.pop("pose_encoder", None)  # of no use alone
     return Monodepth2(height, width, bool(extras["use_stereo"]), networks)
 
 
 def load_monodepth2(folder: str | Path) -> tuple[Networks, Config]:
-    """An official folder as networks, and the configuration that they belong to.
+    """An official folder as networks, and their configuration.
+
+    A mono model that comes without its pose network predicts depth, and no poses.
 
     Raises:
         InputError: a file is missing, damaged or does not fit; the keys that are missing or extra by name.
@@ -196,6 +201,8 @@ def load_monodepth2(folder: str | Path) -> tuple[Networks, Config]:
     found = read_monodepth2(folder)
     config = found.config(str(folder))
     networks = Networks(config.model, config.data, config.loss)
+    if "pose" not in found.networks:
+        networks.drop_poses()
     networks.load_networks(found.networks, str(folder))
     return networks, config
 
@@ -230,36 +237,53 @@ def save_monodepth2(
 
 
 def _load_common(networks: Networks, states: Mapping[str, Mapping[str, Tensor]], where: str) -> list[str]:
-    """Load the sub-networks that both sides have. A new pose network beside an old depth network is fine.
+    """Load the sub-networks that both sides have: an old depth network may get a new pose network.
 
     Returns the names of those that only `networks` has.
     """
+    if "encoder" in states:
+        _check_encoder(networks, states["encoder"], where)
     children: dict[str, nn.Module] = dict(networks.named_children())
     if "pose" in states and "pose_encoder" in children and "pose_encoder" not in states:
-        raise InputError(
-            f"{where}: pose_encoder is missing, which pose needs; take pose away as well to train both anew"
-        )
+        raise InputError(f"{where}: pose_encoder is missing, which pose needs; remove pose too, to train both anew")
     for name in [name for name in children if name in states]:
         load_state(children[name], states[name], f"{where}: {name}")
     return [name for name in children if name not in states]
 
 
+def _check_encoder(networks: Networks, state: Mapping[str, Tensor], where: str) -> None:
+    """Refuse a whole ResNet of another depth by its name, not by its hundred keys."""
+    try:
+        name = _encoder_of(state, where)
+    except InputError:
+        return  # not a ResNet: loading names the keys
+    if name != networks.encoder_name:
+        raise InputError(f"{where}: weights of a {name}, but model.encoder is {networks.encoder_name}")
+
+
 def _read(path: Path) -> dict[str, Any]:
+    if foreign := what_else(path):
+        raise InputError(f"{path}: {foreign}, not a file of weights")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no weights trip torch's unpickler in any way: IndexError, TypeError ...
-        raise InputError(f"{path}: damaged or not a file of weights ({first_line(error)})") from error
+    except Exception as error:  # other contents trip torch's unpickler in any way: IndexError, TypeError ...
+        raise InputError(f"{path}: damaged or not a file of weights ({reason_of(error)})") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: holds a {type(data).__name__}, not a state dict")
     return data
 
 
 def _tensors(state: Mapping[str, Any]) -> StateDict:
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    """The weights of a state dict, without DataParallel's prefix and without the counts that thop leaves there."""
+    found = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    found = {key: value for key, value in found.items() if key.rpartition(".")[2] not in ("total_ops", "total_params")}
+    if found and all(key.startswith("module.") for key in found):
+        found = {key.removeprefix("module."): value for key, value in found.items()}
+    return found
 
 
-def _encoder_of(state: StateDict, where: str) -> str:
-    """ResNet name, from the number of blocks per stage and their kind."""
+def _encoder_of(state: Mapping[str, Tensor], where: str) -> str:
+    """The ResNet's name, from the kind and number of blocks in each stage."""
     found = [match for key in state if (match := _BLOCK.match(key))]
     blocks = tuple(1 + max((int(m[2]) for m in found if m[1] == str(stage)), default=-1) for stage in range(1, 5))
     expansion = 4 if "encoder.layer1.0.conv3.weight" in state else 1
@@ -270,7 +294,7 @@ def _encoder_of(state: StateDict, where: str) -> str:
 
 
 def _heads(state: StateDict, where: str) -> list[Tensor]:
-    """Weights of the decoder's output convolutions, (outputs, WIDTHS[scale], 3, 3), in their order."""
+    """Weights (outputs, WIDTHS[scale], 3, 3) of the decoder's output convolutions, in order."""
     heads: list[Tensor] = []
     while (key := f"decoder.{10 + len(heads)}.conv.weight") in state:
         heads.append(state[key])
@@ -280,7 +304,7 @@ def _heads(state: StateDict, where: str) -> list[Tensor]:
 
 
 def _pose_of(networks: Mapping[str, StateDict], where: str) -> tuple[dict[str, str], list[int]]:
-    """`pose_network` and `pose_input`, and frame offsets with as many sources as the weights expect."""
+    """`pose_network` and `pose_input`, and as many frame offsets as the weights expect."""
     pose = networks.get("pose")
     if pose is None:
         return {}, [0]
@@ -299,7 +323,7 @@ def _pose_of(networks: Mapping[str, StateDict], where: str) -> tuple[dict[str, s
 
 
 def _shape(state: StateDict, key: str, where: str) -> torch.Size:
-    """Of a convolution's weights."""
+    """Shape of a convolution's weights."""
     if key not in state or state[key].ndim != 4:
         raise InputError(f"{where}: a pose file is not Monodepth2's: no convolution {key}")
     return state[key].shape

@@ -1,4 +1,4 @@
-"""Optional places for scalars: Weights & Biases, MLflow. Their packages are not among md2's dependencies."""
+"""Optional loggers of scalars: Weights & Biases, MLflow. Their packages are not among md2's dependencies."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any, Protocol
 from shards.errors import UsageError, first_line
 
 
-class Sink(Protocol):
-    """Takes scalars by name."""
+class Logger(Protocol):
+    """Receives scalars by name."""
 
-    def log(self, values: dict[str, float], step: int) -> None: ...
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Record the scalars of a step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the run's record."""
 
 
 class Wandb:
-    """Weights & Biases; a resumed run goes on under the id in RUN/wandb.id."""
+    """Weights & Biases; a resumed run continues under the id in RUN/wandb.id."""
 
     def __init__(self, run: Path, config: dict[str, Any]) -> None:
         wandb, path = _package("wandb"), run / "wandb.id"
@@ -36,7 +38,7 @@ class Wandb:
 
 
 class MLflow:
-    """MLflow, at MLFLOW_TRACKING_URI; a resumed run goes on under the id in RUN/mlflow.id."""
+    """MLflow, at MLFLOW_TRACKING_URI; a resumed run continues under the id in RUN/mlflow.id."""
 
     def __init__(self, run: Path, config: dict[str, Any]) -> None:
         self.client, path = _package("mlflow"), run / "mlflow.id"
@@ -45,41 +47,41 @@ class MLflow:
         self.client.log_dict(config, "config.yaml")
 
     def log(self, values: dict[str, float], step: int) -> None:
-        # Its file store cannot have loss/0 beside loss: a folder of a file's name.
+        # Its file store cannot hold both loss and loss/0: a file and a folder of one name.
         self.client.log_metrics({name.replace("loss/", "loss_"): value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         self.client.end_run()
 
 
-_SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {"wandb": Wandb, "mlflow": MLflow}
+_LOGGERS: dict[str, Callable[[Path, dict[str, Any]], Logger]] = {"wandb": Wandb, "mlflow": MLflow}
 
 
-def check_sinks(names: Sequence[str]) -> None:
-    """Before anything else happens: are the sinks' packages there?
+def check_loggers(names: Sequence[str]) -> None:
+    """Check that the loggers' packages are installed.
 
     Raises:
-        UsageError: a sink's package is not installed.
+        UsageError: one is not.
     """
     for name in names:
         _package(name)
 
 
-def open_sinks(names: Sequence[str], run: Path, config: dict[str, Any]) -> list[Sink]:
-    """The sinks of these names.
+def open_loggers(names: Sequence[str], run: Path, config: dict[str, Any]) -> list[Logger]:
+    """Start the loggers of these names.
 
     Raises:
-        UsageError: a sink's package is not installed, or does not start: no server, no account, no place.
+        UsageError: a package is not installed, or its logger does not start: no server, no account, no folder.
     """
-    sinks = []
+    loggers = []
     for name in names:
         try:
-            sinks.append(_SINKS[name](run, config))
+            loggers.append(_LOGGERS[name](run, config))
         except UsageError:
             raise
         except Exception as error:  # each package has its own
             raise UsageError(f"train.sinks: {name} does not start: {first_line(error)}") from error
-    return sinks
+    return loggers
 
 
 def _package(name: str) -> Any:

@@ -1,33 +1,38 @@
-"""The picture that shows what training does: target, warped sources, disparity, auto-mask or predictive masks."""
+"""The picture of a step: target, warped sources, disparity, auto-mask or predictive masks, each column labelled."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from md2.data.batch import Batch
+from md2.data.batch import Batch, Offset
 from md2.loss import LossOutput
 from md2.model import Prediction
-from md2.visualize import color_disparity
+from md2.visualize import Picture, color_disparity
 
-Picture = np.ndarray[Any, np.dtype[np.uint8]]
 SHOWN = 4
 """Samples per picture."""
+HEADER = 14
+"""Height of the labels' row, in pixels."""
 
 
 @torch.no_grad()
 def panel(batch: Batch, prediction: Prediction, losses: LossOutput, shown: int = SHOWN) -> Picture:
-    """One row per sample: target, each warped source, disparity, auto-mask or each source's mask (white: counts).
+    """One row per sample under a row of labels.
 
-    Needs losses computed with `panels=True`. Returns (rows H, columns W, 3) uint8.
+    Columns: the target, each warped source, disparity, then the auto-mask (white: the pixel counts) or each source's
+    predictive mask. Needs losses computed with `panels=True`. Returns (HEADER + rows H, columns W, 3) uint8.
     """
     looks = losses.panels[0]
     height, width = batch.images[0].shape[2:]
-    rows = []
+    named = {source: _name(source) for source in looks.warped}
+    labels = ["target", *(f"{name} warped" for name in named.values()), "disparity"]
+    labels += ["auto-mask: white counts"] * (looks.automask is not None)
+    labels += [f"mask {name}" for name in named.values()] * (looks.mask is not None)
+    rows = [_header(labels, width)]
     for index in range(min(shown, batch.size)):
         cells = [_rgb(batch.images[0][index])]
         cells += [_rgb(_fit(warped, height, width)[index]) for warped in looks.warped.values()]
@@ -38,6 +43,21 @@ def panel(batch: Batch, prediction: Prediction, losses: LossOutput, shown: int =
             cells += [_rgb(mask.expand(3, -1, -1)) for mask in _fit(looks.mask, height, width)[index].unbind()]
         rows.append(np.concatenate(cells, axis=1))
     return np.concatenate(rows, axis=0)
+
+
+def _name(source: Offset) -> str:
+    return "partner" if source == "s" else f"frame {source:+d}"
+
+
+def _header(labels: list[str], width: int) -> Picture:
+    """White labels on black, each cut to its column."""
+    font = ImageFont.load_default(HEADER - 3)
+    cells = []
+    for label in labels:
+        cell = Image.new("RGB", (width, HEADER))
+        ImageDraw.Draw(cell).text((2, 0), label, "white", font)
+        cells.append(np.asarray(cell))
+    return np.concatenate(cells, axis=1)
 
 
 def _fit(maps: Tensor, height: int, width: int) -> Tensor:

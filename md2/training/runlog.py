@@ -1,14 +1,15 @@
-"""What a run writes about itself: metrics as JSON lines, TensorBoard events, panels, environment.
+"""A run's record of itself: metrics as JSON lines, TensorBoard events, panels, environment.
 
 RUN/config.yaml          the resolved configuration
 RUN/environment.json     versions, device, git revision, dataset hash, command line
 RUN/metrics.jsonl        {"kind": "train" | "val", "step": ..., "epoch": ..., name: value ...}
-RUN/tensorboard/         the same as scalars, and the image panels
+RUN/tensorboard/         the same scalars, and the image panels
 RUN/panels/              the panels as PNG
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -25,37 +26,45 @@ import torch
 from PIL import Image
 
 from md2 import __version__
-from md2.training.loggers import Sink
+from md2.training.loggers import Logger
+from md2.visualize import Picture
+from shards.files import write_atomic
 
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
-Kind = Literal["train", "val"]
+RowKind = Literal["train", "val"]
 
 
 class RunLog:
-    """Scalars and panels of one run. Only the main rank makes one.
+    """Scalars and panels of one run; only the main rank makes one.
 
     Args:
         run: the run folder.
-        step: steps already done; what an interrupted run wrote beyond that is dropped, since those
-            steps are done again.
-        sinks: told about the scalars as well; closed with the log.
-        warn: told of a sink that fails, which is left alone from then on: training goes on without it.
+        step: steps done. Rows that an interrupted run wrote beyond it are dropped, since those steps are repeated.
+        measured: whether validation after `step` is done as well; otherwise its row is dropped, too.
+        loggers: receive the scalars as well; closed with the log.
+        warn: receives a message when a logger fails. That logger gets no more scalars; training continues.
     """
 
     def __init__(
-        self, run: Path, step: int = 0, sinks: Sequence[Sink] = (), warn: Callable[[str], None] = print
+        self,
+        run: Path,
+        step: int = 0,
+        loggers: Sequence[Logger] = (),
+        warn: Callable[[str], None] = print,
+        *,
+        measured: bool = True,
     ) -> None:
         # TensorBoard takes a second to import, which `md2 --help` must not wait for.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run, self.sinks, self.warn = run, list(sinks), warn
+        self.run, self.loggers, self.warn = run, list(loggers), warn
         self.path = run / METRICS
-        _drop_after(self.path, step)
+        _drop_after(self.path, step, measured)
         self._file = self.path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
-    def scalars(self, kind: Kind, step: int, epoch: int, values: dict[str, float]) -> None:
+    def scalars(self, kind: RowKind, step: int, epoch: int, values: dict[str, float]) -> None:
         """Write one line of metrics; values that are not finite become null (JSON has no NaN)."""
         clean = {name: value if np.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **clean}) + "\n")
@@ -63,51 +72,51 @@ class RunLog:
         for name, value in values.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
         named = {f"{kind}/{name}": value for name, value in values.items()}
-        for sink in list(self.sinks):
-            self._told(sink, partial(sink.log, named, step))
+        for logger in list(self.loggers):
+            self._call(logger, partial(logger.log, named, step))
 
-    def panel(self, kind: Kind, step: int, image: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        """Write an (H, W, 3) uint8 picture."""
-        folder = self.run / "panels"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(image).save(folder / f"{kind}-{step:08d}.png")
+    def panel(self, kind: RowKind, step: int, image: Picture) -> None:
+        """Write an (H, W, 3) uint8 picture, which appears whole or not at all."""
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, "png")
+        write_atomic(self.run / "panels" / f"{kind}-{step:08d}.png", png.getvalue())
         self._events.add_image(f"{kind}/panel", image, step, dataformats="HWC")
 
     def close(self) -> None:
         self._file.close()
         self._events.close()
-        for sink in list(self.sinks):
-            self._told(sink, sink.close)
+        for logger in list(self.loggers):
+            self._call(logger, logger.close)
 
-    def _told(self, sink: Sink, tell: Callable[[], None]) -> None:
+    def _call(self, logger: Logger, action: Callable[[], None]) -> None:
         try:
-            tell()
+            action()
         except Exception as error:  # each package has its own
-            self.sinks.remove(sink)
-            self.warn(f"warning: {type(sink).__name__} failed and is told no more: {error}")
+            self.loggers.remove(logger)
+            self.warn(f"warning: {type(logger).__name__} failed and gets no more scalars: {error}")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a half-written last line (killed run) is left out."""
+    """The rows of metrics.jsonl, without a last line that a killed run left half-written."""
     path = run / METRICS
     if not path.exists():
         return []
-    lines = []
+    rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            lines.append(json.loads(line))
+            rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return lines
+    return rows
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int, measured: bool) -> None:
+    """Remove the rows of steps and validations that the resumed run repeats."""
     if not path.exists():
         return
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    beside.replace(path)
+    last = {"train": step, "val": step if measured else step - 1}
+    kept = {(row["kind"], row["step"]): row for row in read_metrics(path.parent) if row["step"] <= last[row["kind"]]}
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept.values()).encode())
 
 
 def environment(device: torch.device, dataset: dict[str, str]) -> dict[str, Any]:
@@ -134,7 +143,7 @@ def environment(device: torch.device, dataset: dict[str, str]) -> dict[str, Any]
 
 
 def _git_revision() -> str | None:
-    """Revision of the checkout that md2 runs from; None for an installed package."""
+    """The revision of the checkout that md2 runs from; None for an installed package."""
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

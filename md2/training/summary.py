@@ -1,15 +1,15 @@
-"""`RUN/summary.png`: a run at a glance, curves above and its last sample panels below."""
+"""`RUN/summary.png`: a run at a glance, curves above its newest panels."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from md2.training.curves import curves_of, draw
 from md2.training.runlog import read_metrics
+from md2.visualize import Picture
 
 SUMMARY = "summary.png"
 
@@ -22,8 +22,8 @@ def run_figure(run: Path) -> Path | None:
     lines = read_metrics(run)
     if not lines:
         return None
-    # matplotlib takes a second to import; only the end of a run needs it. The object API keeps
-    # pyplot's global state (and any display) out of a training process.
+    # matplotlib takes a second to import. The object API keeps pyplot's global state (and any display) out of a
+    # training process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -41,24 +41,27 @@ def run_figure(run: Path) -> Path | None:
     for row, (name, picture) in enumerate(panels, start=1):
         axes = figure.add_subplot(grid[row, :])
         axes.imshow(picture)
-        axes.set_title(f"{name}: target, warped sources, disparity, mask", fontsize=9, loc="left")
+        axes.set_title(name, fontsize=9, loc="left")
         axes.axis("off")
-    figure.suptitle(run.name, fontsize=11)
+    figure.suptitle(f"{run.name}, step {lines[-1]['step']}", fontsize=11)
     beside = run / (SUMMARY + ".tmp")
     figure.savefig(beside, format="png", dpi=110)
     beside.replace(run / SUMMARY)
     return run / SUMMARY
 
 
-def _newest_panel(run: Path, kind: str) -> tuple[str, np.ndarray[Any, np.dtype[np.uint8]]] | None:
-    files = sorted((run / "panels").glob(f"{kind}-*.png"))
-    if not files:
-        return None
-    with Image.open(files[-1]) as image:
-        return files[-1].stem, np.asarray(image.convert("RGB"))
+def _newest_panel(run: Path, kind: str) -> tuple[str, Picture] | None:
+    """Its name and picture; panels that cannot be read are skipped."""
+    for file in sorted((run / "panels").glob(f"{kind}-*.png"), reverse=True):
+        try:
+            with Image.open(file) as image:
+                return file.stem, np.asarray(image.convert("RGB"))
+        except (UnidentifiedImageError, OSError):
+            continue
+    return None
 
 
-def _inches(panel: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
+def _inches(panel: Picture) -> float:
     """Height at the figure's full width of 12 inches."""
     height, width = panel.shape[:2]
     return float(12 * height / width + 0.3)

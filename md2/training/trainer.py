@@ -1,12 +1,11 @@
 """The training loop: forward, reprojection loss, backward, step; validation; checkpoints; resume.
 
-An epoch is one pass of the loader. After it the validation part is measured, the learning rate
-stepped and a checkpoint written; between that, one every `checkpoint_every` steps. Everything that
-decides what comes next (weights, optimiser, schedule, scaler, the place in the order of samples)
-is in the checkpoint, and the only other randomness, the noise that breaks auto-masking ties, is
-seeded by the step: a resumed run repeats the numbers of an uninterrupted one.
+An epoch is one pass of the loader. After it the validation part is measured, the learning rate stepped and a checkpoint
+written; within it a checkpoint is written every `checkpoint_every` steps. A checkpoint holds everything that the next
+steps depend on: weights, optimiser, schedule, scaler, the place in the order of samples. The noise that breaks
+auto-masking ties is seeded by the step. So a resumed run repeats the numbers of an uninterrupted one.
 
-Batch normalisation uses each rank's own batch statistics; the running averages kept are rank 0's.
+Batch normalisation uses each rank's own batch statistics; the saved running averages are rank 0's.
 """
 
 from __future__ import annotations
@@ -20,44 +19,49 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from md2.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, save_checkpoint
 from md2.config import Config
-from md2.data.batch import Batch
-from md2.distributed import Ranks
+from md2.data.batch import Batch, Offset
+from md2.distributed import Ranks, describe
 from md2.loss import LossOutput, ReprojectionLoss
 from md2.model import Networks, Prediction
 from md2.pipeline import Loader, resize_warning
-from md2.training.loggers import check_sinks, open_sinks
+from md2.training.amp import AmpSettings
+from md2.training.finite import FiniteBuffers, FiniteGuard
+from md2.training.loggers import check_loggers, open_loggers
 from md2.training.panels import panel
-from md2.training.precision import FiniteBuffers, FiniteGuard, Switches
 from md2.training.runlog import RunLog
+from md2.training.summary import run_figure
 from md2.training.validate import validate
 from md2.weights import initialise
 from shards.dataset import LocalDataset
-from shards.errors import TrainingError
+from shards.errors import InputError, TrainingError, first_line
 
 STOP_CHECK = 10
-"""Steps between asking all ranks whether one was told to stop (each asking is a collective)."""
+"""Steps between asking all ranks whether one should stop; each asking is a collective."""
 SHOWN = ("loss", "abs_rel", "rmse", "a1")
-"""What the console's line for an epoch holds; metrics.jsonl and TensorBoard have all of it."""
+"""Metrics in the console's line of an epoch; metrics.jsonl and TensorBoard have all."""
 
 
 class Reporter(Protocol):
-    """Who is told about progress; the console's progress bar, or nothing."""
+    """Shows progress: a progress bar, or lines of text."""
 
-    def start(self, total: int, done: int) -> None: ...
+    def start(self, total: int, done: int) -> None:
+        """Training begins; `done` of `total` steps are done."""
 
-    def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None: ...
+    def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None:
+        """A step is done; `loss` is None unless it was logged."""
 
-    def message(self, text: str) -> None: ...
+    def message(self, text: str) -> None:
+        """Show one line."""
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """How training ended: `step` and `epoch` reached, and whether it was told to stop before its end."""
+    """How training ended: the step and epoch reached, whether that was before the end, and the last metrics."""
 
     step: int
     epoch: int
@@ -71,14 +75,14 @@ class Trainer:
     Args:
         config: resolved configuration.
         dataset: with the parts `train` and, for validation, `val`.
-        run: run folder; exists.
+        run: run folder; exists when `fit` begins.
         ranks: this process's place.
-        reporter: told about progress on the main rank.
-        resume: checkpoint to go on from.
+        reporter: shows progress on the main rank.
+        resume: checkpoint to resume from.
         should_stop: polled between steps and in validation; True ends the run with a checkpoint (SIGTERM, Ctrl-C).
 
     Raises:
-        TrainingError: the dataset has fewer samples than one step needs, or the checkpoint is of another set-up.
+        TrainingError: a part has fewer samples than one step or the ranks need, or the checkpoint is of another set-up.
         UsageError, InputError, DatasetError: as the dataset, the loader and `initialise` raise them.
     """
 
@@ -93,62 +97,77 @@ class Trainer:
         resume: Checkpoint | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        check_sinks(config.train.sinks)
+        check_loggers(config.train.sinks)
         self.config, self.dataset, self.run, self.ranks = config, dataset, run, ranks
         self.reporter, self.should_stop = reporter, should_stop
         self.step = self.epoch = 0
         self.measured = False
         self.best = float("inf")
-        self.switches = Switches.of(config.train, ranks.device)
-        torch.manual_seed(config.train.seed)
-        networks = Networks(config.model, config.data, config.loss)
-        if resume is None:
-            if (left := initialise(networks, config.model.weights)) and ranks.main:
-                reporter.message(f"{config.model.weights} has no {', '.join(left)}: starting at random")
-        else:
-            networks.load_networks(resume.networks, f"{run}/checkpoints")
-        if (resized := resize_warning(dataset.manifest, config.data)) and ranks.main:
-            reporter.message(f"warning: {resized}")
-        self.networks = self.switches.prepare(networks.to(ranks.device))
-        self.loss = ReprojectionLoss(config.loss, config.model)
-        self.optimizer = torch.optim.Adam(
-            [p for p in self.networks.parameters() if p.requires_grad],
-            lr=config.train.learning_rate,
-            fused=ranks.device.type == "cuda",
-        )
-        self.schedule = torch.optim.lr_scheduler.StepLR(
-            self.optimizer, config.train.lr_step_epochs, config.train.lr_gamma
-        )
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.switches.scaled)
-        self.guard = FiniteGuard(ranks.device)
-        skips = self.switches.scaled or config.train.on_nan == "skip"
-        self.averages = FiniteBuffers(self.networks.buffers() if skips else ())
-        self.noise = torch.Generator(ranks.device)
-        state = self._restore(resume) if resume is not None else None
-        self.loader = self._loader("train", state)
-        if self.loader.epoch < self.epoch:  # saved between two epochs by an earlier version
+        self.amp = AmpSettings.of(config.train, ranks.device)
+        # The dataset is checked first: weights may be fetched from elsewhere.
+        self.loader = self._loader("train", None if resume is None else self._place(resume))
+        if resume is not None and self.loader.epoch < resume.epoch:  # saved between two epochs by an earlier version
             self.loader.next_epoch()
         if self.steps_per_epoch == 0:
             raise TrainingError(
-                f"{dataset.folder}: fewer training samples than one step needs ({config.train.batch_size} x "
-                f"{config.train.accumulate} x {ranks.world} ranks); lower train.batch_size or pack more"
+                f"{dataset.folder}: part 'train' has {dataset.manifest.samples('train')} samples, one step needs "
+                f"{config.train.batch_size * config.train.accumulate * ranks.world_size} (train.batch_size "
+                f"{config.train.batch_size} x train.accumulate {config.train.accumulate} x {ranks.world_size} ranks): "
+                "lower train.batch_size or pack more"
             )
+        # Made once for all epochs, and now, so that its faults show before an epoch is trained.
+        self.val_loader = self._loader("val", None) if "val" in dataset.manifest.parts else None
+        self._build(resume)
         planned = self.step + self.loader.left // config.train.accumulate
         planned += self.steps_per_epoch * (config.train.epochs - self.loader.epoch - 1)
         self.total_steps = min(planned, config.train.max_steps or planned)
-        # Now, so that what is wrong with it shows before an epoch is trained, and once for all epochs.
-        self.val_loader = self._loader("val", None) if "val" in dataset.manifest.parts else None
         self.log: RunLog | None = None
         self.window = _Window()
-        self.model: nn.Module = self.switches.compiled(self.networks)
-        # A replayed graph hands gradients out in its own memory, which the next replay fills again: what is to be
+
+    def _build(self, resume: Checkpoint | None) -> None:
+        """Make the networks and everything that trains them."""
+        config, device, main = self.config, self.ranks.device, self.ranks.main
+        if device.type == "cuda":
+            # All batches have one size, so the fastest convolutions are worth a search.
+            torch.backends.cudnn.benchmark = True
+        torch.manual_seed(config.train.seed)
+        networks = Networks(config.model, config.data, config.loss)
+        if resume is None:
+            if (left := initialise(networks, config.model.weights)) and main:
+                self.reporter.message(f"{config.model.weights} has no {', '.join(left)}: random weights there")
+        else:
+            networks.load_networks(resume.networks, f"{self.run}/checkpoints")
+        if (resized := resize_warning(self.dataset.manifest, config.data)) and main:
+            self.reporter.message(f"warning: {resized}")
+        self.networks = self.amp.prepare(networks.to(device))
+        self.loss = ReprojectionLoss(config.loss, config.model)
+        trainable = [p for p in self.networks.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(trainable, lr=config.train.learning_rate, fused=device.type == "cuda")
+        self.schedule = torch.optim.lr_scheduler.StepLR(
+            self.optimizer, config.train.lr_step_epochs, config.train.lr_gamma
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp.scaled)
+        self.guard = FiniteGuard(device)
+        skips = self.amp.scaled or config.train.on_nan == "skip"
+        self.averages = FiniteBuffers(self.networks.buffers() if skips else ())
+        self.noise = torch.Generator(device)
+        if resume is not None:
+            self._restore(resume)
+        # A replayed graph writes gradients into its own memory, which the next replay fills again. Those that are
         # accumulated must lie elsewhere, for autograd to add to.
-        self.keep_gradients = self.switches.compile == "graphs" and config.train.accumulate > 1
+        self.keep_gradients = self.amp.compile == "graphs" and config.train.accumulate > 1
         if self.keep_gradients:
-            for parameter in self.optimizer.param_groups[0]["params"]:
+            for parameter in trainable:
                 parameter.grad = torch.zeros_like(parameter)
-        if ranks.world > 1:
-            self.model = DistributedDataParallel(self.model)
+        self.eager: nn.Module = self.networks
+        if self.ranks.world_size > 1:
+            # Buffers are not exchanged: each rank normalises by its own batches, and validation copies rank 0's.
+            self.eager = DistributedDataParallel(
+                self.networks, broadcast_buffers=False, gradient_as_bucket_view=not self.keep_gradients
+            )
+        # Compiled around DDP, so that gradients are exchanged while the rest of the backward pass runs.
+        self.model: nn.Module = self.amp.compiled(self.eager)
+        self.compiles = not self.amp.required and self.model is not self.eager
 
     @property
     def steps_per_epoch(self) -> int:
@@ -156,20 +175,22 @@ class Trainer:
         return len(self.loader) // self.config.train.accumulate
 
     def fit(self) -> Stopped:
-        """Train to the end, or until told to stop.
+        """Train to the end, or until `should_stop`.
 
         Raises:
             TrainingError: the loss or a gradient is not finite and `on_nan` is `stop`.
-            DatasetError: the dataset turned out to be broken.
+            DatasetError: the dataset is broken.
         """
         if self.ranks.main:
-            sinks = open_sinks(self.config.train.sinks, self.run, self.config.model_dump(mode="json"))
-            self.log = RunLog(self.run, self.step, sinks, self.reporter.message)
+            loggers = open_loggers(self.config.train.sinks, self.run, self.config.model_dump(mode="json"))
+            self.log = RunLog(self.run, self.step, loggers, self.reporter.message, measured=self.measured)
+            ranks = f", {self.ranks.world_size} ranks" if self.ranks.world_size > 1 else ""
+            self.reporter.message(f"training on {describe(self.ranks.device)}{ranks}")
         self.reporter.start(self.total_steps, self.step)
         if self.ranks.main and self.loader.note is not None:
             self.reporter.message(self.loader.note)
         if self.ranks.main and self.val_loader is None:
-            self.reporter.message("the dataset has no part val: nothing will be validated, and there is no best.pt")
+            self.reporter.message("the dataset has no part val: no validation, and no best.pt")
         metrics: dict[str, float] | None = {}
         try:
             while metrics is not None and not (self.measured and self.step >= self.total_steps):
@@ -180,9 +201,9 @@ class Trainer:
         return Stopped(self.step, self.epoch, metrics is None, metrics or {})
 
     def _train_and_measure(self) -> dict[str, float] | None:
-        """Finish the epoch (or the run): its steps, validation, a checkpoint. None if told to stop meanwhile.
+        """Finish the epoch (or the run): its steps, validation, a checkpoint. None if stopped meanwhile.
 
-        A run that is stopped in validation measures after its resume.
+        A run that is stopped in validation validates when it is resumed.
         """
         if self._train_epoch():
             self._save({})
@@ -200,9 +221,9 @@ class Trainer:
         return metrics
 
     def _train_epoch(self) -> bool:
-        """Steps until the epoch (or the run) ends; True if told to stop before."""
+        """Run steps until the epoch (or the run) ends; True if stopped before."""
         self.model.train()
-        self.window, whole = _Window(), _Window()  # rates are those of training: validation is not in them
+        self.window, whole = _Window(), _Window()  # rates leave validation out
         batches = iter(self.loader)
         while self.loader.left and self.step < self.total_steps:
             began, before = time.perf_counter(), dict(self.loader.waited)
@@ -212,12 +233,14 @@ class Trainer:
             for window in (self.window, whole):
                 window.wait(waits)
             if len(group) < self.config.train.accumulate:
-                raise TrainingError(f"the loader ended before epoch {self.epoch + 1}: verify it with md2 shards verify")
+                raise TrainingError(
+                    f"the loader ended within epoch {self.epoch + 1}: verify the dataset with md2 shards verify"
+                )
             output = self._step(group)
             self.step, self.measured = self.step + 1, False
-            self.window.add(sum(batch.size for batch in group) * self.ranks.world)
+            self.window.add(sum(batch.size for batch in group) * self.ranks.world_size)
             self._report(group[-1], output)
-            if self._told_to_stop():
+            if self._should_stop():
                 return True
             if self.step % self.config.train.checkpoint_every == 0 and self.loader.left:
                 self._save({})
@@ -240,24 +263,42 @@ class Trainer:
         self.averages.mend()
         keys = [key for batch in group for key in batch.keys]
         self.guard.step(self.optimizer, self.scaler, self.losses[0], step=self.step + 1, keys=keys)
-        self._look_for_bad_steps()
+        self._check_steps()
         return prediction, losses
 
     def _forward(self, batch: Batch, index: int) -> tuple[Prediction, LossOutput]:
-        with self.switches.autocast():
-            prediction: Prediction = self.model(self.switches.inputs(batch.augmented))
+        with self.amp.autocast():
+            prediction = self._predict(self.amp.inputs(batch.augmented))
         seed = ((self.config.train.seed * 1_000_003 + self.step) * 64 + index) * 4096 + self.ranks.rank
         self.noise.manual_seed(seed % 2**63)
         return prediction, self.loss(batch, prediction, noise=self.noise, panels=self._wants_panel())
 
+    def _predict(self, images: dict[Offset, Tensor]) -> Prediction:
+        """The networks' outputs; uncompiled from the first call on if they do not compile and need not."""
+        if self.compiles:
+            self.compiles = False
+            try:
+                return self.model(images)  # type: ignore[no-any-return]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of torch's compilers, Triton and the machine's C compiler
+                self.reporter.message(
+                    f"warning: the networks do not compile and run slower without: {type(error).__name__}: "
+                    f"{first_line(error)}; train.compile=false leaves it out"
+                )
+                self.model = self.eager
+        prediction: Prediction = self.model(images)
+        return prediction
+
     def _without_sync(self, skip: bool) -> AbstractContextManager[Any]:
-        if skip and isinstance(self.model, DistributedDataParallel):
-            return self.model.no_sync()
+        if skip and isinstance(self.eager, DistributedDataParallel):
+            return self.eager.no_sync()
         return nullcontext()
 
-    def _look_for_bad_steps(self, wait: bool = False) -> None:
+    def _check_steps(self, wait: bool = False) -> None:
+        """Report the steps that were not finite, or end training, as `on_nan` says."""
         for bad in self.guard.found(wait):
-            rank = f" (rank {self.ranks.rank})" if self.ranks.world > 1 else ""
+            rank = f" (rank {self.ranks.rank})" if self.ranks.world_size > 1 else ""
             where = f"step {bad.step}: the gradient is not finite; samples{rank} {', '.join(bad.keys)}"
             if self.config.train.on_nan == "stop":
                 raise TrainingError(f"{where}; look at them, lower train.learning_rate, or set train.on_nan=skip")
@@ -269,8 +310,8 @@ class Trainer:
     def _report(self, batch: Batch, output: tuple[Prediction, LossOutput]) -> None:
         due = self.step % self.config.train.log_every == 0 or self.step == self.total_steps
         if due:
-            # Of all ranks and accumulated batches: what the step went down.
-            loss, *per_scale = (self.ranks.sum(self.losses) / self.ranks.world).tolist()
+            # The mean over all ranks and accumulated batches.
+            loss, *per_scale = (self.ranks.sum(self.losses) / self.ranks.world_size).tolist()
         if self.log is not None and due:
             scales = {f"loss/{scale}": value for scale, value in zip(output[1].per_scale, per_scale, strict=True)}
             rates = {"lr": float(self.schedule.get_last_lr()[0]), **self.window.rates()}
@@ -281,20 +322,20 @@ class Trainer:
         if self.log is not None and output[1].panels:
             self.log.panel("train", self.step, panel(batch, *output))
 
-    def _told_to_stop(self) -> bool:
-        if self.ranks.world == 1:
+    def _should_stop(self) -> bool:
+        if self.ranks.world_size == 1:
             return self.should_stop()
         return self.step % STOP_CHECK == 0 and self.ranks.any(self.should_stop())
 
     def _validate(self) -> dict[str, float] | None:
-        """Metrics; empty where there is nothing to validate on, None if told to stop meanwhile."""
+        """Metrics; empty without a part to validate on, None if stopped meanwhile."""
         if self.val_loader is None:
             return {}
-        # Each rank has its own running statistics; all measure rank 0's network.
+        # Each rank has running averages of its own; all validate rank 0's.
         self.ranks.broadcast(self.networks.buffers())
         batches: Iterator[Batch] = islice(iter(self.val_loader), self.config.train.val_batches)
         batches = takewhile(lambda _: not self.should_stop(), batches)
-        metrics, picture = validate(self.networks, self.loss, batches, self.config, self.ranks, self.switches)
+        metrics, picture = validate(self.networks, self.loss, batches, self.config, self.ranks, self.amp)
         if self.ranks.any(self.should_stop()):
             return None
         if self.log is not None and metrics:
@@ -304,6 +345,7 @@ class Trainer:
                 self.log.panel("val", self.step, picture)
             shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
             self.reporter.message(f"validation after step {self.step}: {shown}")
+            run_figure(self.run)
         return metrics
 
     def _loader(self, part: str, state: Any) -> Loader:
@@ -316,7 +358,7 @@ class Trainer:
             seed=self.config.train.seed,
             train=train,
             rank=self.ranks.rank,
-            world_size=self.ranks.world,
+            world_size=self.ranks.world_size,
             device=self.ranks.device,
             depth=not train and self.dataset.manifest.depth is not None,
             accumulate=self.config.train.accumulate if train else 1,
@@ -324,8 +366,8 @@ class Trainer:
         )
 
     def _save(self, metrics: dict[str, float]) -> None:
-        """Write last.pt (and best.pt) on the main rank; the place in the data is the same on all."""
-        self._look_for_bad_steps(wait=True)
+        """Write last.pt (and best.pt) on the main rank; the place in the data is the same on all ranks."""
+        self._check_steps(wait=True)
         if not self.ranks.main:
             return
         score = metrics.get("abs_rel", metrics.get("loss", float("inf")))
@@ -348,24 +390,53 @@ class Trainer:
             metrics=metrics,
         )
         folder = self.run / "checkpoints"
-        # First the best: were it second, a kill between the two would leave a run that believes to have it.
+        # The best first: after a kill between the two, last.pt would name a best score without its file.
         if improved:
             save_checkpoint(checkpoint, folder / BEST)
         save_checkpoint(checkpoint, folder / LAST, keep=folder / PREVIOUS)
 
-    def _restore(self, checkpoint: Checkpoint) -> Any:
-        """Take over a checkpoint's state; returns the place in the data."""
+    def _place(self, checkpoint: Checkpoint) -> Any:
+        """The place in the data; earlier versions saved one for each rank.
+
+        Raises:
+            InputError: the checkpoint has none.
+        """
         state = checkpoint.training
-        # Whether it is fused goes with the device, not with the run.
-        ours = {"fused": self.optimizer.param_groups[0]["fused"]}
-        groups = [{**group, **ours} for group in state["optimizer"]["param_groups"]]
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        places = [state["loader"]] if "loader" in state else state.get("loaders")
+        if not isinstance(places, list) or not places or not isinstance(places[0], dict):
+            raise InputError(f"{self.run}/checkpoints: {_NOT_RESUMABLE}: 'loader' is missing or malformed")
+        return places[0]
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint's training state.
+
+        Raises:
+            InputError: a part is missing or malformed.
+        """
+        state = checkpoint.training
+        part = ""
+        try:
+            part = "optimizer"
+            # Whether it is fused depends on the device, not on the run.
+            ours = {"fused": self.optimizer.param_groups[0]["fused"]}
+            groups = [{**group, **ours} for group in state[part]["param_groups"]]
+            self.optimizer.load_state_dict({**state[part], "param_groups": groups})
+            part = "schedule"
+            self.schedule.load_state_dict(state[part])
+            self.schedule.get_last_lr()
+            part = "scaler"
+            self.scaler.load_state_dict(state[part])
+            for part, kind in (("scaler", dict), ("measured", bool), ("best", float)):
+                if not isinstance(state[part], kind):
+                    raise TypeError(f"{type(state[part]).__name__} instead of {kind.__name__}")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            reason = "missing" if isinstance(error, KeyError) and part not in state else first_line(error)
+            raise InputError(f"{self.run}/checkpoints: {_NOT_RESUMABLE}: {part!r}: {reason}") from error
         self.step, self.epoch = checkpoint.step, checkpoint.epoch
         self.best, self.measured = state["best"], state["measured"]
-        # Earlier versions saved a place for each rank.
-        return state["loader"] if "loader" in state else state["loaders"][0]
+
+
+_NOT_RESUMABLE = "its training state cannot be resumed (start a new run with its weights: model.weights=RUN)"
 
 
 class _Window:
@@ -388,7 +459,7 @@ class _Window:
 
     @property
     def images_per_second(self) -> float:
-        """So far, over all ranks."""
+        """Target images per second since the last report, over all ranks."""
         return self.images / max(time.perf_counter() - self.begin, 1e-9)
 
     def shares(self) -> dict[str, float]:

@@ -1,11 +1,10 @@
-"""Validation during training: the loss and, where there is ground truth, the depth metrics."""
+"""Validation during training: the loss and, with ground truth, the depth metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 
 from md2.config import Config
@@ -15,10 +14,9 @@ from md2.evaluation.metrics import METRICS, evaluate_batch
 from md2.geometry import disparity_to_depth
 from md2.loss import ReprojectionLoss
 from md2.model import Networks, Prediction
+from md2.training.amp import AmpSettings
 from md2.training.panels import panel
-from md2.training.precision import Switches
-
-Picture = np.ndarray[Any, np.dtype[np.uint8]]
+from md2.visualize import Picture
 
 
 @torch.no_grad()
@@ -28,16 +26,15 @@ def validate(
     batches: Iterable[Batch],
     config: Config,
     ranks: Ranks,
-    switches: Switches,
+    amp: AmpSettings,
 ) -> tuple[dict[str, float], Picture | None]:
-    """Mean over all ranks' batches, and a picture of the first (main rank only).
+    """Mean over all ranks' batches, and a picture of the first batch (main rank only).
 
-    Depth is scaled by the ratio of medians where the scale is unknown (mono), else by the metres of
-    the training's unit. Images without a single measurement inside the crop are left out of the
-    metrics' mean.
+    Depth is scaled by the ratio of medians if its unit is unknown (mono), else by the metres in the unit. Images
+    without a measurement inside the crop are left out of the metrics' mean.
 
     Returns:
-        `loss`, then the seven metrics where there is ground truth; empty if there were no batches.
+        `loss`, and with ground truth the seven metrics; empty without batches.
     """
     networks.eval()
     sums = torch.zeros(2 + 1 + len(METRICS), dtype=torch.float64, device=ranks.device)
@@ -45,8 +42,8 @@ def validate(
     noise = torch.Generator(ranks.device)
     for index, batch in enumerate(batches):
         noise.manual_seed(index)
-        with switches.autocast():
-            prediction: Prediction = networks(switches.inputs(batch.augmented))
+        with amp.autocast():
+            prediction: Prediction = networks(amp.inputs(batch.augmented))
         wanted = picture is None and ranks.main
         losses = loss(batch, prediction, noise=noise, panels=wanted)
         if losses.panels:

@@ -137,7 +137,7 @@ def test_fields_of_other_names_or_types_are_refused_in_one_line(tmp_path: Path, 
     save_checkpoint(checkpoint(1), tmp_path / "a.pt")
     data = torch.load(tmp_path / "a.pt", weights_only=True)
     torch.save(data | change, tmp_path / "a.pt")
-    with pytest.raises(InputError, match=r"a\.pt: not what a checkpoint holds"):
+    with pytest.raises(InputError, match=r"a\.pt: not a checkpoint's fields"):
         load_checkpoint(tmp_path / "a.pt")
 
 
@@ -175,7 +175,7 @@ def test_the_best_is_gone_on_from_where_it_is_all_there_is(tmp_path: Path) -> No
     assert (found.step, warning) == (3, None)
     (folder / LAST).write_bytes(b"half")
     found, warning = load_latest(tmp_path)
-    assert found.step == 3 and warning is not None and "going on from best.pt" in warning
+    assert found.step == 3 and warning is not None and "resuming from best.pt" in warning
     save_checkpoint(checkpoint(2), folder / PREVIOUS)
     assert load_latest(tmp_path)[0].step == 2
 
@@ -186,5 +186,9 @@ def test_a_run_resolves_to_its_best(tmp_path: Path) -> None:
     save_checkpoint(checkpoint(1), folder / "best.pt")
     assert resolve(tmp_path) == folder / "best.pt"
     assert resolve(folder / PREVIOUS) == folder / PREVIOUS
-    with pytest.raises(InputError, match="neither"):
+    assert resolve(folder) == folder / "best.pt"
+    with pytest.raises(InputError, match="no such file or folder"):
         resolve(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="neither a checkpoint nor a folder with one"):
+        resolve(tmp_path / "empty")

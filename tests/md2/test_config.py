@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
-from md2.config import Config, known_keys, load_config, recipes
+import md2.config as config_module
+from md2.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    known_keys,
+    load_config,
+    recipes,
+)
 from shards.errors import UsageError
+
+SECTIONS = {section.__name__: section for section in (DataConfig, ModelConfig, LossConfig, TrainConfig)}
 
 
 def write(folder: Path, text: str) -> Path:
@@ -32,6 +47,33 @@ def test_defaults_are_the_papers() -> None:
     assert (config.data.width, config.data.height, config.data.frames) == (640, 192, [0, -1, 1])
     assert (config.model.min_depth, config.model.max_depth, config.model.scales) == (0.1, 100.0, [0, 1, 2, 3])
     assert config.loss.disparity_smoothness == 1e-3
+
+
+def test_text_is_taken_as_it_is_and_a_list_says_how_it_is_written() -> None:
+    for url in ("2024-11-28", "20241128", "set #1/d", "a: b", "[x]", "no"):
+        assert load_config(None, [f"data.url={url}"]).data.url == url
+    with pytest.raises(UsageError, match=r"a list is written data\.frames=\[0,-1,1\]$"):
+        load_config(None, ["data.frames=0,-1,1"])
+
+
+def test_every_key_is_described_in_the_code() -> None:
+    """The text after a field, which editors show."""
+    tree = ast.parse(inspect.getsource(config_module))
+    undescribed = []
+    for section in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in SECTIONS):
+        for field, after in pairwise([*section.body, ast.Pass()]):
+            described = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(field, ast.AnnAssign) and not described:
+                undescribed.append(f"{section.name}.{ast.unparse(field.target)}")
+    assert not undescribed
+    assert len(list(known_keys())) - len(SECTIONS) == sum(len(s.model_fields) for s in SECTIONS.values())
+
+
+def test_a_part_of_a_name_finds_the_recipes_that_have_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"\d+ recipes have it in their name, such as monodepth2_\w+: `md2 zoo`"):
+        load_config("monodepth2")
+    with pytest.raises(UsageError, match=r"config\.yaml, line 2, column \d+: not YAML: [^\n]+$"):
+        load_config(write(tmp_path, "data:\n  url: a: b\n"))
 
 
 def test_resolved_yaml_loads_back_equal(tmp_path: Path) -> None:
@@ -59,8 +101,8 @@ def test_resolved_yaml_loads_back_equal(tmp_path: Path) -> None:
         ("train.batch_size", "key.sub=value"),
         ("train.batch_size.x=1", "train"),
         ("train.learning_rate=.inf", "learning_rate = inf"),
-        ("data.url=[", "not YAML"),
-        ("data.url=2011-09-31", "not YAML"),
+        ("data.frames=[", "not YAML"),
+        ("train.seed=2011-09-31", "not YAML"),
         ("data.frames=[0]", "no source image"),
         ("data.frames=[-1,0]", "comes first"),
         ("data.frames=[0,1,1]", "twice"),

@@ -15,7 +15,9 @@ import pytest
 import ranks_gradient
 import torch
 
+from md2 import distributed
 from md2.checkpoint import load_checkpoint
+from shards.errors import UsageError
 
 LIMIT = 240
 SETTINGS = [
@@ -158,6 +160,78 @@ def test_a_rank_that_dies_ends_the_job(dataset: Path, tmp_path: Path) -> None:
     assert "Signal 9" in output or "SIGKILL" in output
 
 
+RAISES = """
+import sys, time
+from torch import distributed
+from md2.distributed import ranks
+from shards.errors import TrainingError
+
+# As under NCCL, where leaving the group waits for all ranks.
+distributed.destroy_process_group = lambda: time.sleep(600)
+with ranks("cpu") as place:
+    if place.rank == 1:
+        raise {error}
+    place.barrier()
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("TrainingError('sample 7 cannot be\\x1b decoded')", "md2 (rank 1): sample 7 cannot be\\x1b decoded"),
+        ("KeyError('lost')", "md2 (rank 1): KeyError: 'lost'; MD2_DEBUG=1 shows where"),
+    ],
+)
+def test_a_rank_that_raises_says_why_and_ends_the_job(error: str, message: str, tmp_path: Path) -> None:
+    script = tmp_path / "raises.py"
+    script.write_text(RAISES.format(error=error))
+    began = time.monotonic()
+    process = torchrun(2, str(script))
+    output = finish(process)
+    assert process.returncode not in (0, None)
+    assert message in output.splitlines()
+    assert time.monotonic() - began < 120, "it waits for nobody"
+
+
+@pytest.mark.parametrize(
+    ("built", "hidden", "message"),
+    [
+        ("13.0", None, r"driver 550\.54\.14, but torch \S+, built for CUDA 13\.0, sees no GPU; .* driver 580 or newer"),
+        (None, None, r"driver 550\.54\.14, but torch \S+ is built without CUDA"),
+        ("13.0", "", None),
+        ("13.0", "-1", None),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(
+    built: str | None, hidden: str | None, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training would run on the CPU, 500 times slower; a GPU that is hidden on purpose is no such case."""
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\n")
+    monkeypatch.setattr(distributed, "DRIVER", driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if hidden is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    with distributed.ranks("cpu") as place:
+        assert place.device.type == "cpu"
+    if message is None:
+        with distributed.ranks("auto") as place:
+            assert place.device.type == "cpu"
+        return
+    with (
+        pytest.raises(UsageError, match=message + ".*, or train on the CPU with train.device=cpu$"),
+        distributed.ranks("auto"),
+    ):
+        pass
+    driver.unlink()
+    with distributed.ranks("auto") as place:
+        assert place.device.type == "cpu"
+
+
 def test_a_signal_to_every_process_leaves_a_checkpoint(dataset: Path, tmp_path: Path) -> None:
     """As a scheduler sends it; torchrun then sends its own to the workers, which must not be one too many."""
     run = tmp_path / "run"
@@ -171,7 +245,7 @@ def test_a_signal_to_every_process_leaves_a_checkpoint(dataset: Path, tmp_path: 
         os.killpg(process.pid, signal.SIGKILL)
         raise
     output = finish(process)
-    assert "go on with: md2 train --resume" in output
+    assert "resume with: md2 train --resume" in output
     checkpoint = load_checkpoint(run / "checkpoints/last.pt")
     assert checkpoint.step == json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
 

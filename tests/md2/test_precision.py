@@ -1,4 +1,4 @@
-"""The speed switches: what `auto` is on each device, what is refused, and that compiling changes no number."""
+"""The speed settings: what `auto` is on each device, what is refused, and that compiling changes no number."""
 
 from __future__ import annotations
 
@@ -10,24 +10,35 @@ import torch
 from md2.config import DataConfig, LossConfig, ModelConfig, TrainConfig, load_config
 from md2.data.batch import Offset
 from md2.model import Networks
-from md2.training.precision import Switches
+from md2.training.amp import AmpSettings
 from shards.errors import UsageError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_auto_is_bfloat16_on_a_gpu_float32_on_a_cpu_and_channels_last_on_both() -> None:
-    assert Switches.of(TrainConfig(), CUDA) == Switches(CUDA, torch.bfloat16, True, False)
-    assert Switches.of(TrainConfig(), CPU) == Switches(CPU, None, True, False)
+def test_auto_is_compiled_bfloat16_on_a_gpu_float32_on_a_cpu_and_channels_last_on_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "triton" or None)
+    assert AmpSettings.of(TrainConfig(), CUDA) == AmpSettings(CUDA, torch.bfloat16, True, True, required=False)
+    assert AmpSettings.of(TrainConfig(), CPU) == AmpSettings(CPU, None, True, False, required=False)
+    # Turing and Volta have units for fp16 and emulate bf16; Pascal has neither.
+    for capability[0], dtype in (((8, 0), torch.bfloat16), ((7, 5), torch.float16), ((6, 1), None)):
+        assert AmpSettings.of(TrainConfig(), CUDA).dtype is dtype
+        assert AmpSettings.of(TrainConfig(precision="bf16"), CUDA).dtype is torch.bfloat16
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not AmpSettings.of(TrainConfig(), CUDA).compile
     explicit = TrainConfig(precision="fp16", channels_last=False, compile=True)
-    assert Switches.of(explicit, CUDA) == Switches(CUDA, torch.float16, False, True)
+    assert AmpSettings.of(explicit, CUDA) == AmpSettings(CUDA, torch.float16, False, True)
     assert load_config(None, ["train.compile=graphs"]).train.compile == "graphs"
-    assert Switches.of(TrainConfig(compile="graphs"), CUDA).compile == "graphs"
+    assert AmpSettings.of(TrainConfig(compile="graphs"), CUDA).compile == "graphs"
 
 
 def test_graphs_are_refused_on_a_cpu() -> None:
     with pytest.raises(UsageError, match=r"train\.compile graphs needs a GPU"):
-        Switches.of(TrainConfig(compile="graphs"), CPU)
+        AmpSettings.of(TrainConfig(compile="graphs"), CPU)
 
 
 def test_networks_compile_into_one_graph_with_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,10 +54,10 @@ def test_networks_compile_into_one_graph_with_the_same_outputs(monkeypatch: pyte
     torch.manual_seed(0)
     networks = Networks(ModelConfig(), DataConfig(stereo=True), LossConfig()).eval()
     images: dict[Offset, torch.Tensor] = {offset: torch.rand(1, 3, 64, 96) for offset in (0, -1, 1, "s")}
-    compiled = Switches(CPU, None, True, True).compiled(networks)
-    Switches(CUDA, torch.bfloat16, True, "graphs").compiled(networks)
+    compiled = AmpSettings(CPU, None, True, True).compiled(networks)
+    AmpSettings(CUDA, torch.bfloat16, True, "graphs").compiled(networks)
     assert asked == [None, "reduce-overhead"]
-    assert Switches(CPU, None, True, False).compiled(networks) is networks
+    assert AmpSettings(CPU, None, True, False).compiled(networks) is networks
     expected, found = networks(images), compiled(images)
     assert [pose.invert for pose in found.poses.values()] == [True, False]
     for one, other in zip(found.tensors(), expected.tensors(), strict=True):
@@ -59,15 +70,15 @@ def test_networks_compile_into_one_graph_with_the_same_outputs(monkeypatch: pyte
 @pytest.mark.parametrize("compiled", [True, "graphs"])
 def test_compiled_training_steps_equal_plain_ones_on_the_gpu(compiled: bool) -> None:
     losses = []
-    for switches in (Switches(CUDA, None, True, False), Switches(CUDA, None, True, compiled)):
+    for amp in (AmpSettings(CUDA, None, True, False), AmpSettings(CUDA, None, True, compiled)):
         torch.manual_seed(0)
-        networks = switches.prepare(Networks(ModelConfig(), DataConfig(), LossConfig()).to(CUDA))
-        model = switches.compiled(networks)
+        networks = amp.prepare(Networks(ModelConfig(), DataConfig(), LossConfig()).to(CUDA))
+        model = amp.compiled(networks)
         optimizer = torch.optim.SGD(networks.parameters(), lr=1e-3)
         images: dict[Offset, torch.Tensor] = {offset: torch.rand(2, 3, 64, 96, device=CUDA) for offset in (0, -1, 1)}
         for _ in range(4):  # graphs are recorded in the second, replayed after
             optimizer.zero_grad()
-            total = torch.stack([tensor.float().mean() for tensor in model(switches.inputs(images)).tensors()]).sum()
+            total = torch.stack([tensor.float().mean() for tensor in model(amp.inputs(images)).tensors()]).sum()
             total.backward()
             optimizer.step()
         losses.append(total.item())

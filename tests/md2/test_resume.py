@@ -119,7 +119,7 @@ def test_sigterm_writes_a_checkpoint_and_says_so(dataset: Path, whole: Path, tmp
     process = start("--resume", str(run))
     output = finish(process)
     assert process.returncode == 0, output
-    assert "going on from previous.pt" in output
+    assert "resuming from previous.pt" in output
     assert_same(run, whole)
 
 

@@ -44,6 +44,17 @@ def test_threads_sleep_while_they_wait(entry: str, tmp_path: Path) -> None:
     assert seen(entry, tmp_path) == str({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": None, "KMP_BLOCKTIME": None})
 
 
+def test_a_misspelt_recipe_or_key_is_reported_before_torch_is_imported(tmp_path: Path) -> None:
+    """Which takes seconds, and on a busy machine a quarter of a minute."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    mistakes = {"momo": "did you mean the recipe mono?", "mono data.ulr=x": "did you mean 'data.url'?"}
+    for words, message in mistakes.items():
+        command = [sys.executable, "-m", "cli.main", "train", *words.split()]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7"), ("KMP_BLOCKTIME", "")]
 )

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,15 @@ from train_data import Silent, config, losses, train, trainer
 
 from md2.checkpoint import load_checkpoint
 from md2.config import load_config
-from md2.train import StopRequest, resume_run
-from md2.training.runlog import read_metrics
+from md2.distributed import Ranks
+from md2.train import StopRequest, resume_run, start_run
+from md2.training.panels import HEADER
+from md2.training.runlog import RunLog, read_metrics
+from md2.training.summary import run_figure
+from md2.training.trainer import Trainer
 from shards.dataset import open_dataset
 from shards.errors import InputError, TrainingError, UsageError
+from shards.locks import FileLock
 
 LABELS = ("kind", "step", "epoch")
 
@@ -55,9 +62,11 @@ def test_a_run_folder_holds_what_is_promised(finished: Path, dataset: Path) -> N
 
 def test_panels_and_summary_are_pictures(finished: Path) -> None:
     with Image.open(finished / "panels" / "train-00000002.png") as panel:
-        # Two samples; target, three warped sources, disparity, auto-mask.
-        assert panel.size == (6 * 96, 2 * 64)
-        target = panel.crop((0, 0, 96, 64))
+        # A row of labels, two samples; target, three warped sources, disparity, auto-mask.
+        assert panel.size == (6 * 96, HEADER + 2 * 64)
+        labels = [panel.crop((96 * i, 0, 96 * (i + 1), HEADER)).tobytes() for i in range(6)]
+        assert len(set(labels)) == 6 and not any(label.count(0) == len(label) for label in labels)
+        target = panel.crop((0, HEADER, 96, HEADER + 64))
         assert len(target.getcolors(100_000) or []) > 50
     with Image.open(finished / "summary.png") as summary:
         assert summary.width > 1000
@@ -100,18 +109,130 @@ def test_resume_refuses_what_would_change_the_numbers(finished: Path) -> None:
         resume_run(finished, ["train.learning_rate=3"], Silent())
 
 
+def test_a_run_has_one_process_that_trains_in_it(finished: Path, dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with FileLock(run / ".lock").acquire(1):
+        with pytest.raises(UsageError, match=rf"process {os.getpid()} is training there"):
+            resume_run(run, [], Silent())
+        (run / "config.yaml").unlink()
+        with pytest.raises(UsageError, match="is training there"):
+            train(dataset, run)
+    assert not (run / "config.yaml").exists()
+
+
+def test_of_two_that_start_in_one_folder_the_second_is_refused(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found it empty; the other one has ended when this one is ready."""
+    run = tmp_path / "run"
+
+    def other(*arguments: Any, **options: Any) -> Trainer:
+        made = Trainer(*arguments, **options)
+        run.mkdir()
+        (run / "config.yaml").write_text("the other's")
+        return made
+
+    monkeypatch.setattr("md2.train.Trainer", other)
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(dataset, run)
+    assert (run / "config.yaml").read_text() == "the other's"
+
+
+def test_a_run_resumes_from_any_folder(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(dataset.parent)
+    run = tmp_path / "run"
+    start_run(config(Path(dataset.name), extra=["train.max_steps=1"]), run, Silent())
+    monkeypatch.chdir("/")
+    reporter = Silent()
+    assert resume_run(run, [], reporter).stopped.step == 1
+    assert any("the run is finished (1 steps)" in message for message in reporter.messages)
+    rows = read_metrics(run)
+    assert [(row["kind"], row["step"]) for row in rows] == [("train", 1), ("val", 1)]
+
+
+def test_rows_that_a_resumed_run_writes_again_are_dropped(tmp_path: Path) -> None:
+    def write(run: Path) -> None:
+        run.mkdir()
+        log = RunLog(run)
+        for kind, step in (("train", 1), ("val", 1), ("train", 2), ("val", 2), ("val", 2), ("train", 3)):
+            log.scalars(kind, step, 0, {"loss": 1.0})
+        log.close()
+
+    for measured, rows in ((True, ["train1", "val1", "train2", "val2"]), (False, ["train1", "val1", "train2"])):
+        write(tmp_path / str(measured))
+        RunLog(tmp_path / str(measured), 2, measured=measured).close()
+        found = read_metrics(tmp_path / str(measured))
+        assert [f"{row['kind']}{row['step']}" for row in found] == rows
+
+
+def test_a_summary_skips_panels_that_are_half_written(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "panels/val-99999999.png").write_bytes(b"\x89PNG\r\n\x1a\nhalf")
+    (run / "summary.png").unlink()
+    assert run_figure(run) == run / "summary.png"
+
+
+PLACE = {"fingerprint": {}, "epoch": 0, "samples": 0, "step_samples": 1}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("loader", None),
+        ("loader", "one"),
+        ("loader", {**PLACE, "samples": 10**9}),
+        ("loader", {**PLACE, "epoch": "x"}),
+        ("optimizer", None),
+        ("optimizer", {"param_groups": 3}),
+        ("optimizer", {"param_groups": [], "state": {}}),
+        ("schedule", None),
+        ("schedule", [1]),
+        ("scaler", 7),
+        ("best", None),
+        ("measured", 1),
+    ],
+)
+def test_a_training_state_that_does_not_fit_is_one_line(
+    finished: Path, dataset: Path, tmp_path: Path, part: str, value: Any
+) -> None:
+    saved = load_checkpoint(finished / "checkpoints/last.pt")
+    training = {name: state for name, state in saved.training.items() if name != part}
+    if value is not None:
+        training[part] = value
+    here = Ranks(0, 1, torch.device("cpu"))
+    kind = UsageError if isinstance(value, dict) and part == "loader" else InputError  # the first is the loader's
+    with pytest.raises(kind, match="start a new run") as caught:
+        broken = replace(saved, training=training)
+        Trainer(saved.parsed_config(), open_dataset(str(dataset)), tmp_path, here, Silent(), resume=broken)
+    assert "\n" not in str(caught.value)
+    assert kind is UsageError or "training state cannot be resumed (start a new run with its weights" in str(
+        caught.value
+    )
+    assert kind is UsageError or f"'{part}'" in str(caught.value)
+
+
+def test_the_dataset_is_looked_at_before_weights_are_fetched(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("md2.training.trainer.initialise", lambda *_: pytest.fail("weights were fetched"))
+    with pytest.raises(UsageError, match="not every sample has"):
+        train(dataset, tmp_path / "run", "mono", ["data.frames=[0,-3,3]", "model.weights=imagenet"])
+
+
 def test_resume_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run to resume"):
         resume_run(tmp_path, [], Silent())
     (tmp_path / "config.yaml").write_text("data: [")
-    with pytest.raises(UsageError, match=r"config\.yaml: not YAML"):
+    with pytest.raises(UsageError, match=r"config\.yaml, line 1, column 8: not YAML"):
         resume_run(tmp_path, [], Silent())
 
 
 @pytest.mark.parametrize(
     ("recipe", "mistake", "kind", "message"),
     [
-        ("stereo", "train.batch_size=5000", TrainingError, "fewer training samples"),
+        ("stereo", "train.batch_size=5000", TrainingError, "samples, one step needs 5000 "),
         ("stereo", "train.sinks=[wandb]", UsageError, r"train\.sinks has wandb, which is not installed"),
         ("stereo", "model.weights=/dev/null/nothing", InputError, "no such file or folder"),
         ("mono", "data.frames=[0,-3,3]", UsageError, r"not every sample has m3\.\w+, p3\.\w+"),
@@ -145,6 +266,7 @@ def test_killed_before_its_first_checkpoint_a_run_begins_again(finished: Path, d
     reporter = Silent()
     assert resume_run(run, [], reporter).stopped.step == 4
     assert reporter.messages[0] == "warning: no checkpoint yet: from the start"
+    assert any(message.startswith("training on the CPU (") for message in reporter.messages)
     assert any("stored at 96x32 and enlarged to 96x64" in message for message in reporter.messages)
     assert losses(run) == losses(finished)
     first, second = (load_checkpoint(folder / "checkpoints/last.pt").networks for folder in (run, finished))

@@ -1,4 +1,4 @@
-"""What the options of the loop change in the numbers: steps, precision, switches, logging, sinks."""
+"""What the options of the loop change in the numbers: steps, precision, compiling, logging."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from md2.loss import LossOutput
 from md2.model import Prediction
 from md2.report.build import _columns
 from md2.train import resume_run
-from md2.training.panels import panel
-from md2.training.precision import Switches
+from md2.training.amp import AmpSettings
+from md2.training.panels import HEADER, panel
 from md2.training.runlog import RunLog, read_metrics
 from md2.training.trainer import Trainer
 from md2.training.validate import validate
@@ -153,8 +153,8 @@ def test_what_replayed_graphs_accumulate_is_added_outside_of_their_memory(
     """Gradients stay where they are from step to step, and are those of a step that starts from none."""
     extra = ["train.accumulate=2", "loss.disable_automasking=true", "train.learning_rate=1e-12"]
     plain = trainer(dataset, tmp_path / "plain", extra)
-    monkeypatch.setattr(Switches, "of", lambda train, device: Switches(device, None, True, "graphs"))
-    monkeypatch.setattr(Switches, "compiled", lambda self, networks: networks)
+    monkeypatch.setattr(AmpSettings, "of", lambda train, device: AmpSettings(device, None, True, "graphs"))
+    monkeypatch.setattr(AmpSettings, "compiled", lambda self, networks: networks)
     graphs = trainer(dataset, tmp_path / "graphs", extra)
     group = [share(fixed_batch(), 0, 2), share(fixed_batch(), 1, 2)]
     places = []
@@ -170,6 +170,32 @@ def test_what_replayed_graphs_accumulate_is_added_outside_of_their_memory(
         if ours.grad is not None and theirs.grad is not None:
             torch.testing.assert_close(theirs.grad, ours.grad, rtol=1e-4, atol=1e-6)
             assert theirs.grad.stride() == theirs.stride()
+
+
+def test_networks_that_do_not_compile_run_without_unless_compiling_is_asked_for(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    batch = share(fixed_batch(), 0, 4)
+    for name, required, compiled in (("auto", False, broken), ("asked", True, broken), ("full", False, full)):
+        settings = AmpSettings(torch.device("cpu"), None, True, True, required)
+        monkeypatch.setattr(AmpSettings, "of", lambda train, device, settings=settings: settings)
+        monkeypatch.setattr(AmpSettings, "compiled", lambda self, networks, compiled=compiled: compiled)
+        one = trainer(dataset, tmp_path / name, [], "stereo")
+        if name == "auto":
+            for _ in range(2):
+                assert one._step([batch])[1].total.isfinite()
+            assert isinstance(one.reporter, Silent)
+            (said,) = (message for message in one.reporter.messages if "do not compile" in message)
+            assert said.endswith("RuntimeError: Failed to find C compiler.; train.compile=false leaves it out")
+        else:
+            with pytest.raises((RuntimeError, torch.OutOfMemoryError), match=r"C compiler|out of memory"):
+                one._step([batch])
 
 
 @pytest.mark.gpu
@@ -276,6 +302,7 @@ def test_predictive_masks_are_shown_one_per_source(dataset: Path, tmp_path: Path
     batch = next(iter(one.loader))
     prediction, losses = one._forward(batch, 0)
     picture = panel(batch, prediction, losses)
+    picture = picture[HEADER:]
     assert picture.shape == (64, 6 * 96, 3), "target, two warped sources, disparity, two masks"
     masks = prediction.masks[0][0].detach().numpy()
     for place, mask in enumerate(masks):
@@ -338,8 +365,8 @@ def test_or_is_skipped_and_leaves_the_weights_alone(dataset: Path, tmp_path: Pat
     assert all(value.isfinite().all() for state in networks.values() for value in state.values())
 
 
-class FakeSink(ModuleType):
-    """As much of wandb and of mlflow as the sinks use; remembers what it is told."""
+class FakeLogger(ModuleType):
+    """As much of wandb and of mlflow as the loggers use; remembers its calls."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -347,11 +374,11 @@ class FakeSink(ModuleType):
         self.logged: list[tuple[int, dict[str, float]]] = []
         self.info = SimpleNamespace(run_id="given")
 
-    def init(self, id: str, **_: Any) -> FakeSink:
+    def init(self, id: str, **_: Any) -> FakeLogger:
         self.started.append(id)
         return self
 
-    def start_run(self, run_id: str | None, run_name: str) -> FakeSink:
+    def start_run(self, run_id: str | None, run_name: str) -> FakeLogger:
         self.started.append(run_id)
         return self
 
@@ -369,10 +396,10 @@ class FakeSink(ModuleType):
     end_run = finish
 
 
-def test_sinks_get_the_scalars_and_a_resumed_run_is_the_same_one_there(
+def test_loggers_get_the_scalars_and_a_resumed_run_is_the_same_one_there(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fakes = [FakeSink("wandb"), FakeSink("mlflow")]
+    fakes = [FakeLogger("wandb"), FakeLogger("mlflow")]
     for fake in fakes:
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
     train(dataset, tmp_path / "run", "stereo", ["train.max_steps=2", "train.sinks=[wandb, mlflow]"])
@@ -391,18 +418,20 @@ def test_sinks_get_the_scalars_and_a_resumed_run_is_the_same_one_there(
     assert not any(a.startswith(f"{b}/") for a in names for b in names)
 
 
-def test_a_sink_that_fails_does_not_end_the_run(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_logger_that_fails_does_not_end_the_run(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("no server\nand a page of details")
 
-    wandb = FakeSink("wandb")
+    wandb = FakeLogger("wandb")
     monkeypatch.setattr(wandb, "log", fail)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     extra = ["train.max_steps=2", "train.sinks=[wandb]"]
     outcome, reporter = train(dataset, tmp_path / "run", "stereo", extra)
     assert outcome.stopped.step == 2
     (warning,) = (message for message in reporter.messages if "Wandb" in message)
-    assert warning.startswith("warning: ") and "Wandb failed and is told no more: no server" in warning
+    assert warning.startswith("warning: ") and "Wandb failed and gets no more scalars: no server" in warning
     monkeypatch.setattr(wandb, "init", fail)
     with pytest.raises(UsageError, match=r"^train\.sinks: wandb does not start: no server$"):
         train(dataset, tmp_path / "other", "stereo", extra)

@@ -13,7 +13,7 @@ from md2.data.batch import Batch, Offset
 from md2.distributed import Ranks
 from md2.loss import LossOutput
 from md2.model import Prediction
-from md2.training.precision import Switches
+from md2.training.amp import AmpSettings
 from md2.training.validate import validate
 
 CPU = torch.device("cpu")
@@ -67,7 +67,14 @@ def run(recipe: str, batches: list[Batch], ranks: Ranks | None = None) -> tuple[
     config: Config = load_config(recipe, ["train.device=cpu", "train.channels_last=false"])
     networks, loss = Constant(), Recorder()
     networks.train()
-    arguments: list[Any] = [networks, loss, batches, config, ranks or Ranks(0, 1, CPU), Switches.of(config.train, CPU)]
+    arguments: list[Any] = [
+        networks,
+        loss,
+        batches,
+        config,
+        ranks or Ranks(0, 1, CPU),
+        AmpSettings.of(config.train, CPU),
+    ]
     found, picture = validate(*arguments)
     assert picture is None
     return found, networks, loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +17,7 @@ import torch
 from md2 import weights
 from md2.checkpoint import Checkpoint, save_checkpoint
 from md2.config import Config, DataConfig, LossConfig, ModelConfig
+from md2.inference.predictor import load
 from md2.model import Networks
 from md2.networks.resnet import ResNet
 from shards.errors import InputError
@@ -141,13 +143,13 @@ def test_scratch_changes_nothing() -> None:
 
 
 def test_encoder_of_another_depth_is_refused_by_name(imagenet_file: Path) -> None:
-    with pytest.raises(InputError, match=r"missing keys: layer1\.2\.conv1\.weight.* and \d+ more"):
+    with pytest.raises(InputError, match=r"weights of a resnet18, but model\.encoder is resnet34$"):
         weights.initialise(build(encoder="resnet34"), str(imagenet_file))
 
 
 def official(networks: Networks, folder: Path, stereo: bool = False, old: bool = False) -> Path:
     """Write a folder the way the official code does: one `torch.save` per network; `old`: as torch 0.4 did."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for name, state in networks.state_dicts().items():
         contents: dict[str, Any] = dict(state)
         if name == "encoder":
@@ -268,8 +270,6 @@ def damage(folder: Path, case: str) -> None:
         depth.write_bytes(depth.read_bytes()[:1000])
     elif case == "file":
         depth.unlink()
-    elif case == "pose":
-        (folder / "pose.pth").unlink()
     elif case == "pose_encoder":
         (folder / "pose_encoder.pth").unlink()
     elif case == "size":
@@ -292,7 +292,6 @@ def damage(folder: Path, case: str) -> None:
         ("key", r"depth: missing keys: decoder\.4\.conv\.conv\.bias; depth: extra keys: decoder\.99\.bias"),
         ("truncated", r"depth\.pth: damaged or not a file of weights"),
         ("file", r"depth\.pth missing"),
-        ("pose", r"pose\.pth is missing"),
         ("pose_encoder", r"pose_encoder\.pth is missing"),
         ("size", r"height and width are missing"),
         ("no number", r"height and width are missing"),
@@ -311,6 +310,60 @@ def test_damaged_official_folder_is_explained(case: str, message: str, tmp_path:
     with pytest.raises(InputError, match=message) as caught:
         weights.load_monodepth2(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mono_model_without_its_pose_network_predicts_depth(tmp_path: Path) -> None:
+    """encoder.pth and depth.pth are all that depth needs, with or without the pose encoder beside them."""
+    original = build(seed=4)
+    folder = official(original, tmp_path / "weights")
+    (folder / "pose.pth").unlink()
+    image = torch.rand(1, 3, 64, 96)
+    for _ in range(2):
+        networks, config = weights.load_monodepth2(folder)
+        assert config.metres_per_unit is None and not networks.temporal
+        networks.eval()
+        with torch.no_grad():
+            assert torch.equal(networks.disparities(image)[0], original.disparities(image)[0])
+            assert not networks({0: image}).poses
+        (folder / "pose_encoder.pth").unlink(missing_ok=True)
+
+
+def test_prefixes_and_counts_of_other_tools_do_not_matter(tmp_path: Path) -> None:
+    """DataParallel's `module.`, and what thop leaves in a model that it has measured."""
+    original = build(seed=4, frames=(0,), stereo=True)
+    folder = official(original, tmp_path / "weights", stereo=True)
+    for name in ("encoder", "depth"):
+        state = torch.load(folder / f"{name}.pth", weights_only=True)
+        prefixed = {f"module.{k}" if isinstance(v, torch.Tensor) else k: v for k, v in state.items()}
+        torch.save(
+            prefixed | {"module.total_ops": torch.zeros(1), "total_params": torch.ones(1)}, folder / f"{name}.pth"
+        )
+    networks, _ = weights.load_monodepth2(folder)
+    assert same(networks, original)
+
+
+def test_files_that_are_something_else_are_named(tmp_path: Path) -> None:
+    folder = official(build(frames=(0,), stereo=True), tmp_path / "outer" / "weights", stereo=True)
+    with zipfile.ZipFile(tmp_path / "mono.zip", "w") as archive:
+        archive.write(folder / "encoder.pth", "mono_640x192/encoder.pth")
+    torch.save(build(frames=(0,), stereo=True), tmp_path / "whole.pth")
+    (tmp_path / "pointer.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (tmp_path / "page.pth").write_bytes(b"\n<!DOCTYPE html><html></html>")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for name, message in {
+        "mono.zip": "a zip of Monodepth2 weights .unpack it",
+        "whole.pth": "holds Python objects, whose code md2 does not run: save the model's state_dict",
+        "pointer.pth": "a git-lfs pointer",
+        "page.pth": "a web page",
+        "picture.png": "a PNG picture",
+        "outer": r"did you mean .*outer/weights\?",
+        "nothing": "no such file or folder",
+    }.items():
+        with pytest.raises(InputError, match=message) as caught:
+            load(tmp_path / name)
+        assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+    with pytest.raises(InputError, match="a recipe: train it first, md2 train mono"):
+        load("mono")
 
 
 def test_no_such_weights(tmp_path: Path) -> None:

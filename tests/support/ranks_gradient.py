@@ -42,14 +42,14 @@ def main(out: Path) -> None:
         torch.manual_seed(0)
         networks = Networks(config.model, config.data, config.loss)
         networks.eval()  # batch norm frozen: its statistics are per rank
-        model = DistributedDataParallel(networks) if place.world > 1 else networks
-        batch = share(fixed_batch(), place.rank, place.world)
+        model = DistributedDataParallel(networks) if place.world_size > 1 else networks
+        batch = share(fixed_batch(), place.rank, place.world_size)
         output = ReprojectionLoss(config.loss, config.model)(batch, model(batch.augmented))
         output.total.backward()
-        loss = place.sum(output.total.detach().clone()) / place.world
+        loss = place.sum(output.total.detach().clone()) / place.world_size
         if place.main:
             gradients = {name: p.grad for name, p in networks.named_parameters() if p.requires_grad}
-            torch.save({"loss": loss, "gradients": gradients, "world": place.world}, out)
+            torch.save({"loss": loss, "gradients": gradients, "world": place.world_size}, out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from md2.config import Config, load_config
 from md2.distributed import Ranks
-from md2.train import Outcome, start_run
+from md2.train import TrainingResult, start_run
 from md2.training.runlog import read_metrics
 from md2.training.trainer import Trainer
 from shards.dataset import open_dataset
@@ -47,7 +47,9 @@ def config(dataset: Path, recipe: str = "mono_stereo", extra: Sequence[str] = ()
     return load_config(recipe, [f"data.url={dataset}", *SMALL, *extra])
 
 
-def train(dataset: Path, run: Path, recipe: str = "mono_stereo", extra: Sequence[str] = ()) -> tuple[Outcome, Silent]:
+def train(
+    dataset: Path, run: Path, recipe: str = "mono_stereo", extra: Sequence[str] = ()
+) -> tuple[TrainingResult, Silent]:
     reporter = Silent()
     return start_run(config(dataset, recipe, extra), run, reporter), reporter
 
