@@ -286,10 +286,6 @@ def switches(variant: str) -> dict[str, Any]:
     return {"precision": precision, "compile": compiled, "channels_last": other != "contiguous"}
 
 
-def compiles(variant: str) -> bool:
-    return bool(switches(variant)["compile"])
-
-
 def step_alone(setup: Setup, batch: int, variant: str) -> tuple[float, float, float | None]:
     """Triplets/s of training steps on one batch that stays where it is, its loss after the warm ones, and MiB."""
     from md2.training.trainer import Trainer
@@ -312,8 +308,6 @@ def steps(setup: Setup, record: Record) -> None:
     for batch in setup.batches:
         first: float | None = None
         for variant in setup.variants:
-            if compiles(variant) and batch != setup.batches[0]:
-                continue  # compiling takes a minute each time, and is for small batches, which wait for launches
             try:
                 rate, loss, memory = step_alone(setup, batch, variant)
             except Exception as error:
@@ -334,7 +328,7 @@ def training(setup: Setup, record: Record) -> None:
     rows = record.table("Training end to end, mono, flips and colour jitter, the defaults of this device")
     on_gpu = setup.device.type == "cuda"
     for batch in setup.batches:
-        alone, _, _ = step_alone(setup, batch, "bf16" if on_gpu else "float32")
+        alone, _, _ = step_alone(setup, batch, "bf16+compile" if on_gpu else "float32")
         for dataset in (setup.dataset, setup.uncompressed):
             rate, figures = train_once(setup, batch, dataset)
             beyond = max(0.0, 1 - rate / alone)

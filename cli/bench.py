@@ -15,6 +15,7 @@ from shards.errors import UsageError
 WHAT = {
     "loader": "the loader against a plain DataLoader, webdataset, and bare decoding",
     "step": "a training step, part by part, against a straightforward one",
+    "count": "operations, launches and bytes of a GPU's training step, without a GPU",
     "waiting": "how OpenMP threads should wait, on a quiet and on a busy machine",
     "codec": "ways of storing images: how often the photometric error is smallest at the true depth",
     "prep": "md2 prep against decoding, resizing and encoding alone",

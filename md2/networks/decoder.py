@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +14,40 @@ WIDTHS = (16, 32, 64, 128, 256)
 
 
 def reflect(x: Tensor) -> Tensor:
-    """Pad (B, C, H, W) by one pixel, reflected at the border, in the memory format of `x`.
-
-    CUDA's own reflection padding always returns contiguous memory and adds gradients with atomics. Joining slices
-    keeps channels_last and the order of sums; compiled, it is fused with what surrounds it.
-    """
-    if x.device.type != "cuda":
+    """Pad (B, C, H, W) by one pixel, reflected at the border."""
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
         return F.pad(x, (1, 1, 1, 1), mode="reflect")
-    return join_reflected(x)
+    return Reflect.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def join_reflected(x: Tensor) -> Tensor:
-    """`reflect` by slices."""
-    for dim in (2, 3):
-        last = x.shape[dim] - 1
-        x = torch.cat([x.narrow(dim, 1, 1), x, x.narrow(dim, last - 1, 1)], dim=dim)
-    return x
+class Reflect(torch.autograd.Function):
+    """`reflect` that keeps channels_last and sums gradients in a fixed order.
+
+    CUDA's own always returns contiguous memory, which the convolution converts back, and adds gradients with atomics.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        ctx.layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else None
+        layout = ctx.layout or torch.contiguous_format
+        out = torch.empty(batch, channels, height + 2, width + 2, dtype=x.dtype, device=x.device, memory_format=layout)
+        out[:, :, 1:-1, 1:-1] = x
+        out[:, :, 0, 1:-1], out[:, :, -1, 1:-1] = x[:, :, 1], x[:, :, -2]
+        out[..., 0], out[..., -1] = out[..., 2], out[..., -3]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        inner = grad[:, :, 1:-1, 1:-1].clone(memory_format=ctx.layout or torch.contiguous_format)
+        inner[:, :, 1] += grad[:, :, 0, 1:-1]
+        inner[:, :, -2] += grad[:, :, -1, 1:-1]
+        for edge, beside in ((0, 1), (-1, -2)):
+            column = grad[:, :, 1:-1, edge].clone()
+            column[:, :, 1] += grad[:, :, 0, edge]
+            column[:, :, -2] += grad[:, :, -1, edge]
+            inner[..., beside] += column
+        return inner
 
 
 def full_precision(layer: nn.Module, x: Tensor) -> Tensor:

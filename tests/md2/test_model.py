@@ -13,7 +13,7 @@ from torch import nn
 from md2.config import DataConfig, LossConfig, ModelConfig
 from md2.data.batch import Offset
 from md2.model import Networks, Pose
-from md2.networks.decoder import join_reflected
+from md2.networks.decoder import Reflect
 from md2.networks.pose import PoseDecoder
 from md2.networks.resnet import ResNetEncoder
 from shards.errors import InputError
@@ -335,12 +335,12 @@ def test_official_files_without_counters_or_classifier_are_whole() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [(2, 3), (5, 4), (2, 2)])
-def test_joined_slices_pad_as_reflection_does(size: tuple[int, int], layout: torch.memory_format) -> None:
-    """As on a GPU: the same numbers and gradients as torch's own, in the memory format that came in."""
+def test_padding_on_a_gpu_is_reflection(size: tuple[int, int], layout: torch.memory_format) -> None:
+    """The same numbers and gradients as torch's own, in the memory format that came in."""
     x = torch.rand(2, 3, *size, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     weights = torch.rand(2, 3, size[0] + 2, size[1] + 2, dtype=torch.float64)
-    joined, expected = join_reflected(x), F.pad(x, (1, 1, 1, 1), mode="reflect")
-    assert torch.equal(joined, expected)
-    assert joined.is_contiguous(memory_format=layout)
-    found, own = (torch.autograd.grad((padded * weights).sum(), x)[0] for padded in (joined, expected))
+    padded, expected = Reflect.apply(x), F.pad(x, (1, 1, 1, 1), mode="reflect")
+    assert torch.equal(padded, expected)
+    assert padded.is_contiguous(memory_format=layout)
+    found, own = (torch.autograd.grad((one * weights).sum(), x)[0] for one in (padded, expected))
     torch.testing.assert_close(found, own)

@@ -130,3 +130,13 @@ def test_a_tensor_of_the_host_is_refused() -> None:
         torch.zeros(2, 2, device=META).index_select(0, torch.zeros(1, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="item"):
         bool(torch.zeros((), device=META))
+
+
+def test_a_step_is_counted_without_a_gpu() -> None:
+    """Once for all scales: noise, minimum of the identity errors, the target's windows, the pixel map."""
+    count = pytest.importorskip("bench.count", reason="Triton is not installed")
+    one, two = (count.count_step("mono", batch, WIDTH, HEIGHT) for batch in (2, 4))
+    assert one["loss"].launches == 1 + 4 * 4 and one["networks"].launches == 0
+    assert 150 < one["loss"].operations == two["loss"].operations < 250
+    assert one["loss"].bytes < two["loss"].bytes < 2.01 * one["loss"].bytes
+    assert two["backward"].bytes > two["networks"].bytes > two["loss"].bytes

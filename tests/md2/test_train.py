@@ -90,7 +90,7 @@ def test_each_mode_learns(dataset: Path, tmp_path: Path, recipe: str, unit: floa
     one.networks.train()
     before = {name: value.clone() for name, value in one.networks.named_parameters()}
     values = [one._step([batch])[1].total.item() for _ in range(12)]
-    assert sum(values[-3:]) < 0.97 * sum(values[:3]), values
+    assert sum(values[-3:]) < 0.98 * sum(values[:3]), values
     moved = {name.split(".")[0] for name, value in one.networks.named_parameters() if not value.equal(before[name])}
     assert moved == {"encoder", "depth"} | ({"pose_encoder", "pose"} if recipe != "stereo" else set())
     one._save({})
@@ -203,7 +203,7 @@ def test_a_training_state_that_does_not_fit_is_one_line(
         training[part] = value
     here = Ranks(0, 1, torch.device("cpu"))
     kind = UsageError if isinstance(value, dict) and part == "loader" else InputError  # the first is the loader's
-    with pytest.raises(kind, match="start a new run") as caught:
+    with pytest.raises(kind, match=r"start a new run|cannot resume") as caught:
         broken = replace(saved, training=training)
         Trainer(saved.parsed_config(), open_dataset(str(dataset)), tmp_path, here, Silent(), resume=broken)
     assert "\n" not in str(caught.value)
