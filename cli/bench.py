@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -22,14 +23,14 @@ WHAT = {
     "scale": "what the loader costs with 10 to 10,000 shards, and over 10,000 steps",
     "parity": "whether md2 learns as well as the method trained the plain way; what each deviation does",
     "storage": "reading from object storage, with latency and faults (from a checkout)",
-    "gpu": "all that is to be checked and measured on a GPU machine, into a folder",
+    "gpu": "every check and measurement that needs a GPU, into a folder",
 }
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="WHAT", show_default=False, help="One of the following.")] = "--help",
+    what: Annotated[str, typer.Argument(metavar="WHAT", show_default=False, help="Measurement to run.")] = "--help",
 ) -> None:
     """Measure md2 on this machine; `md2 bench WHAT --help` has the options."""
     if what in ("--help", "-h"):
@@ -38,7 +39,9 @@ def bench(
             console.print(f"  {name:9}{about}", highlight=False, soft_wrap=True)
         raise typer.Exit
     if what not in WHAT:
-        raise UsageError(f"md2 bench {what}: one of {', '.join(WHAT)}")
+        near = difflib.get_close_matches(what, WHAT, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(WHAT)}"
+        raise UsageError(f"md2 bench {what}: no such measurement{hint}")
     checkout = Path(__file__).resolve().parents[1]
     if not (checkout / "bench" / "__init__.py").is_file():
         raise UsageError(f"md2 bench {what}: the measurements are not installed; run it from a checkout of md2")

@@ -27,13 +27,13 @@ if not any(name in os.environ for name in _WAITING):
 
 
 def load(path: str | Path, device: Literal["auto", "cpu", "gpu"] = "auto") -> Predictor:
-    """A run folder (its best checkpoint), a checkpoint file, or a folder of official Monodepth2 weights.
+    """Load a run folder (its best checkpoint), a checkpoint file, or a folder of official Monodepth2 weights.
 
     Raises:
-        InputError: nothing there, damaged, or weights that do not fit (by name).
-        UsageError: `gpu` asked for, none usable.
+        InputError: no model there, a damaged file, or weights that do not fit (by name).
+        UsageError: `gpu` is asked for and there is none that works.
     """
-    # `import md2` stays light: torch comes with the first model.
+    # `import md2` stays light: torch is imported with the first model.
     from md2.inference.predictor import load as load_predictor
 
     return load_predictor(path, device)

@@ -1,9 +1,9 @@
-"""The seven depth metrics as published on KITTI: crops, caps, median scaling; a batch at a time, on any device.
+"""The seven depth metrics as published on KITTI, with crops, caps and median scaling, in batches on any device.
 
 The protocol of Eigen et al. (NIPS 2014) as Godard et al. (ICCV 2019, section 4.1) use it: the predicted
 *disparity* is resized bilinearly to the ground truth's size, inverted, scaled (by the ratio of the medians,
-or by metres per unit where the checkpoint knows its unit), clamped to 1e-3..80 m, and compared where the
-ground truth has a measurement inside the crop. Metrics are per image, then averaged over images.
+or by metres per unit if the checkpoint knows its unit), clamped to 1e-3..80 m, and compared at the
+measurements of the ground truth inside the crop. Metrics are per image, then averaged over images.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _CROPS: dict[Crop, tuple[float, float, float, float]] = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """Which pixels count, and how far depth goes.
+    """Which pixels count, and the range of depth.
 
     Attributes:
         crop: part of the image that counts.
         min_depth, max_depth: metres; predictions are clamped to this range.
-        cap_ground_truth: count only ground truth strictly inside the range. The 697 images with raw
-            velodyne do; the 652 with improved ground truth count every measurement.
+        cap_ground_truth: count only ground truth strictly inside the range, as for the 697 images with raw
+            velodyne; otherwise every measurement, as for the 652 with improved ground truth.
     """
 
     crop: Crop = "garg"
@@ -56,7 +56,7 @@ class BatchMetrics(NamedTuple):
 
     Attributes:
         values: (B, 7) in the order of METRICS; NaN for an image without a counted pixel.
-        ratios: (B,) factor that predicted depth was multiplied by; NaN likewise with median scaling.
+        ratios: (B,) factor applied to predicted depth; with median scaling NaN likewise.
         pixels: (B,) int64, counted pixels.
     """
 
@@ -66,7 +66,7 @@ class BatchMetrics(NamedTuple):
 
 
 def crop_box(crop: Crop, height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, bottom, left, right (bottom and right exclusive) of a crop in an image of that size."""
+    """Return top, bottom, left, right (bottom and right exclusive) of a crop in an image of this size."""
     if crop == "none":
         return 0, height, 0, width
     top, bottom, left, right = _CROPS[crop]
@@ -74,7 +74,7 @@ def crop_box(crop: Crop, height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def valid_mask(ground_truth: Tensor, sizes: Tensor, protocol: Protocol = EIGEN) -> Tensor:
-    """Pixels that count.
+    """Mark the pixels that count.
 
     Args:
         ground_truth: (B, 1, h, w) metres, 0 = no measurement, zero-padded at the right and the bottom.
@@ -95,9 +95,9 @@ def valid_mask(ground_truth: Tensor, sizes: Tensor, protocol: Protocol = EIGEN) 
 
 
 def resize_to(maps: Tensor, sizes: Tensor, padded: tuple[int, int]) -> Tensor:
-    """Resize each map bilinearly to its own size; zero-padded at the right and the bottom.
+    """Resize each map bilinearly to its own size, zero-padded at the right and the bottom.
 
-    Half-pixel sampling without antialiasing, which is what the published evaluation's cv2.resize does.
+    Sampling is at half pixels without antialiasing, like cv2.resize in the published evaluation.
 
     Args:
         maps: (B, 1, H, W).
@@ -129,7 +129,7 @@ def evaluate_batch(
     max_depth: float = 80.0,
     cap_ground_truth: bool = True,
 ) -> BatchMetrics:
-    """The seven metrics of each image of a batch.
+    """Measure the seven metrics of each image of a batch.
 
     Args:
         disparity: (B, 1, H, W) predicted 1 / depth (the sigmoid's output after the min/max depth
@@ -165,7 +165,7 @@ def evaluate_batch(
 
 
 def depth_metrics(true: Tensor, predicted: Tensor, counted: Tensor | None = None) -> Tensor:
-    """abs_rel, sq_rel, rmse, rmse_log, a1, a2, a3 of each row.
+    """Compute abs_rel, sq_rel, rmse, rmse_log, a1, a2, a3 of each row.
 
     Args:
         true: (B, N) metres.
@@ -186,7 +186,7 @@ def depth_metrics(true: Tensor, predicted: Tensor, counted: Tensor | None = None
     error = true - predicted
     ratio = torch.maximum(true / predicted, predicted / true)
     log_error = true.log() - predicted.log()
-    # Threshold accuracies must not count a NaN prediction as merely wrong: carry it through.
+    # A NaN prediction must not count as merely wrong in the threshold accuracies: keep it NaN.
     within = [torch.where(ratio.isnan(), ratio, (ratio < 1.25**power).double()) for power in (1, 2, 3)]
     terms = torch.stack([error.abs() / true, error**2 / true, error**2, log_error**2, *within], dim=1)
     pixels = counted.sum(1)[:, None]
@@ -196,7 +196,7 @@ def depth_metrics(true: Tensor, predicted: Tensor, counted: Tensor | None = None
 
 
 def masked_median(values: Tensor, counted: Tensor) -> Tensor:
-    """Median of the counted values of each row; the mean of the middle two where their number is even.
+    """Return the median of the counted values of each row; the mean of the middle two if their number is even.
 
     Args:
         values: (B, N); counted: (B, N) bool.
@@ -206,7 +206,7 @@ def masked_median(values: Tensor, counted: Tensor) -> Tensor:
     """
     if values.shape[1] == 0:
         return values.new_full((values.shape[0],), float("nan"))
-    # Infinity is a value here (disparity 0), so what does not count is sorted behind it, as NaN.
+    # Infinity is a value here (disparity 0), so values that do not count are sorted behind it, as NaN.
     ordered = torch.where(counted, values, torch.nan).sort(dim=1).values
     pixels = counted.sum(1)
     low = ordered.gather(1, ((pixels - 1) // 2).clamp(min=0)[:, None])
@@ -215,9 +215,9 @@ def masked_median(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def _pack(maps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The masked pixels of each map, left-aligned in rows.
+    """Gather the masked pixels of each map, left-aligned in rows.
 
-    Velodyne covers a twentieth of an image: what follows costs a twentieth.
+    Velodyne covers a twentieth of an image, so everything after this costs a twentieth.
 
     Args:
         maps: (B, 1, h, w); mask: the same, bool.
@@ -237,14 +237,14 @@ def _pack(maps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_metrics(values: Tensor, pixels: Tensor) -> dict[str, float]:
-    """Mean over images of per-image metrics; images without a counted pixel are left out.
+    """Average per-image metrics over the images that have a counted pixel.
 
     Args:
         values: (N, 7) in the order of METRICS.
         pixels: (N,) counted pixels of each image.
 
     Returns:
-        Name -> mean; NaN if no image has a counted pixel, or if a prediction was NaN.
+        Metric name -> mean; NaN if no image has a counted pixel, or if a prediction was NaN.
     """
     kept = values[pixels > 0]
     means = kept.mean(0) if len(kept) else torch.full((len(METRICS),), float("nan"))

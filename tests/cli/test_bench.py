@@ -13,6 +13,8 @@ import pytest
 import bench.gpu
 from bench.gpu_record import Record, Setup
 from bench.gpu_sections import SECTIONS
+from cli.console import run
+from cli.main import app
 from shards.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,3 +127,9 @@ def test_the_loaders_benchmark_packs_with_prep_and_fills_its_tables(drive: Path)
         assert float(rows[name][0]) > 0 and float(rows[name][1]) > 0
     assert rows["md2 / floor"][0].strip() == "0.7"
     assert float(rows["md2 / floor"][1]) > 0
+
+
+def test_a_misspelt_measurement_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, hint in (("stepp", "did you mean step?"), ("x", "choose from loader, step")):
+        assert run(app, ["bench", word]) == 2
+        assert f"md2 bench {word}: no such measurement; {hint}" in capsys.readouterr().err

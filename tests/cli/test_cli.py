@@ -220,6 +220,35 @@ def test_whatever_escapes_a_command_is_one_line(
         monkeypatch.delenv("MD2_DEBUG", raising=False)
 
 
+def test_no_secret_leaves_through_the_net_or_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another library's exception, its cause, and words of the command line, with --debug too."""
+    secret = "hUnTeR2sEcReTvAlUe"
+
+    def zoo() -> None:
+        try:
+            raise ConnectionError(f"GET https://host/a?X-Amz-Signature={secret} failed")
+        except ConnectionError as error:
+            raise RuntimeError(f"simplecache::s3://KEY:{secret}@bucket/x") from error
+
+    monkeypatch.setattr("md2.zoo.zoo", zoo)
+    monkeypatch.setenv("MY_API_TOKEN", secret)
+    for words in (
+        ["zoo"],
+        ["zoo", "--debug"],
+        ["zoo", f"s3://KEY:{secret}@bucket/x"],
+        ["nope", f"https://user:{secret}@host"],
+        [f"https://user:{secret}@host/"],
+        ["eval", f"sftp://user:{secret}@host/run", "x"],
+        ["predict", f"https://host/model.pt?sig={secret}", "x"],
+    ):
+        assert run(app, words) != 0
+        shown = capsys.readouterr()
+        assert "md2: " in shown.err
+        assert secret not in shown.out + shown.err, words
+
+
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
 def test_a_signal_is_answered_at_once_even_while_python_is_busy(number: signal.Signals, word: str) -> None:
     """The main thread sits in C code that lets no handler run for seconds (a long sort holds it there)."""
