@@ -163,8 +163,9 @@ def test_every_command_parses(page: Path) -> None:
                 pytest.fail(f"{page.name}: md2 {shlex.join(words)}: {error or type(error).__name__}")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_every_key_is_known(page: Path) -> None:
+    """The changelog may name keys that are gone."""
     for text in code(page):
         for key in re.findall(r"(?<![\w./-])(?:data|model|loss|train)\.[a-z]\w*(?=$|=[^=]|\s|:)", text):
             if not key.endswith(".py") and "import " not in text:
