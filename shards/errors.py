@@ -27,6 +27,11 @@ _USER = re.compile(
     # A secret may hold a slash: after a colon that is no port, everything up to the last @ counts.
     r"(?:[^\s/'\"<>@]*(?:@[^\s/'\"<>@]*)*@|[^\s/:'\"<>]*:(?!\d{1,5}(?:/|$))[^\s'\"<>]*@)"
 )
+_OTHER_KIND = re.compile(
+    r"(?P<scheme>\b(?!(?:s3a?|gs|gcs|file|https?|memory):)[A-Za-z][A-Za-z0-9+.-]{0,30}:/{2,3})[^\s'\"<>]*@",
+    re.IGNORECASE,
+)
+"""URLs whose first part is no bucket or host that md2 knows: everything up to the last @ counts."""
 _QUERY = re.compile(
     r"(?P<address>\b[A-Za-z][A-Za-z0-9+.-]{0,30}:/{1,3}[^\s?'\"<>]*)\?[^\s'\"<>]*=[^\s'\"<>]*?(?=[:;,.)]*(?:[\s'\"<>]|$))"
 )
@@ -116,7 +121,7 @@ def _conceal_url(word: re.Match[str]) -> str:
     if len(url) > _LONGEST_URL:  # the patterns' time grows with the square of the length
         return url[: min(url.index(":/") + 2, _LONGEST)] + "…"
     if "@" in url:
-        url = _USER.sub(r"\g<scheme>…@", url)
+        url = _USER.sub(r"\g<scheme>…@", _OTHER_KIND.sub(r"\g<scheme>…@", url))
     if "=" in url:
         url = _FRAGMENT.sub(r"\g<address>#…", _QUERY.sub(r"\g<address>?…", url))
     return url

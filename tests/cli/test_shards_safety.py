@@ -33,11 +33,14 @@ DOORS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("url", DOORS)
-def test_no_door_lets_a_secret_out(md2: RunShards, url: str, tmp_path: Path, packed: Packed) -> None:
-    told = [md2(command, url) for command in ("ls", "show", "verify", "rm", "clean")]
-    told += [md2("pull", url, str(tmp_path / "d")), md2("push", packed.url, url), md2("push", url, str(tmp_path / "e"))]
-    told += [md2("copy", url, str(tmp_path / "f")), md2("copy", packed.url, url)]
+@pytest.mark.parametrize("number", range(len(DOORS)))
+def test_no_door_lets_a_secret_out(md2: RunShards, number: int, tmp_path: Path, packed: Packed) -> None:
+    """Each door with three of the commands in turn, which all open a URL by one function."""
+    url, there = DOORS[number], str(tmp_path / "d")
+    commands = [[command, url] for command in ("ls", "show", "verify", "rm", "clean")]
+    commands += [["pull", url, there], ["push", packed.url, url], ["push", url, there]]
+    commands += [["copy", url, there]]
+    told = [md2(*command) for command in commands[number % 3 :: 3]]
     for code, out, err in told:
         assert code in (2, 5), err
         assert "hUnTeR2" not in out + err
