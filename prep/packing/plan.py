@@ -239,7 +239,7 @@ def _note_bad_lines(plan: PackingPlan, part: str, bad: list[BadLine], on_error: 
 
 
 def _plan_line(plan: PackingPlan, part: str, line: SplitLine, broken: dict[str, str]) -> str | None:
-    """Plan a line's sample or note why there is none; returned: the broken zip that should have one of its frames."""
+    """Plan a line's sample, or note why there is none; returns the message if a broken zip should have its frame."""
     drive = plan.found.get(line.drive)
     text = printable(line.text)
     if drive is None:

@@ -41,7 +41,7 @@ def clip_starts(stems: Sequence[str]) -> list[int]:
     """Positions in the sorted names where another clip begins, by two signs.
 
     The text of the names changes (`day_0001`, `night_0001`), or the numbers before the frame counter do
-    (`000000_000029`, `000001_000000`) while the counter does not go on. It goes on if it follows at the usual
+    (`000000_000029`, `000001_000000`) while the counter does not continue. It continues if it follows at the usual
     distance, also by a carry, as seconds do after 59 and fractions after .999.
     """
     if len(stems) < 2:
@@ -68,8 +68,8 @@ def _restarts(rows: Sequence[list[str]]) -> list[int]:
         return []
     step = median(steps)
 
-    def goes_on(before: str, after: str) -> bool:
+    def continues(before: str, after: str) -> bool:
         modulus = [0, 10 ** len(before)] + ([60] if len(before) == 2 else [])
         return any(abs(int(before) + step - m - int(after)) <= abs(step) / 2 for m in modulus)
 
-    return [i for i in changes if not goes_on(rows[i - 1][column], rows[i][column])]
+    return [i for i in changes if not continues(rows[i - 1][column], rows[i][column])]

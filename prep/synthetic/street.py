@@ -43,7 +43,7 @@ class Thing:
         local: (4,4) world -> the thing's own frame: x to its right, y down from the ground, z along it.
         size: extent (3,) in that frame, metres.
         base, accent: two RGB colours (3,) in [0,1].
-        key: number that tells its texture from others'.
+        key: number that sets its texture apart.
     """
 
     solid: Solid
