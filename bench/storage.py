@@ -1,14 +1,14 @@
-"""Compare ways to read a dataset from object storage: cached, by DALI itself; and from a local folder.
+"""Compare ways to train from object storage: through md2's cache, from a local folder, and by DALI itself.
 
-    md2 bench storage [--samples 800] [--shard-mb 8] [--latency 0 10 50] [--repeats 3]
+    md2 bench storage [--samples 800] [--shard-mb 1] [--latency 0 10 50] [--repeats 3]
 
 An S3 server (rclone) runs on loopback behind a proxy, in its own process. The proxy delays every request, counts
-bytes and, for the last table, answers 503 for two seconds. A sample is three 640x192 JPEGs. Every row decodes all of
-them on the CPU in DALI with the same threads, so the rows differ only in how they read.
+bytes and, for the last table, answers 503 for two seconds. A sample is three 640x192 JPEGs, decoded on the CPU.
 
-    local    DALI's webdataset reader on the folder itself
-    cached   open_dataset on an empty cache: epoch 1 fills it, epoch 2 is local
-    native   DALI's webdataset reader on s3:// itself (on fewer samples, because it is slow)
+    local     md2's loader on the folder itself
+    bucket    md2's loader on the URL with an empty cache: epoch 1 fetches, epoch 2 is local
+    quarter   the same, with a cache that may hold a quarter of the dataset
+    native    DALI's webdataset reader on s3:// itself, decoding alone (on fewer samples, because it is slow)
 
 Cold start is the time from opening to the first batch. Fetched / needed divides the bytes that left the server in an
 epoch by the bytes of the decoded images; for native, it includes about 24 samples that DALI has prefetched
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -33,9 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from bench.write_dataset import write_dataset
+from md2.config import DataConfig
+from md2.pipeline import Loader
 from shards.cache.folder import Cache, _in_use
 from shards.dataset import open_dataset
 from shards.manifest import Manifest, Split
@@ -159,22 +163,32 @@ def measure(samples: int, epochs: list[Callable[[], Any]], server: Server | None
     return run
 
 
-def from_folder(folder: Path) -> Callable[[], Any]:
-    def open_pipeline() -> Any:
-        dataset = open_dataset(str(folder))
-        return reader([str(p) for p in dataset.tars("train")], [str(p) for p in dataset.indexes("train")])
+class Batches:
+    """md2's loader, endlessly."""
 
-    return open_pipeline
+    def __init__(self, url: str, cache: Cache | None) -> None:
+        config = DataConfig(color_jitter=False, threads=THREADS)
+        self._loader = Loader(
+            open_dataset(url, cache=cache), "train", config, batch_size=BATCH, seed=0, train=True,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        self._batches = itertools.chain.from_iterable(itertools.repeat(self._loader))
+
+    def run(self) -> None:
+        next(self._batches)
 
 
-def from_cache() -> Callable[[], Any]:
+def from_md2(url: str, limit: int | None = None) -> list[Callable[[], Any]]:
+    """Two epochs of one loader; with a URL, through a cache of its own."""
     folder = tempfile.TemporaryDirectory(prefix="md2-bench-")
+    loaders: list[Batches] = []
 
-    def open_pipeline() -> Any:
-        dataset = open_dataset(URL, cache=Cache(Path(folder.name)))
-        return reader([str(p) for p in dataset.tars("train")], [str(p) for p in dataset.indexes("train")])
+    def open_batches() -> Batches:
+        if not loaders:
+            loaders.append(Batches(url, Cache(Path(folder.name), limit)))
+        return loaders[0]
 
-    return open_pipeline
+    return [open_batches, open_batches]
 
 
 def native(manifest: Manifest) -> Callable[[], Any]:
@@ -203,11 +217,12 @@ def table(options: argparse.Namespace, drive: Path, manifest: Manifest, per_samp
     print(f"\nlatency {server.latency * 1000:g} ms a request\n")
     print("| | cold start | samples/s, epoch 1 / 2 (over local) | fetched / needed, epoch 1 / 2 |")
     print("|---|---|---|---|")
-    runs: dict[str, list[Run]] = {"local": [], "cached": [], "native": []}
+    runs: dict[str, list[Run]] = {"local": [], "bucket": [], "quarter": [], "native": []}
+    quarter = sum(shard.bytes + shard.index_bytes for shard in manifest.shards) // 4
     for _ in range(options.repeats):
-        local, cached = from_folder(drive), from_cache()
-        runs["local"].append(measure(options.samples, [local, local], None))
-        runs["cached"].append(measure(options.samples, [cached, cached], server))
+        runs["local"].append(measure(options.samples, from_md2(str(drive)), None))
+        runs["bucket"].append(measure(options.samples, from_md2(URL), server))
+        runs["quarter"].append(measure(options.samples, from_md2(URL, quarter), server))
         runs["native"].append(measure(few, [native(manifest)], server))
         for lock in _in_use.values():
             lock.release()
@@ -224,7 +239,7 @@ def faults(options: argparse.Namespace, manifest: Manifest, server: Server) -> N
     few = min(options.samples, options.native_samples)
     print(f"\nThe server answers 503 for {OUTAGE:g} s in the middle of an epoch\n\n| | |\n|---|---|")
     ways: dict[str, tuple[int, Callable[[], Any]]] = {
-        "cached": (options.samples, from_cache()),
+        "bucket": (options.samples, from_md2(URL)[0]),
         "native": (few, native(manifest)),
     }
     for name, (samples, way) in ways.items():
@@ -241,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=800)
     parser.add_argument("--native-samples", type=int, default=36)
-    parser.add_argument("--shard-mb", type=int, default=8)
+    parser.add_argument("--shard-mb", type=int, default=1)
     parser.add_argument("--latency", type=float, nargs="*", default=[0.0, 10.0, 50.0])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -267,7 +282,7 @@ def main() -> None:
             f"{options.samples} samples, {per_sample / 3e3:.0f} kB an image, {len(manifest.shards)} shards, "
             f"{total / 1e6:.0f} MB; {THREADS} decoding threads, batch {BATCH}, {os.cpu_count()} cores"
         )
-        measure(BATCH, [from_folder(folder / "drive")], None)  # so that DALI's own start is not measured
+        measure(BATCH, from_md2(str(folder / "drive"))[:1], None)  # so that DALI's own start is not measured
         server = Server(folder / "server")
         try:
             for server.latency in (milliseconds / 1000 for milliseconds in options.latency):

@@ -79,6 +79,7 @@ class Loader:
     Raises:
         UsageError: the dataset lacks what is asked for, the state is of another set-up, or a GPU is asked for and
             there is none.
+        StorageError: the cache's limit is less than the shards that are needed at once.
         DatasetError: the dataset's files are not what its manifest says. While iterating: a sample cannot be
             decoded; the loader is of no use after that.
         TrainingError: while iterating: DALI lacks memory.
@@ -124,8 +125,7 @@ class Loader:
         self._keys: list[str] = []
         self._chunk: dict[str, Tensor] = {}
         self._used = 0
-        at_once = 1 if not train else WINDOW if config.shuffle == "window" else len(counts)
-        self._shards = dataset.stream(part, at_once)
+        self._shards = dataset.stream(part)
         self._reader = self._open() if self._left_of(0) or self._left_of(self._begin) else None
 
     def __len__(self) -> int:
@@ -190,6 +190,10 @@ class Loader:
     def _open(self) -> Reader:
         sample_bytes = len(self._plan.images) * self.config.width * self.config.height * 3
         self._ahead = batches_ahead(self.batch_size, sample_bytes)
+        if self._shards.limit is not None:
+            while self._ahead > 1 and self._shards.bytes_of(self._at_once()) > self._shards.limit:
+                self._ahead -= 1
+            self._shards.require(self._at_once())
         reads = self.config.prefetch
         if not self.train:
             reads = min(reads, ceil(len(self) / self._ahead))
@@ -206,6 +210,15 @@ class Loader:
         )
         reader.start(self._requests())
         return reader
+
+    def _at_once(self) -> int:
+        """Shards that are needed at the same time, by the reads that DALI is at and the one that is handed to it."""
+        reads = self.config.prefetch + 1
+        spread = reads * self._ahead * self.batch_size * (self.world_size if self.train else 1)
+        first, last = map(np.sort, self._order.shard_uses(self.epoch))
+        # Most are needed where another one comes: those that have begun by then and had not ended `spread` before.
+        ended = np.searchsorted(last, first - spread, side="left")
+        return int((np.arange(1, len(first) + 1) - ended).max())
 
     def _start(self) -> None:
         """From the beginning of a pass; what has been read ahead of an earlier one is dropped."""

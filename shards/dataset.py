@@ -20,7 +20,7 @@ from shards.locks import FileLock
 from shards.manifest import MANIFEST, Manifest, Shard
 from shards.publish import require_manifest
 from shards.storage import Storage, is_local, local_path, open_storage
-from shards.stream import ShardStream, check_limit, check_shard
+from shards.stream import ShardStream, check_shard
 from shards.tar import IndexEntry, parse_index
 
 SAMPLES_PER_SHARD = 1000
@@ -57,15 +57,15 @@ class LocalDataset:
         self._checked: set[str] = set()
         self._held: list[FileLock] = []
 
-    def stream(self, part: str, at_once: int = 1) -> ShardStream:
-        """The part's shards, to be fetched and opened one by one as they are needed, `at_once` of them at a time.
+    def stream(self, part: str) -> ShardStream:
+        """The part's shards, to be fetched and opened one by one as they are needed.
 
         Raises:
             DatasetError: no such part, or a file of a local dataset is missing or has another size.
-            StorageError: the cache may not hold as much as is needed at once.
+            StorageError: a file that cannot be looked at.
         """
         fetcher = Fetcher(self.url, self._place) if self._place is not None else None
-        return ShardStream(self.folder, self.manifest.part(part), fetcher, at_once)
+        return ShardStream(self.folder, self.manifest.part(part), fetcher)
 
     def tars(self, part: str) -> list[Path]:
         """Return the part's tars in reading order, after a check of sizes, indexes and sample counts.
@@ -88,7 +88,7 @@ class LocalDataset:
         return [self.folder / shard.name for shard in shards]
 
     def _hold(self, fetcher: Fetcher, shards: list[Shard]) -> None:
-        check_limit(fetcher, shards, len(shards))
+        ShardStream(self.folder, shards, fetcher).require(len(shards))
         with ThreadPoolExecutor(PARALLEL) as pool:
             holding = [pool.submit(fetcher.hold, shard) for shard in shards]
             wait(holding, return_when=FIRST_EXCEPTION)

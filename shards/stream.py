@@ -130,24 +130,40 @@ class ShardStream:
         folder: where they are, or come to.
         shards: in the manifest's order.
         fetcher: brings them; None: they are there.
-        at_once: shards that may be needed at the same time.
 
     Raises:
         DatasetError: a file is missing or has another size than the manifest says.
-        StorageError: the cache's limit is less than the shards that are needed at once.
+        StorageError: a file that cannot be looked at.
     """
 
-    def __init__(self, folder: Path, shards: list[Shard], fetcher: Fetcher | None = None, at_once: int = 1) -> None:
+    def __init__(self, folder: Path, shards: list[Shard], fetcher: Fetcher | None = None) -> None:
         self.folder, self.shards, self._fetcher = folder, shards, fetcher
         self._open: dict[int, MappedShard] = {}
         self._until: dict[int, int] = {}
         self._locks: dict[int, FileLock] = {}
         self._ahead: Ahead | None = None
-        if fetcher is not None:
-            check_limit(fetcher, shards, at_once)
-            return
-        for shard in shards:
+        self.limit = fetcher.place.cache.limit if fetcher is not None else None
+        """Bytes of shards that the cache may hold; None: no limit."""
+        for shard in shards if fetcher is None else ():
             check_sizes(folder, shard)
+
+    def bytes_of(self, at_once: int) -> int:
+        """Bytes of the largest `at_once` shards."""
+        return sum(sorted((shard.bytes + shard.index_bytes for shard in self.shards), reverse=True)[:at_once])
+
+    def require(self, at_once: int) -> None:
+        """Compare the cache's limit with the shards that are needed at the same time.
+
+        Raises:
+            StorageError: it is less.
+        """
+        needed = self.bytes_of(at_once)
+        if self._fetcher is not None and self.limit is not None and needed > self.limit:
+            raise StorageError(
+                f"{self._fetcher.place.cache.folder}: no room: {min(at_once, len(self.shards))} shards of "
+                f"{self._fetcher.url} are needed at once, {format_bytes(needed)}, and {LIMIT_VARIABLE} is "
+                f"{format_bytes(self.limit)}; raise it"
+            )
 
     def fetch_ahead(self, upcoming: Iterator[tuple[int, int]], reach: int) -> None:
         """From now on, fetch shards before they are needed; without effect for those in a folder.
@@ -193,18 +209,3 @@ class ShardStream:
     def __del__(self) -> None:
         for lock in self._locks.values():
             lock.release()
-
-
-def check_limit(fetcher: Fetcher, shards: list[Shard], at_once: int) -> None:
-    """Compare the cache's limit with what is needed of it at once.
-
-    Raises:
-        StorageError: it is less.
-    """
-    limit = fetcher.place.cache.limit
-    needed = sum(sorted((shard.bytes + shard.index_bytes for shard in shards), reverse=True)[:at_once])
-    if limit is not None and needed > limit:
-        raise StorageError(
-            f"{fetcher.place.cache.folder}: no room: {min(at_once, len(shards))} shards of {fetcher.url} are needed at "
-            f"once, {format_bytes(needed)}, and {LIMIT_VARIABLE} is {format_bytes(limit)}; raise it"
-        )

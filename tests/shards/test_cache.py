@@ -417,7 +417,6 @@ import sys, hashlib
 import md2.pipeline
 from pipeline_data import config, loader
 from shards.dataset import open_dataset
-md2.pipeline.SAMPLES_AHEAD = 2
 def epochs(url, count=2, **options):
     batches = loader(open_dataset(url), config(width=64, height=64, flip=True), batch_size=2, seed=3, **options)
     for _ in range(count):
@@ -515,7 +514,9 @@ def test_a_damaged_shard_ends_training_before_a_sample_of_it_is_used(
 def test_a_limit_below_the_window_is_refused_at_the_start(
     moto_url: str, packed: Packed, moto_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from pipeline_data import config, loader
+
     monkeypatch.setenv("MD2_CACHE_LIMIT", str(size_of(packed.manifest, "train") - 1))
     with pytest.raises(StorageError, match=r"no room: 3 shards of .* are needed at once.*MD2_CACHE_LIMIT"):
-        open_dataset(moto_url).stream("train", at_once=8)
+        loader(open_dataset(moto_url), config(width=64, height=64), batch_size=1)
     assert not any(r.path.endswith(".tar") for r in moto_proxy.requests)
