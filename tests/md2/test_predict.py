@@ -138,7 +138,7 @@ def test_a_run_folder_means_its_best_checkpoint(tmp_path: Path) -> None:
     best = tiny_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt", seed=2)
     weight = load(best, "cpu").networks.encoder.encoder.conv1.weight
     torch.testing.assert_close(load(tmp_path / "run", "cpu").networks.encoder.encoder.conv1.weight, weight)
-    with pytest.raises(InputError, match="neither a checkpoint nor a run"):
+    with pytest.raises(InputError, match="no such file or folder"):
         load(tmp_path / "nothing", "cpu")
 
 
