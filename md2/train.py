@@ -234,7 +234,11 @@ def _check_dataset(run: Path, dataset: LocalDataset) -> None:
     path = run / ENVIRONMENT
     if not path.is_file():
         raise InputError(f"{run}: no run to resume there ({ENVIRONMENT} is missing)")
-    if json.loads(path.read_text())["dataset"]["manifest_sha256"] != dataset.manifest_sha256:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))["dataset"]["manifest_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({type(error).__name__}); the run cannot be resumed without it") from error
+    if known != dataset.manifest_sha256:
         raise TrainingError(
             f"{dataset.folder} is not the dataset that the run was trained on (its manifest differs): "
             "give the original as data.url=..., or start a new run"

@@ -28,6 +28,7 @@ from PIL import Image
 from md2 import __version__
 from md2.training.loggers import Logger
 from md2.visualize import Picture
+from shards.errors import InputError
 from shards.files import write_atomic
 
 METRICS = "metrics.jsonl"
@@ -97,17 +98,37 @@ class RunLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, without a last line that a killed run left half-written."""
+    """Read the rows of metrics.jsonl, up to the first malformed one (half a row of a killed run).
+
+    Raises:
+        InputError: it cannot be read.
+    """
     path = run / METRICS
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    if not path.is_file():
+        raise InputError(f"{path}: not a file")
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    rows: list[dict[str, Any]] = []
+    for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not _is_row(row):
+            break
+        rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line holds what `RunLog.scalars` writes: a kind, a step, and numbers or nulls."""
+    if not isinstance(row, dict) or row.get("kind") not in ("train", "val") or not isinstance(row.get("step"), int):
+        return False
+    return all(value is None or isinstance(value, int | float) for name, value in row.items() if name != "kind")
 
 
 def _drop_after(path: Path, step: int, measured: bool) -> None:

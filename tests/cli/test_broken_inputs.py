@@ -281,4 +281,5 @@ def test_every_command_with_every_input_broken(
             f"{grown:.0f} MB more at the peak"
         )
     assert not tally.problems, "\n".join(tally.problems)
+    assert not tally.netted, "\n".join(tally.netted)
     assert grown < MOST_MEGABYTES
