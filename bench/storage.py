@@ -180,7 +180,7 @@ class Batches:
 
 def from_md2(url: str, limit: int | None = None) -> list[Callable[[], Any]]:
     """Two epochs of one loader; with a URL, through a cache of its own."""
-    folder = tempfile.TemporaryDirectory(prefix="md2-bench-")
+    folder = tempfile.TemporaryDirectory(prefix="md2-bench-", ignore_cleanup_errors=True)
     loaders: list[Batches] = []
 
     def open_batches() -> Batches:

@@ -7,14 +7,11 @@ it at a fraction of DALI's cost.
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,11 +21,11 @@ import nvidia.dali.fn
 import nvidia.dali.types
 import torch
 from nvidia.dali.tensors import TensorListGPU
-from PIL import Image
 from torch import Tensor
 
 from md2.config import DataConfig
 from md2.data.augment import FLIP_PROBABILITY, JITTER_PROBABILITY
+from md2.data.headers import MAX_IMAGE_PIXELS, depth_problem, image_problem, no_depth, size_problem
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError, TrainingError, UsageError
 from shards.manifest import Manifest
@@ -39,17 +36,12 @@ from shards.stream import Bytes, ShardStream
 dali: Any = nvidia.dali
 fn, types = dali.fn, dali.types
 
-MAX_IMAGE_PIXELS = 1 << 26
-"""A larger image is refused before it is decoded: 67 million pixels, 201 MB."""
 DECODER_BYTES = 1 << 20
 """nvJPEG's first buffers, on the GPU and on the host, for each thread of each decoder; they grow. DALI's own 16 and
 8 MB would be a gigabyte and more with a decoder for each image of a sample and a thread for each core."""
 DRAWS = 6
 """Uniform numbers of a sample: coins for flip and jitter, then brightness, contrast, saturation and hue."""
 _FLIP = "flip"
-_PNG, _PNG_HEAD = b"\x89PNG\r\n\x1a\n", 26
-_PPM, _PPM_HEAD = re.compile(rb"P6\s(?:#.*\n|\s)*(\d{1,9})\s(?:#.*\n|\s)*(\d{1,9})\s"), 200
-_PNG_KINDS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGBA"}
 DecodeDevice = Literal["cpu", "gpu"]
 
 
@@ -349,7 +341,7 @@ class Reader:
         for name in [*self.plan.images, *([DEPTH] if self.plan.depth else [])]:
             for place, file in enumerate(fed.files[name]):
                 if name == DEPTH:
-                    problem = _depth_problem(file)
+                    problem = depth_problem(file)
                 else:
                     problem = self._pixels_problem(file) if self.plan.uncompressed else size_problem(file, most)
                 if problem:
@@ -463,67 +455,3 @@ def _reason(error: BaseException) -> str:
             return line.strip()
     lines = text.rpartition("encountered:")[2].strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def image_problem(file: Bytes) -> str | None:
-    """Why an image cannot be decoded, as far as Pillow can say; None if it decodes it."""
-    try:
-        with Image.open(BytesIO(file.tobytes())) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # the last by PPM
-        return "is cut short or damaged" if "truncated" in str(error) else "is not a readable image"
-    return None
-
-
-def size_problem(file: Bytes, most: int) -> str | None:
-    """Why an image must not be decoded: its header claims more than `most` pixels, or is none; else None."""
-    size = image_size(file.data)
-    if size is None:
-        return "is not a readable image"
-    width, height = size
-    return f"claims {width}x{height} pixels, more than the {most} that are allowed" if width * height > most else None
-
-
-def image_size(file: memoryview) -> tuple[int, int] | None:
-    """Width and height in the header of a JPEG, PNG or binary PPM; None if it is none of these or cut short.
-
-    JPEG (ITU-T T.81, annex B): segments of marker and length, until a frame header (SOF, FF C0 to FF CF without C4, C8
-    and CC) with precision, height and width. A kB of it takes Pillow ten times as long, and there are three a sample.
-    """
-    if bytes(file[:2]) == b"\xff\xd8":
-        place = 2
-        while place + 9 <= len(file) and file[place] == 0xFF:
-            marker = file[place + 1]
-            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-                return int.from_bytes(file[place + 7 : place + 9]), int.from_bytes(file[place + 5 : place + 7])
-            # A marker may be preceded by any number of bytes FF.
-            place += 1 if marker == 0xFF else 2 + int.from_bytes(file[place + 2 : place + 4])
-        return None
-    if bytes(file[:8]) == _PNG and bytes(file[12:16]) == b"IHDR" and len(file) >= _PNG_HEAD:
-        return int.from_bytes(file[16:20]), int.from_bytes(file[20:24])
-    found = _PPM.match(bytes(file[:_PPM_HEAD]))
-    return (int(found[1]), int(found[2])) if found else None
-
-
-def _depth_problem(file: Bytes) -> str | None:
-    """Why a file is no depth map, by the first chunk of a PNG.
-
-    Decoders scale other bit depths to 16 bits, so that metres would be wrong in silence.
-    """
-    head = file[:_PNG_HEAD].tobytes()
-    if problem := size_problem(file, MAX_IMAGE_PIXELS):
-        return problem
-    if head[:8] != _PNG or (head[24], head[25]) != (16, 0):
-        kind = (
-            f"a PNG of {head[24]} bits, {_PNG_KINDS.get(head[25], 'of unknown kind')}" if head[:8] == _PNG else "no PNG"
-        )
-        return f"is {kind}; depth is a PNG of 16 bits, grey"
-    return None
-
-
-@cache
-def no_depth() -> Bytes:
-    """The smallest depth map, for samples that have none."""
-    buffer = BytesIO()
-    Image.fromarray(np.zeros((1, 1), np.uint16)).save(buffer, "PNG")
-    return np.frombuffer(buffer.getvalue(), np.uint8)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipeline_data import HEIGHT, WIDTH, Array, config, encode, loader, make_samples, pack, smooth
 
-from md2.data.dali import image_size
+from md2.data.headers import image_size
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError
 from shards.manifest import Manifest
