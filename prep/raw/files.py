@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import fsspec
-from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from prep.raw.zips import MAX_FILE_BYTES, Directory, Ref, read_directory, unpack
@@ -355,7 +354,7 @@ class HttpLocation:
     def _directory(self, url: str) -> Directory | None:
         """Directory of a zip on the server; None if there is no such file."""
         if url not in self._directories:
-            size = Retrier().call(url, partial(_size_if_ranges, self._fs, url))
+            size = _size_if_ranges(self._fs, url)
             try:
                 self._directories[url] = None if size is None else read_directory(self._fs, url, url, size=size)
             except InputError as error:
@@ -378,7 +377,7 @@ def _size_if_ranges(fs: Any, url: str) -> int | None:
                 response.raise_for_status()
             return response.status, response.headers.get("Content-Range", "")
 
-    status, content_range = sync(fs.loop, ask)
+    status, content_range = Retrier().run(url, fs.loop, ask)
     if status in _ABSENT:
         return None
     total = content_range.rpartition("/")[2]
@@ -448,7 +447,11 @@ def _fetch(protocol: str, refs: list[Ref]) -> dict[Ref, bytes]:
     ends = [ref.member.offset + ref.member.header + ref.member.packed if ref.member else ref.size for ref in refs]
     where = refs[0].url
     try:
-        parts = Retrier().call(where, partial(fs.cat_ranges, paths, starts, ends, on_error="raise"))
+        if getattr(fs, "async_impl", False):
+            ranges = partial(fs._cat_ranges, paths, starts, ends, on_error="raise")
+            parts = Retrier().run(where, fs.loop, ranges, sum(ends) - sum(starts))
+        else:
+            parts = Retrier().call(where, partial(fs.cat_ranges, paths, starts, ends, on_error="raise"))
     except MissingError as error:
         raise InputError(f"{where}: was there, and is gone") from error
     return dict(zip(refs, parts, strict=True))

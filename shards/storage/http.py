@@ -109,7 +109,13 @@ class HttpStorage:
         Raises:
             MissingError: nothing has that name.
         """
-        return read_range(self._url(name), start, size, self._retry)
+        parts, left = [], size
+        for piece in _stream(self._url(name), start, start + size, self._retry):
+            parts.append(piece[:left])
+            left -= len(parts[-1])
+            if not left:
+                break
+        return b"".join(parts)
 
     def stream(self, name: str, start: int = 0) -> Iterator[bytes]:
         """Yield the content from `start`, in pieces of `CHUNK` bytes; a cut connection is resumed where it broke.
@@ -159,40 +165,6 @@ class HttpStorage:
 
     def delete(self, names: Iterable[str]) -> None:
         self._refuse_writing()
-
-
-def read_range(url: str, start: int, size: int, retry: Retrier) -> bytes:
-    """Return at most `size` bytes of a web address from byte `start`.
-
-    Raises:
-        MissingError: nothing is there.
-        StorageError: refused, or still failing at the end of the retrier's time limit.
-    """
-    parts, left = [], size
-    for piece in _stream(url, start, start + size, retry):
-        parts.append(piece[:left])
-        left -= len(parts[-1])
-        if not left:
-            break
-    return b"".join(parts)
-
-
-def size_of(url: str, retry: Retrier) -> int | None:
-    """Return the size of a file on a web server that serves byte ranges; None if the server ignores ranges.
-
-    Raises:
-        MissingError: nothing is there.
-        StorageError: refused, or still failing at the end of the retrier's time limit.
-    """
-
-    async def ask() -> int | None:
-        session = await _session.get()
-        async with session.get(url, headers={"Range": "bytes=0-1"}) as answer:
-            answer.raise_for_status()
-            total = answer.headers.get("Content-Range", "").rpartition("/")[2]
-            return int(total) if answer.status == 206 and total.isdecimal() and len(total) < 20 else None
-
-    return retry.run(url, _session.loop(), ask)
 
 
 def _stream(url: str, start: int, stop: int | None, retry: Retrier) -> Iterator[bytes]:

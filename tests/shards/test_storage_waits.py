@@ -190,3 +190,15 @@ def test_a_fifo_beside_a_dataset_is_not_a_dataset(tmp_path: Path) -> None:
     assert open_storage(str(tmp_path)).children("") == (["pipe"], [])
     with pytest.raises(StorageError, match="not a regular file"):
         open_storage(str(tmp_path)).read("pipe", 10)
+
+
+@pytest.mark.parametrize("talk", [headers, status_line, interim_answers], ids=lambda talk: talk.__name__)
+def test_raw_data_of_a_server_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch, talk: Talk) -> None:
+    from prep.raw.files import RawData
+
+    with server(talk) as endpoint:
+        use_endpoint(monkeypatch, endpoint, patience=1)
+        began = time.monotonic()
+        with pytest.raises(StorageError, match=r"not answer in time; gave up after|connection was cut"):
+            RawData([endpoint]).files("2011_09_26")
+        assert time.monotonic() - began < BOUND
