@@ -27,6 +27,7 @@ from pipeline_data import smooth
 from cli.console import run
 from cli.main import app
 from md2.checkpoint import load_checkpoint
+from shards.dataset import open_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ALL = os.environ.get("MD2_WALK") == "all"
@@ -156,7 +157,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_checkpoint(root / "run" / "checkpoints" / "best.pt").parsed_config().to_yaml()
     (root / "run" / "config.yaml").write_text(config)
     (root / "mono.yaml").write_text(config)
-    (root / "run" / "environment.json").write_text(json.dumps({"dataset": {"manifest_sha256": "0" * 64}}))
+    (root / "run" / "environment.json").write_text(
+        json.dumps({"dataset": {"manifest_sha256": open_dataset(str(root / "truth")).manifest_sha256}})
+    )
     lines = [{"kind": kind, "step": 1, "epoch": 0, "loss": 0.2, "lr": 1e-4} for kind in ("train", "val")]
     (root / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     pictures = [smooth(np.random.default_rng(seed), 96, 64) for seed in range(5)]
