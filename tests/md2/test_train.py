@@ -305,3 +305,19 @@ def test_a_signal_that_comes_twice_is_one_and_a_second_ctrl_c_ends_at_once(monke
     request.handle(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
         request.handle(signal.SIGINT, None)
+
+
+def test_validation_changes_nothing_that_training_computes(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and batch norm's running averages after two epochs are the same bit by bit, validated or not."""
+    settings = ["train.epochs=2", "train.batch_size=4", "train.image_every=1000", "train.val_batches=1"]
+    train(dataset, tmp_path / "validated", "stereo", settings)
+    assert [line["kind"] for line in read_metrics(tmp_path / "validated")].count("val") == 2
+    monkeypatch.setattr("md2.training.trainer.validate", lambda *_: ({}, None))
+    train(dataset, tmp_path / "bare", "stereo", settings)
+    assert losses(tmp_path / "validated") == losses(tmp_path / "bare")
+    mine, theirs = (load_checkpoint(tmp_path / run / "checkpoints/last.pt") for run in ("validated", "bare"))
+    for name, state in theirs.networks.items():
+        for key, value in state.items():
+            assert torch.equal(mine.networks[name][key], value), f"{name}.{key}"
