@@ -238,7 +238,9 @@ def train_md2(config: Config, setting: Setting, run: Path, probe: Probe) -> None
         return probe.networks
 
     with patch("md2.training.trainer.Networks", networks):
-        start_run(config, run, probe)
+        result = start_run(config, run, probe)
+    if result.exit_code:
+        raise SystemExit(result.exit_code)  # stopped by a signal: half a run is no result
 
 
 def loader_orders(raw: RawFrames, config: Config, seed: int) -> list[list[int]]:
