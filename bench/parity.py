@@ -366,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if not judged:
         raise SystemExit(f"{options.out}: at least two runs each of {REFERENCE} and md2 are needed")
-    worse = [f"{name} {verdict}" for name, verdict in judged.items() if verdict.worse]
+    worse = [f"{name} {verdict.sigmas:+.1f} standard errors" for name, verdict in judged.items() if verdict.worse]
     found = f"worse than the reference: {'; '.join(worse)}" if worse else "as well as the reference"
     print(f"md2 learns {found}")
     return 1 if worse else 0
