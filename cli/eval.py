@@ -24,7 +24,8 @@ def evaluate(
         typer.Argument(
             metavar="[MODEL] DATASET",
             help="MODEL: run, checkpoint or folder of Monodepth2 weights; none with --predictions. DATASET: packed; "
-            "raw KITTI (folder or URL) with --split; the official gt_depths.npz with --predictions.",
+            "raw KITTI (folder or URL) with --split; with --predictions also gt_depths.npz or a "
+            "folder of depth PNGs.",
         ),
     ],
     split: Annotated[
@@ -86,7 +87,7 @@ def evaluate(
 ) -> None:
     """Evaluate depth as published: a table of the seven metrics."""
     from md2.inference.inputs import require_model
-    from prep.evaluation import EvaluationData, find_evaluation_data
+    from prep.evaluation import EvaluationData, evaluation_part, find_evaluation_data, line_keys
     from prep.raw.splits import read_split
 
     # Mistakes in the words are reported before PyTorch is imported.
@@ -94,15 +95,17 @@ def evaluate(
     if model is not None:
         require_model(model)
     lists = read_split(split, splits) if split is not None else None
-    ground_truth_only = dataset.endswith(".npz")
 
+    from md2.evaluation.predictions import is_ground_truth
     from md2.evaluation.run import EvalOptions, measure, to_latex, write_results
     from md2.inference.predictor import load
 
     predictor = load(model, device) if model is not None else None
     with progress_bar("images") as bar:
-        data = EvaluationData(dataset)
-        if not ground_truth_only:
+        if is_ground_truth(dataset):
+            order = None if lists is None else line_keys(lists, evaluation_part(lists, part))
+            data = EvaluationData(dataset, order=order)
+        else:
             data = find_evaluation_data(
                 dataset,
                 lists,

@@ -1,4 +1,4 @@
-"""Files of other projects: predicted disparities, predicted depth PNGs, and the official code's ground truth."""
+"""Files of other projects: predicted disparities, depth PNGs, and the official code's ground truth."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,7 @@ def saved_disparity(rows: NDArray[np.floating[Any]], order: Sequence[str]) -> Ca
 
 def _from_pngs(folder: Path, order: Sequence[str] | None) -> Callable[[Batch], Tensor]:
     """Depth PNGs of KITTI's benchmark (metres x 256), named after sample keys, or one a line of `order`."""
-    files = sorted(
-        (path for path in folder.glob("*.png") if not path.name.startswith("._") and path.is_file()), key=_counting
-    )
+    files = depth_pngs(folder)
     if not files:
         raise InputError(f"{folder}: no .png in this folder of predictions")
     path_of = {path.stem: path for path in files}
@@ -137,7 +136,7 @@ def _from_pngs(folder: Path, order: Sequence[str] | None) -> Callable[[Batch], T
                     f"{folder}: no {key}.png, the prediction of that sample; --split names the images of a folder "
                     "whose files have other names"
                 )
-            rows.append(_read_depth_png(path_of[key]))
+            rows.append(_read_disparity_png(path_of[key]))
         height, width = (max(row.shape[axis] for row in rows) for axis in (0, 1))
         sized = [torch.from_numpy(row)[None, None] for row in rows]
         resized = [torch.nn.functional.interpolate(row, (height, width), mode="bilinear") for row in sized]
@@ -146,8 +145,21 @@ def _from_pngs(folder: Path, order: Sequence[str] | None) -> Callable[[Batch], T
     return find
 
 
-def _read_depth_png(path: Path) -> NDArray[np.float32]:
+def depth_pngs(folder: Path) -> list[Path]:
+    """The PNGs directly in a folder, `9.png` before `10.png`."""
+    found = (path for path in folder.glob("*.png") if not path.name.startswith(".") and path.is_file())
+    return sorted(found, key=_counting)
+
+
+def _read_disparity_png(path: Path) -> NDArray[np.float32]:
     """Disparity of a 16-bit depth PNG; 0, infinitely far, where it has no depth."""
+    depth = _read_depth_png(path)
+    disparity: NDArray[np.float32] = np.divide(1, depth, out=np.zeros_like(depth), where=depth > 0)
+    return disparity
+
+
+def _read_depth_png(path: Path) -> NDArray[np.float32]:
+    """Metres of a 16-bit depth PNG; 0 where it has no depth."""
     try:
         with Image.open(path) as image:
             mode, values = image.mode, np.asarray(image)
@@ -155,9 +167,7 @@ def _read_depth_png(path: Path) -> NDArray[np.float32]:
         raise InputError(f"{path}: cannot be read as a PNG ({first_line(error)})") from error
     if not mode.startswith("I"):
         raise InputError(f"{path}: mode {mode}; 16-bit grey depth (metres x 256) is needed")
-    depth = values.astype(np.float32) / DEPTH_SCALE
-    disparity: NDArray[np.float32] = np.divide(1, depth, out=np.zeros_like(depth), where=depth > 0)
-    return disparity
+    return values.astype(np.float32) / np.float32(DEPTH_SCALE)
 
 
 def _counting(path: Path) -> list[tuple[str, int]]:
@@ -165,12 +175,74 @@ def _counting(path: Path) -> list[tuple[str, int]]:
     return [("", int(piece)) if piece.isdecimal() else (piece, -1) for piece in pieces]
 
 
-# The official code's ground truth
+# Ground truth without images
 
 
-def ground_truth_keys(count: int) -> list[str]:
-    """Keys of the maps of a `gt_depths.npz`, which has none: their numbers."""
-    return [f"{number:06d}" for number in range(count)]
+@dataclass(frozen=True)
+class GroundTruth:
+    """Depth maps (H, W) of several sizes, metres, 0 = no measurement; or the PNGs that hold them. One key each."""
+
+    keys: list[str]
+    maps: Sequence[NDArray[np.float32] | Path]
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        """Batches without images, of the first `limit` maps.
+
+        Raises:
+            InputError: a PNG cannot be read.
+        """
+        count = len(self.maps[:limit])
+        for start in range(0, count, batch_size):
+            stop = min(start + batch_size, count)
+            chosen = [_read_depth_png(one) if isinstance(one, Path) else one for one in self.maps[start:stop]]
+            sizes = torch.tensor([depth.shape for depth in chosen])
+            height, width = sizes.max(0).values.tolist()
+            padded = torch.zeros(len(chosen), 1, height, width)
+            for row, depth in zip(padded, chosen, strict=True):
+                row[0, : depth.shape[0], : depth.shape[1]] = torch.from_numpy(depth)
+            yield Batch(
+                images={},
+                augmented={},
+                intrinsics=torch.eye(3).repeat(len(chosen), 1, 1),
+                stereo=None,
+                metres_per_unit=1.0,
+                depth=padded,
+                depth_size=sizes,
+                keys=self.keys[start:stop],
+            )
+
+
+def is_ground_truth(dataset: str) -> bool:
+    """Whether it is a `gt_depths.npz`, or a folder of PNGs that is no packed dataset."""
+    folder = Path(dataset)
+    return dataset.endswith(".npz") or (
+        folder.is_dir() and not (folder / "dataset.json").exists() and bool(depth_pngs(folder))
+    )
+
+
+def open_ground_truth(path: Path, order: Sequence[str] | None) -> GroundTruth:
+    """Ground truth of `gt_depths.npz`, or of a folder of 16-bit PNGs (metres x 256, 0 = no measurement).
+
+    Args:
+        order: sample keys that a split gives the maps: all maps in this order, or PNGs that have these names.
+
+    Raises:
+        InputError: missing, damaged, or not one map for each line of the split.
+    """
+    maps: Sequence[NDArray[np.float32] | Path]
+    if path.is_dir():
+        maps = depth_pngs(path)
+        keys = [one.stem for one in maps]
+        if order is not None and not set(keys).isdisjoint(order):
+            path_of = dict(zip(keys, maps, strict=True))
+            keys = [key for key in order if key in path_of]
+            maps, order = [path_of[key] for key in keys], None
+    else:
+        maps = read_ground_truth(path)
+        keys = [f"{number:06d}" for number in range(len(maps))]
+    if order is not None and len(order) != len(maps):
+        raise InputError(f"{path}: {len(maps)} depth maps for {len(order)} lines of the split")
+    return GroundTruth(list(order or keys), maps)
 
 
 def read_ground_truth(path: Path) -> list[NDArray[np.float32]]:
@@ -234,24 +306,3 @@ class _ArraysOnly(pickle.Unpickler):
         if (module, name) not in _ARRAY_PARTS:
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
         return super().find_class(module, name)
-
-
-def ground_truth_batches(maps: Sequence[NDArray[np.float32]], batch_size: int) -> Iterator[Batch]:
-    """Batches of ground truth without images: keys are the maps' numbers."""
-    for start in range(0, len(maps), batch_size):
-        chosen = maps[start : start + batch_size]
-        sizes = torch.tensor([depth.shape for depth in chosen])
-        height, width = sizes.max(0).values.tolist()
-        padded = torch.zeros(len(chosen), 1, height, width)
-        for row, depth in zip(padded, chosen, strict=True):
-            row[0, : depth.shape[0], : depth.shape[1]] = torch.from_numpy(depth)
-        yield Batch(
-            images={},
-            augmented={},
-            intrinsics=torch.eye(3).repeat(len(chosen), 1, 1),
-            stereo=None,
-            metres_per_unit=1.0,
-            depth=padded,
-            depth_size=sizes,
-            keys=ground_truth_keys(len(maps))[start : start + batch_size],
-        )

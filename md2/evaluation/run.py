@@ -30,11 +30,10 @@ from md2.evaluation.evaluate import (
 )
 from md2.evaluation.metrics import EIGEN, METRICS, Crop, Protocol
 from md2.evaluation.predictions import (
-    ground_truth_batches,
-    ground_truth_keys,
+    is_ground_truth,
     keys_file,
+    open_ground_truth,
     open_predictions,
-    read_ground_truth,
 )
 from md2.inference.inputs import Progress
 from md2.inference.predictor import Predictor
@@ -128,7 +127,7 @@ def measure(
         DatasetError: the dataset cannot be read or has no ground truth.
     """
     _check(options, predictor)
-    data = _open_truth(options, predictor) if options.dataset.endswith(".npz") else _open(options, predictor)
+    data = _open_truth(options, predictor) if is_ground_truth(options.dataset) else _open(options, predictor)
     scaling, warnings = _scaling(options, predictor)
     warnings += data.warnings
     predict: PredictDisparity
@@ -154,8 +153,11 @@ def measure(
     evaluation = evaluate(predict, batches(0), data.protocol, scaling, collectors)
 
     if direction.is_depth:
+        assert options.predictions is not None
         warnings.append(
-            "the predictions rise with the true depth, so they look like depth: disparities (1 / depth) are needed"
+            "the PNGs fall as the true depth rises, so they look like disparities: depth (metres x 256) is needed"
+            if options.predictions.is_dir()
+            else "the predictions rise with the true depth, so they look like depth: disparities (1 / depth) are needed"
         )
     if pngs is not None and pngs.without:
         warnings.append(f"{pngs.without} images have no ground truth, so no size and scale: no PNG of them")
@@ -226,7 +228,7 @@ def _batches_of(
 
 
 def _open_truth(options: EvalOptions, predictor: Predictor | None) -> _Data:
-    """The official code's gt_depths.npz, for predictions in the same order."""
+    """Ground truth without images (gt_depths.npz, a folder of PNGs), for predictions of the same names or order."""
     if predictor is not None:
         raise UsageError(
             f"{options.dataset} holds ground truth without images: give --predictions FILE, or evaluate the model on a "
@@ -234,18 +236,18 @@ def _open_truth(options: EvalOptions, predictor: Predictor | None) -> _Data:
         )
     if options.sheet is not None:
         raise UsageError(f"--sheet shows images, and {options.dataset} has none: leave it out")
-    maps = read_ground_truth(Path(options.dataset))[: options.limit]
+    truth = open_ground_truth(Path(options.dataset), options.order)
     given = {"crop": options.crop, "min_depth": options.min_depth, "max_depth": options.max_depth}
     # 697 maps of raw velodyne, or 652 of improved depth.
-    name = options.protocol if options.protocol != "auto" else "eigen_benchmark" if len(maps) == 652 else "eigen"
+    name = options.protocol if options.protocol != "auto" else "eigen_benchmark" if len(truth.keys) == 652 else "eigen"
     protocol = choose_protocol(None, name, **given)  # type: ignore[arg-type]
 
     def batches(progress: Progress) -> Iterator[Batch]:
-        return _counted(ground_truth_batches(maps, options.batch_size), len(maps), progress)
+        return _counted(truth.batches(options.batch_size, options.limit), len(truth.keys[: options.limit]), progress)
 
     about = {"dataset": options.dataset, "split": None, "manifest_sha256": None, "part": None}
-    keys = ground_truth_keys(len(maps))
-    return _Data(options.dataset, protocol, batches, [], about, protocol == EIGEN and len(maps) == 697, keys)
+    is_eigen = protocol == EIGEN and len(truth.keys) == 697
+    return _Data(options.dataset, protocol, batches, [], about, is_eigen, truth.keys)
 
 
 def _counted(batches: Iterator[Batch], total: int, progress: Progress) -> Iterator[Batch]:

@@ -473,6 +473,42 @@ def test_the_official_codes_ground_truth_serves_predictions(tmp_path: Path) -> N
         run(truth, predictions=tmp_path / "d.npy", sheet=tmp_path / "s.png")
 
 
+def test_a_folder_of_pngs_is_ground_truth(tmp_path: Path) -> None:
+    """True 4, 10, 20 and predicted 2, 10, 40 metres; PNGs in the order of their numbers, or by the split's keys."""
+    np.save(tmp_path / "d.npy", np.stack([np.full((8, 24), 1 / depth, np.float32) for depth in (2, 10, 40)]))
+    order = [f"drive_00{n}" for n in range(3)]
+    for folder, names in (("numbers", ["1", "9", "10"]), ("keys", order)):
+        (tmp_path / folder).mkdir()
+        for name, metres, size in zip(names, (4, 10, 20), ((40, 120), (36, 110), (40, 120)), strict=True):
+            Image.fromarray(constant(metres, *size)).save(tmp_path / folder / f"{name}.png")
+    for folder, given in (
+        ("numbers", None),
+        ("numbers", order),
+        ("keys", None),
+        ("keys", ["drive_000", "x", "drive_002"]),
+    ):
+        report = run(tmp_path / folder, predictions=tmp_path / "d.npy", scale=1.0, order=given)
+        errors = (0.5, 1) if given and "x" in given else (0.5, 0, 1)  # key x has a prediction, and no ground truth
+        assert report.evaluation.metrics["abs_rel"] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    first = run(tmp_path / "numbers", predictions=tmp_path / "d.npy", scale=1.0, limit=2)
+    assert first.evaluation.metrics["abs_rel"] == pytest.approx(0.25, rel=1e-5)
+    same = run(tmp_path / "keys", predictions=tmp_path / "keys")
+    assert same.evaluation.metrics["abs_rel"] == pytest.approx(0, abs=1e-5)
+    with pytest.raises(InputError, match="3 depth maps for 2 lines"):
+        run(tmp_path / "numbers", predictions=tmp_path / "d.npy", order=["a", "b"])
+
+
+def test_disparities_where_depth_pngs_are_expected_are_noticed(tmp_path: Path) -> None:
+    truth = [ramp(4, 30), ramp(10, 50)]
+    packed = pack_truth(tmp_path / "eigen", truth)
+    for name, values in (("depth", truth), ("disparity", [(256 * 256 * 8 / one).astype(np.uint16) for one in truth])):
+        (tmp_path / name).mkdir()
+        for number, value in enumerate(values):
+            Image.fromarray(value).save(tmp_path / name / f"drive_00{number}.png")
+        said = run(packed, predictions=tmp_path / name).warnings
+        assert any("look like disparities: depth (metres x 256)" in one for one in said) == (name == "disparity")
+
+
 class Hostile:
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("/tmp/md2_hostile_ground_truth"),)
