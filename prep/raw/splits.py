@@ -2,8 +2,8 @@
 
 A line is `2011_09_26/2011_09_26_drive_0022_sync 473 r`: drive folder, frame number, side `l` (camera 02) or
 `r` (camera 03); for KITTI's odometry `9 12 l`: sequence, frame, side. The lists of other projects are read, too:
-image paths (Monodepth, BTS, PackNet) and `2011_09_26_drive_0022_sync_03 473` (SfMLearner). A split is a name, a
-file, or a folder of `train_files.txt`, `val_files.txt`, `test_files.txt`:
+paths of images or depth maps (Monodepth, BTS, PackNet) and `2011_09_26_drive_0022_sync_03 473` (SfMLearner). A split
+is a name, a file, or a folder of `train_files.txt`, `val_files.txt`, `test_files.txt`:
 
     lists = read_split("eigen_zhou", splits_dir=None)   # downloaded once, checked, cached
     lists = read_split("my_split/train_files.txt")      # a file is the part that it is named after
@@ -34,9 +34,11 @@ _FRAME = re.compile(r"\d{1,10}")
 _SIDES: Mapping[str, CameraSide] = MappingProxyType({"l": "l", "r": "r", "2": "l", "3": "r"})
 """Monodepth2's own code takes the camera's number as well."""
 _IMAGE_PATH = re.compile(
-    r"(?:.*/)?(\d{4}_\d\d_\d\d/\d{4}_\d\d_\d\d_drive_\d{4}_(?:sync|extract))/image_0([23])/data/(\d{1,10})\.(?:png|jpe?g)",
+    r"(?:.*/)?((\d{4}_\d\d_\d\d)_drive_\d{4}_(?:sync|extract))/(?:proj_depth/\w+/)?image_0([23])/(?:data/)?(\d{1,10})"
+    r"(?:\.(?:png|jpe?g|npz))?",
     re.IGNORECASE,
 )
+_SEQUENCE_PATH = re.compile(r"(?:.*/)?(\d\d)/image_([23])/(\d{1,10})\.(?:png|jpe?g)", re.IGNORECASE)
 _DRIVE_AND_CAMERA = re.compile(r"((\d{4}_\d\d_\d\d)_drive_\d{4}_(?:sync|extract))_0([23])")
 _PART = re.compile(r"[a-z0-9_]+")
 _ENDS_IN_PART = re.compile(r".*_(train|val|test)")
@@ -323,8 +325,11 @@ def parse_line(row: str, where: str = "") -> SplitLine | None:
     if len(words) == 3 and words[2] in _SIDES and _FRAME.fullmatch(words[1]):
         return SplitLine(words[0].rstrip("/"), int(words[1]), _SIDES[words[2]], where)
     words = row.split()
-    if (image := _IMAGE_PATH.fullmatch(words[0])) is not None:
-        return SplitLine(image[1], int(image[3]), _SIDES[image[2]], where)
+    path = words[0].partition(",")[0].replace("\\", "/")
+    if (image := _IMAGE_PATH.fullmatch(path)) is not None:
+        return SplitLine(f"{image[2]}/{image[1]}", int(image[4]), _SIDES[image[3]], where)
+    if (image := _SEQUENCE_PATH.fullmatch(path)) is not None:
+        return SplitLine(str(int(image[1])), int(image[3]), _SIDES[image[2]], where)
     if len(words) == 2 and _FRAME.fullmatch(words[1]) and (drive := _DRIVE_AND_CAMERA.fullmatch(words[0])) is not None:
         return SplitLine(f"{drive[2]}/{drive[1]}", int(words[1]), _SIDES[drive[3]], where)
     return None

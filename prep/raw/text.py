@@ -1,9 +1,11 @@
-"""Text files as other tools write them: UTF-8 with or without a mark, UTF-16, Latin-1 names."""
+"""Text files as other tools write them: UTF-8 with or without a mark, UTF-16 and UTF-32, Latin-1 names."""
 
 from __future__ import annotations
 
 import codecs
 
+_UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+"""The first begins as UTF-16's mark does."""
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -13,6 +15,8 @@ def decode_text(data: bytes) -> str:
     UTF-16 (PowerShell, Notepad) is recognised by its mark, or by a NUL in every second byte. Bytes that are not
     UTF-8 come back as surrogates, as Python has them in file names, so that a list can name such a folder.
     """
+    if data.startswith(_UTF32):
+        return data.decode("utf-32", errors="replace")
     if data.startswith(_UTF16):
         return data.decode("utf-16", errors="replace")
     head = data[:512]
