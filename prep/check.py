@@ -11,7 +11,7 @@ from prep.packing.plan import BROKEN_DRIVE, Content, PackingPlan
 from prep.raw.calibration import other
 from prep.raw.files import PUBLIC_ARCHIVE, read
 from prep.raw.splits import CameraSide, SplitLists
-from prep.raw.velodyne import points_in_view, project, read_scan
+from prep.raw.velodyne import depth_png, points_in_view, project, read_scan
 from shards.errors import SampleError
 
 _BYTES_PER_PIXEL = {"jpeg": 0.68, "png": 1.8, "ppm": 3.0}
@@ -130,7 +130,7 @@ def _measure(plan: PackingPlan) -> tuple[int | None, int | None, list[str]]:
                 points = read_scan(read(scan), scan.place, time_step.typical_scan)
                 seen = points_in_view(points, [matrix], native[0])
                 maps.append(len(project(seen, matrix, native).png()))
-            maps += [ready.size for ready in time_step.depth_maps.values()]
+            maps += [len(depth_png(read(ready), native, ready.place)) for ready in time_step.depth_maps.values()]
         except SampleError as error:
             broken.append(str(error))
     return _mean(images), _mean(maps), broken

@@ -30,7 +30,7 @@ from prep.raw.calibration import StereoCalibration
 from prep.raw.files import read_many
 from prep.raw.splits import CameraSide
 from prep.raw.text import printable
-from prep.raw.velodyne import Convention, check_depth_png, points_in_view, project, read_scan
+from prep.raw.velodyne import Convention, depth_png, points_in_view, project, read_scan
 from prep.raw.zips import Ref
 from shards.errors import DatasetError, SampleError, StorageError, UsageError
 from shards.files import temporary
@@ -107,7 +107,7 @@ class TimeStep:
         images: side -> image.
         scan: the lidar scan, needed for `depth_sides`.
         typical_scan: usual size in bytes of the drive's scans; 0 without one.
-        depth_maps: side -> ready-made ground-truth PNG.
+        depth_maps: side -> ready-made ground truth.
     """
 
     frame: int
@@ -285,8 +285,7 @@ class _Encoder:
             try:
                 if side in step.depth_maps:
                     ready = step.depth_maps[side]
-                    data = _whole(files[ready])
-                    check_depth_png(data, native[side], ready.place)
+                    data = depth_png(_whole(files[ready]), native[side], ready.place)
                 else:
                     points = self._points(step, files, native[side]) if points is None else points
                     projection = job.calibration.lidar_projection(side)

@@ -3,32 +3,30 @@
 drives/camera.yaml              one for all drives, or one in each (prep/raw/camera.py)
 drives/monday/left/000001.png   frames of the (left) camera, .png or .jpg, in the order of their names
 drives/monday/right/000001.png  optional, the right camera of a rectified pair, under the same names
-drives/monday/depth/000001.png  optional ground truth of the left frames: 16-bit PNG, metres x 256, 0 = none
+drives/monday/depth/000001.png  optional ground truth of the left frames: 16-bit PNG, metres x 256, 0 = none;
+                                or .npy or .tif of metres, floating-point
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
-
-import numpy as np
-from PIL import Image
 
 from prep.raw.calibration import other
 from prep.raw.camera import CAMERA_FILE, Camera, parse_camera
 from prep.raw.clips import clip_starts, counter_of, natural
 from prep.raw.files import MAX_TEXT_BYTES, RawData, read
 from prep.raw.kitti import Drive, FrameRefs
+from prep.raw.levels import find_levels, levels_note
 from prep.raw.splits import CameraSide, SplitLine, SplitLists
 from prep.raw.zips import Ref
-from shards.errors import InputError, SampleError
+from shards.errors import InputError
 
 _IMAGE = re.compile(r"(.+)\.(png|jpg|jpeg)", re.IGNORECASE)
-_DEPTH = re.compile(r"(.+)\.png", re.IGNORECASE)
+_DEPTH = re.compile(r"(.+)\.(png|npy|tiff?)", re.IGNORECASE)
 _OTHER_IMAGE = re.compile(r".+\.(bmp|tiff?|pgm|ppm|webp|gif|heic|exr|npy|npz|raw)", re.IGNORECASE)
 _VIDEO = re.compile(r".+\.(mp4|avi|mov|mkv|ts|webm|m4v|wmv|flv)", re.IGNORECASE)
 _CAMERA_LIKE = re.compile(r"(cam|calib|intrinsic)\w*\.(ya?ml|txt|json|xml)", re.IGNORECASE)
@@ -40,11 +38,15 @@ _NOTES = ("txt", "csv", "json", "yaml", "yml", "md", "db")
 _DEEPEST = 4
 _LONGEST_KEY = 70
 """A tar's names are below 100 characters, of which side, frame and component take 24."""
-_PNG_DEPTH, _PNG_COLOUR = 24, 25
-"""Where a PNG says how many bits a channel has, and which channels."""
-_SAMPLED = 9
-"""Frames that decide the range of a drive with more than 8 bits."""
 _FORMS = "frames are read as PNG or JPEG"
+_DEPTH_FORMS = (
+    "ground truth is read as 16-bit PNG (metres x 256, 0 = no measurement), or as .npy or .tif of metres in "
+    "floating point"
+)
+_RIGHT_WORD = re.compile(r"(.*[_\-. ])?(right|image_?0?[13]|cam1)([_\-. ].*)?", re.IGNORECASE)
+_DEPTH_WORD = re.compile(
+    r"(.*[_\-. ])?(depths?|disp(arity|arities)?|gt|ground_?truth|lidar)([_\-. ].*)?", re.IGNORECASE
+)
 
 
 class FolderLayout:
@@ -149,9 +151,8 @@ class FolderLayout:
                 f"{name}: by their names the frames are {len(starts) + 1} clips (the second begins with "
                 f"{next(stem for stem in stems if numbers[stem] == starts[0])}); no sample reaches across"
             )
-        levels = _levels([left[stem] for stem in stems])
-        if levels is not None:
-            notes.append(f"{name}: frames of 16 bits; their values {levels[0]} to {levels[1]} become 0 to 255")
+        levels = find_levels([left[stem] for stem in stems])
+        notes += levels_note(name, levels)
         return Drive(
             name=name,
             key=drive_key(name),
@@ -178,6 +179,9 @@ class FolderLayout:
         right = self._images(drive, camera.right) if camera.right != camera.left else {}
         if not right:
             self._refuse_others(folder, _FORMS, "--no-stereo")
+            self._refuse_elsewhere(drive, camera, _RIGHT_WORD, "right", "--no-stereo")
+            if camera.baseline is not None:
+                notes.append(f"{drive}: {CAMERA_FILE} has a baseline, but there are no right frames in {folder}")
             return {}
         if camera.baseline is None:
             raise InputError(
@@ -205,9 +209,8 @@ class FolderLayout:
         folder = _join(drive, camera.depth)
         maps = matching(self.raw.files(folder), _DEPTH) if camera.depth not in (camera.left, camera.right) else {}
         if not maps:
-            self._refuse_others(
-                folder, "ground truth is read as 16-bit PNG, metres x 256, 0 = no measurement", "--no-depth"
-            )
+            self._refuse_others(folder, _DEPTH_FORMS, "--no-depth")
+            self._refuse_elsewhere(drive, camera, _DEPTH_WORD, "depth", "--no-depth")
         elif not left.keys() & maps.keys():
             raise InputError(
                 f"{folder}: none of its {len(maps)} maps has a frame's name ({min(maps)}, {min(left)}); rename them, "
@@ -224,6 +227,16 @@ class FolderLayout:
         if kinds:
             kind, count = kinds.most_common(1)[0]
             raise InputError(f"{folder}: {count} files .{kind}; {forms}; convert them, or give {option}")
+
+    def _refuse_elsewhere(self, drive: str, camera: Camera, word: re.Pattern[str], key: str, option: str) -> None:
+        """Refuse to ignore a folder that by its name holds what `key` stands for."""
+        used = {camera.left.partition("/")[0], camera.right.partition("/")[0], camera.depth.partition("/")[0]}
+        for name in self.raw.folders(drive):
+            if name not in used and word.fullmatch(name) and self.raw.files(f"{drive}/{name}"):
+                raise InputError(
+                    f"{drive}/{name}: this folder would be ignored; write {key}: {name} in {CAMERA_FILE}, or give "
+                    f"{option}"
+                )
 
     def _camera(self, folder: str) -> Camera | None:
         """The camera file of the folder or the nearest one above it."""
@@ -252,9 +265,9 @@ def drive_key(name: str) -> str:
 
 
 def matching(files: dict[str, Ref], pattern: re.Pattern[str]) -> dict[str, Ref]:
-    """Files that match, by the pattern's first group (the stem); `.png` before `.jpg`."""
+    """Files that match, by the pattern's first group (the stem); `.png` before other formats."""
     found: dict[str, Ref] = {}
-    for name in sorted(files, reverse=True):
+    for name in sorted(files, key=lambda name: (name.lower().endswith(".png"), name), reverse=True):
         match = pattern.fullmatch(name)
         if match is not None and not name.startswith("."):  # macOS writes `._frame.png` beside each frame
             found.setdefault(match[1], files[name])
@@ -279,39 +292,6 @@ def _numbers(stems: list[str], numbering: Literal["order", "names"], drive: str)
             )
         seen[number] = stem
     return {stem: number for number, stem in seen.items()}
-
-
-def _levels(refs: Sequence[Ref]) -> tuple[int, int] | None:
-    """Lowest and highest value of a drive whose 16-bit frames use a part of the range; None for others.
-
-    Cameras of 10 to 14 bits store their values in 16-bit PNGs, whose upper 8 bits are then nearly constant. One range
-    for the drive, from a few of its frames, keeps the brightness of its frames comparable.
-
-    Raises:
-        InputError: such frames in colour, which cannot be read at their full depth.
-    """
-    if not refs[0].path.lower().endswith(".png"):
-        return None
-    samples = []
-    for ref in refs[:: max(1, len(refs) // _SAMPLED)][:_SAMPLED]:
-        try:
-            data = read(ref)
-            if len(data) <= _PNG_COLOUR or data[_PNG_DEPTH] != 16:
-                return None
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                samples.append(np.asarray(image)[::2].ravel())
-            if data[_PNG_COLOUR] & 2 and max(sample.max() for sample in samples) >= 1 << 6:
-                return None  # colour that fills at least 14 bits, of which the upper 8 are good
-        except (SampleError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            continue  # a broken frame is named when it is packed
-    if not samples:
-        return None
-    if samples[0].dtype == np.uint8:
-        raise InputError(
-            f"{refs[0].place}: 16-bit colour that uses less than 14 bits; convert the frames to 8 bits a channel"
-        )
-    low, high = (int(np.quantile(np.concatenate(samples), q, method="nearest")) for q in (0.0005, 0.9995))
-    return None if high <= low or high >= 1 << 15 else (low, high)
 
 
 def _frames(files: dict[str, Ref], numbers: dict[str, int]) -> FrameRefs:

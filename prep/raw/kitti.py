@@ -15,6 +15,7 @@ from prep.raw.calibration import (
     read_raw_calibration,
 )
 from prep.raw.files import RawData, read
+from prep.raw.levels import find_levels, levels_note
 from prep.raw.poses import MAX_POSE_BYTES, parse_poses
 from prep.raw.splits import CameraSide
 from prep.raw.zips import Ref
@@ -42,7 +43,7 @@ class Drive:
         key: the same for sample keys: letters, digits, `_`, `-`.
         images: side -> frames.
         scans: lidar scans by frame; empty if depth is not wanted.
-        depth_maps: side -> ground-truth PNGs by frame (improved or dense); empty if not wanted.
+        depth_maps: side -> ready-made ground truth by frame (improved or dense); empty if not wanted.
         calibration: of its cameras.
         kitti: whether the images are KITTI's, whose licence goes with them.
         poses: (N, 3, 4) camera-to-world poses by frame, metres, if the sequence has them.
@@ -131,6 +132,7 @@ class Kitti:
         known = (date, bool(scans))
         if known not in self._calibrations:
             self._calibrations[known] = read_raw_calibration(date, self.raw.read, depth=bool(scans))
+        levels = _levels(images)
         return Drive(
             name=folder,
             key=drive,
@@ -139,6 +141,8 @@ class Kitti:
             depth_maps=maps,
             calibration=self._calibrations[known],
             kitti=_NOT_KITTI not in self.raw.files(folder),
+            levels=levels,
+            notes=tuple(levels_note(folder, levels)),
             problems=self._problems(folders),
         )
 
@@ -179,6 +183,7 @@ class Kitti:
                 raise InputError(problem)
             return None
         scans = self._scans(f"{folder}/velodyne")
+        levels = _levels(images)
         poses, notes = self._poses(folder.replace(f"sequences/{number}", "poses"), f"{number}.txt")
         return Drive(
             name=name,
@@ -188,8 +193,9 @@ class Kitti:
             depth_maps={"l": {}, "r": {}},
             calibration=read_odometry_calibration(folder, self.raw.read, depth=bool(scans)),
             poses=poses,
+            levels=levels,
             problems=self._problems(folders),
-            notes=notes,
+            notes=(*notes, *levels_note(f"sequence {number}", levels)),
         )
 
     def _poses(self, folder: str, name: str) -> tuple[Matrix | None, tuple[str, ...]]:
@@ -201,6 +207,13 @@ class Kitti:
             return parse_poses(read(ref, MAX_POSE_BYTES), ref.place), ()
         except InputError as error:
             return None, (str(error),)
+
+
+def _levels(images: dict[CameraSide, FrameRefs]) -> tuple[int, int] | None:
+    """As `find_levels`, of the left frames; frames on a server are not read for it, and keep their upper 8 bits."""
+    frames = images["l"] or images["r"]
+    refs = [frames[number] for number in sorted(frames)]
+    return None if "://" in refs[0].url else find_levels(refs)
 
 
 def numbered(files: dict[str, Ref], pattern: re.Pattern[str]) -> FrameRefs:
@@ -258,8 +271,8 @@ def open_sequence(raw: Sequence[str], name: str, side: CameraSide = "l") -> Fram
             f"sequence {name} is not at {', '.join(raw)}; expected there: sequences/{name}/image_2/000000.png (or "
             f".jpg), sequences/{name}/calib.txt and, for the error, poses/{name}.txt"
         )
-    if drive.notes:
-        raise InputError(drive.notes[0])
+    if drive.poses is None and len(drive.notes) > (drive.levels is not None):
+        raise InputError(drive.notes[0])  # the poses are there, and unusable
     numbers = sorted(found)
     gap = next((number for number in range(numbers[0], numbers[-1]) if number not in found), None)
     if gap is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zipfile
 import zlib
@@ -160,6 +161,12 @@ D = f"{DATE}/{DATE}_drive_0002_sync"
         (f"{D}/image_02/data/0000000069.jpg", SplitLine(D, 69, "l")),
         (f"/data/kitti/{D}/image_03/data/0000000069.png x/y.png 721.5377", SplitLine(D, 69, "r")),  # BTS
         (f"{DATE}_drive_0002_sync_03 0000000069", SplitLine(D, 69, "r")),  # SfMLearner
+        (f"/{D}/image_02/data/0000000069.png None 721.5377", SplitLine(D, 69, "l")),  # BTS, without ground truth
+        (f"{D}/proj_depth/velodyne/image_03/0000000069.npz", SplitLine(D, 69, "r")),  # PackNet
+        (f"train/{DATE}_drive_0002_sync/proj_depth/groundtruth/image_02/0000000069.png", SplitLine(D, 69, "l")),
+        (f"{DATE}_drive_0002_sync/image_02/data/0000000069.png,x.png", SplitLine(D, 69, "l")),
+        (D.replace("/", "\\") + "\\image_02\\data\\0000000069.png", SplitLine(D, 69, "l")),
+        ("dataset/sequences/09/image_3/000012.png", SplitLine("9", 12, "r")),
         ("two words 5 r", SplitLine("two words", 5, "r")),
         (f"{D}/image_00/data/0000000069.png", None),
         ("image 0", None),
@@ -315,6 +322,31 @@ def test_what_is_no_scan_is_refused(data: bytes, says: str) -> None:
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("odometry", [False, True])
+def test_deep_frames_in_kittis_layout_are_scaled_by_the_drives_range(
+    drive: Path, tmp_path: Path, odometry: bool
+) -> None:
+    """14 bits in 16: one linear scale for both cameras, from the drive's darkest to its brightest value."""
+    raw = odometry_raw(drive, tmp_path / "raw") if odometry else copy_raw(drive, tmp_path / "raw")
+    paths = [p for p in sorted(raw.rglob("*.png")) if re.search(r"image_0?[23]/", p.as_posix())]
+    shallow = {p: np.asarray(Image.open(p).convert("L")).astype(np.uint16) for p in paths}
+    for path, values in shallow.items():
+        path.unlink()
+        Image.fromarray(values * 40 + 3000).save(path)
+    split = write_split(tmp_path / "s", "9 2 l" if odometry else LINES[0])
+    run_pack(split, raw, tmp_path / "out", codec="png", size="native")
+    (sample,) = read_part(tmp_path / "out")
+    number = "000002" if odometry else "0000000002"
+    for side, component in (("2", "0.png"), ("3", "s.png")):
+        camera = re.compile(rf".*({DRIVE}|sequences/09)/image_0?{side}/.*{number}\.png")
+        (path,) = [path for path in paths if camera.fullmatch(path.as_posix())]
+        stored = np.asarray(Image.open(io.BytesIO(sample[component])).convert("L")).astype(float)
+        inside = (stored > 5) & (stored < 250)
+        slope, offset = np.polyfit(shallow[path][inside], stored[inside], 1)
+        assert slope >= 1  # 256 / 40 levels without scaling: a slope of 0.16
+        np.testing.assert_allclose(stored[inside], slope * shallow[path][inside] + offset, atol=1)
+
+
 def test_points_that_are_not_numbers_are_dropped_in_silence() -> None:
     points = scan()
     points[::7, 1], points[::11, 0], points[::13, 2] = np.nan, np.inf, -np.inf

@@ -17,9 +17,10 @@ from prep.raw.camera import parse_camera
 from prep.raw.clips import clip_starts, counter_of
 from prep.raw.files import RawData
 from prep.raw.folder import FolderLayout
+from prep.raw.velodyne import depth_png
 from prep.request import make_request
 from prep.workers import start_workers
-from shards.errors import InputError, UsageError
+from shards.errors import InputError, SampleError, UsageError
 
 CAMERA = {"width": 48, "height": 32, "fx": 40.0, "fy": 40.0, "cx": 23.5, "cy": 15.5}
 
@@ -94,7 +95,7 @@ def test_right_frames_under_other_names_are_refused(tmp_path: Path) -> None:
         run(raw, tmp_path / "out")
 
 
-@pytest.mark.parametrize("extension", ["npy", "tif", "jpg"])
+@pytest.mark.parametrize("extension", ["exr", "h5", "jpg"])
 def test_depth_in_another_format_is_refused(tmp_path: Path, extension: str) -> None:
     raw = simple(tmp_path)
     (raw / "d" / "depth").mkdir()
@@ -111,6 +112,75 @@ def test_depth_under_other_names_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((32, 48), 256, np.uint16)).save(raw / "d" / "depth" / "depth_000.png")
     with pytest.raises(InputError, match=r"d/depth: none of its 1 maps has a frame's name"):
         run(raw, tmp_path / "out")
+
+
+def metres(frame: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """0.5 m more in each column, from the frame's number on."""
+    return (frame + np.arange(48, dtype=np.float32) / 2)[None].repeat(32, 0)
+
+
+@pytest.mark.parametrize("extension", ["npy", "tif", "tiff"])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_depth_in_floating_point_metres_is_packed(tmp_path: Path, extension: str, kind: type) -> None:
+    raw = simple(tmp_path)
+    (raw / "d" / "depth").mkdir()
+    for n in range(6):
+        depth = metres(n).astype(kind)
+        depth[0, :5] = np.inf, np.nan, 0, 255, 300  # three without a measurement, and one too far for the PNG
+        path = raw / "d" / "depth" / f"{n:03d}.{extension}"
+        if extension == "npy":
+            np.save(path, depth[None] if n % 2 else depth)
+        else:
+            Image.fromarray(depth.astype(np.float32)).save(path)
+    run(raw, tmp_path / "out", frames="0")
+    samples = read_part(tmp_path / "out")
+    assert samples
+    for sample in samples:
+        expected = metres(int(sample["__key__"][-10:])) * 256
+        expected[0, :5] = 0, 0, 0, 255 * 256, 0
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(sample["depth.png"]))), expected)
+
+
+def npy(values: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("x.npy", npy(np.full((32, 48), 9)), r"int64 \(32, 48\); floating-point metres \(32, 48\)"),
+        ("x.npy", npy(np.full((48, 32), 9.0)), r"float64 \(48, 32\); floating-point metres \(32, 48\)"),
+        ("x.npy", npy(np.full((32, 48), -1.0)), "negative depth; write 0"),
+        ("x.npy", npy(np.full((32, 48), 9000.0)), "its median is 9,000, but metres are needed.*millimetres"),
+        ("x.npy", npy(np.full((32, 48), 9.0))[:-9], "not an .npy, or damaged"),
+        ("x.npy", npy(np.full((32, 48), 9.0)).replace(b"(32, 48)", b"(1<<60,)"), "not an .npy, or damaged"),
+        ("x.npy", npy(np.array([None] * 3)), "object"),
+        ("x.npy", b"", "not an .npy, or damaged"),
+        ("x.tif", b"II*\0", "broken depth map"),
+    ],
+)
+def test_depth_that_is_no_metres_is_refused(name: str, data: bytes, says: str) -> None:
+    with pytest.raises(SampleError, match=rf"{name}: .*{says}|{says}") as caught:
+        depth_png(data, (48, 32), name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("folder", "key"), [("Right", "right"), ("image_03", "right"), ("depth_gt", "depth"), ("disp", "depth")]
+)
+def test_a_folder_that_would_be_ignored_is_named(tmp_path: Path, folder: str, key: str) -> None:
+    raw = simple(tmp_path)
+    write_frames(raw / "d" / folder, [f"{n:03d}.png" for n in range(6)])
+    with pytest.raises(InputError, match=rf"d/{folder}: this folder would be ignored; write {key}: {folder} in camera"):
+        run(raw, tmp_path / "out")
+    run(raw, tmp_path / "out", stereo=False, depth=False)
+
+
+def test_a_baseline_without_right_frames_is_noted(tmp_path: Path) -> None:
+    run(simple(tmp_path, baseline=0.5), tmp_path / "out")
+    assert "d: camera.yaml has a baseline, but there are no right frames in d/right" in notes
 
 
 # Clips and short drives
@@ -205,6 +275,18 @@ def test_frames_that_fill_16_bits_keep_their_upper_8(tmp_path: Path) -> None:
         Image.fromarray(values).save(tmp_path / "raw" / "d" / "left" / f"{n}.png")
     run(tmp_path / "raw", tmp_path / "out", frames="0")
     np.testing.assert_array_equal(image(read_part(tmp_path / "out")[0]["0.png"])[..., 0], values >> 8)
+
+
+def test_a_narrow_range_far_up_is_scaled_too(tmp_path: Path) -> None:
+    """Upper 8 bits of 40000 to 41000 would be 5 grey levels."""
+    write_camera(tmp_path / "raw")
+    (tmp_path / "raw" / "d" / "left").mkdir(parents=True)
+    values = np.linspace(40000, 41000, 48).round()[None].repeat(32, 0)
+    for n in range(3):
+        Image.fromarray(values.astype(np.uint16)).save(tmp_path / "raw" / "d" / "left" / f"{n}.png")
+    run(tmp_path / "raw", tmp_path / "out", frames="0")
+    found = image(read_part(tmp_path / "out")[0]["0.png"])[..., 0]
+    np.testing.assert_allclose(found, (values - 40000) * 255 / 1000, atol=1)
 
 
 # Cameras

@@ -1,0 +1,66 @@
+"""The range of values of a drive whose frames have more than 8 bits."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from prep.raw.files import read
+from prep.raw.zips import Ref
+from shards.errors import InputError, SampleError
+
+_PNG_DEPTH, _PNG_COLOUR = 24, 25
+"""Where a PNG says how many bits a channel has, and which channels."""
+_SAMPLED = 9
+"""Frames that decide the range."""
+_FULL_HIGH, _FULL_RANGE = 1 << 15, 1 << 14
+"""A drive whose values reach the first and span the second keeps enough in its upper 8 bits."""
+_COLOUR_HIGH, _COLOUR_RANGE = 1 << 6, 1 << 4
+"""The same for colour, of which Pillow reads the upper 8 bits only."""
+
+
+def find_levels(refs: Sequence[Ref]) -> tuple[int, int] | None:
+    """Lowest and highest value of a drive whose 16-bit frames use a part of the range; None for others.
+
+    Cameras of 10 to 14 bits store their values in 16-bit PNGs, whose upper 8 bits are then nearly constant. One range
+    for the drive, from a few of its frames, keeps the brightness of its frames comparable.
+
+    Args:
+        refs: the drive's frames, in order.
+
+    Raises:
+        InputError: such frames in colour, which cannot be read at their full depth.
+    """
+    if not refs or not refs[0].path.lower().endswith(".png"):
+        return None
+    samples = []
+    for ref in refs[:: max(1, len(refs) // _SAMPLED)][:_SAMPLED]:
+        try:
+            data = read(ref)
+            if len(data) <= _PNG_COLOUR or data[_PNG_DEPTH] != 16:
+                return None
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                samples.append(np.asarray(image)[::2].ravel())
+        except (SampleError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue  # a broken frame is named when it is packed
+    if not samples:
+        return None
+    low, high = (int(np.quantile(np.concatenate(samples), q, method="nearest")) for q in (0.0005, 0.9995))
+    if samples[0].dtype == np.uint8:
+        if high < _COLOUR_HIGH or high - low < _COLOUR_RANGE:
+            raise InputError(
+                f"{refs[0].place}: 16-bit colour that uses a small part of its range; convert the frames to 8 bits a "
+                "channel"
+            )
+        return None
+    return None if high <= low or (high >= _FULL_HIGH and high - low >= _FULL_RANGE) else (low, high)
+
+
+def levels_note(drive: str, levels: tuple[int, int] | None) -> list[str]:
+    """What the user should know about it."""
+    if levels is None:
+        return []
+    return [f"{drive}: frames of 16 bits; their values {levels[0]} to {levels[1]} become 0 to 255"]
