@@ -227,7 +227,8 @@ def _read_npy(data: bytes, size: tuple[int, int], name: str) -> npt.NDArray[np.f
                 f"{name}: {kind} {shape}; floating-point metres ({size[1]}, {size[0]}), height and width of its image, "
                 "are needed"
             )
-        return np.load(io.BytesIO(data), allow_pickle=False).reshape(size[::-1])
+        metres: npt.NDArray[np.floating[Any]] = np.load(io.BytesIO(data), allow_pickle=False)
+        return metres.reshape(size[::-1])
     except (ValueError, OSError, EOFError, SyntaxError) as error:
         raise SampleError(f"{name}: not an .npy, or damaged ({first_line(error)})") from error
 
