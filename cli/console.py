@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -31,8 +32,9 @@ from rich.progress import (
 from rich.text import Text
 
 from shards.errors import Md2Error, first_line, visible
+from shards.files import require_local
 
-__all__ = ["Advance", "bars", "console", "errors", "progress_bar", "run", "say", "show_log", "visible", "warn"]
+__all__ = ["Advance", "bars", "console", "errors", "local_paths", "progress_bar", "run", "say", "show_log", "visible", "warn"]
 
 console = Console()
 errors = Console(stderr=True)
@@ -124,6 +126,19 @@ def show_log() -> None:
     log = logging.getLogger("shards")
     log.handlers = [_OnConsole()]
     log.setLevel(logging.INFO if _first_rank() else logging.WARNING)
+
+
+def local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a command refuse URLs in the place of local paths, before it does anything."""
+
+    @wraps(command)
+    def checked(**options: Any) -> Any:
+        for value in options.values():
+            if isinstance(value, Path):
+                require_local(value)
+        return command(**options)
+
+    return checked
 
 
 def debugging(wanted: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.bench import SETTINGS, bench
-from cli.console import debugging, run, show_log
+from cli.console import debugging, local_paths, run, show_log
 from cli.doctor import doctor
 from cli.eval import evaluate
 from cli.export import export
@@ -47,14 +47,14 @@ def md2(
     debugging(debug)
 
 
-app.command()(sample)
-app.command(cls=PrepCommand)(prep)
-app.command()(train)
-app.command("eval")(evaluate)
-app.command()(predict)
-app.command()(odometry)
-app.command()(export)
-app.command()(report)
+app.command()(local_paths(sample))
+app.command(cls=PrepCommand)(local_paths(prep))
+app.command()(local_paths(train))
+app.command("eval")(local_paths(evaluate))
+app.command()(local_paths(predict))
+app.command()(local_paths(odometry))
+app.command()(local_paths(export))
+app.command()(local_paths(report))
 app.command(context_settings=SETTINGS)(bench)
 app.command()(zoo)
 app.command()(doctor)

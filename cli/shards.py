@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from cli.console import errors, say
+from cli.console import errors, local_paths, say
 from shards.errors import DatasetError, StorageError, UsageError, visible
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def list_datasets(url: Url) -> None:
 
 
 @app.command()
+@local_paths
 def show(
     url: Url,
     part: Annotated[

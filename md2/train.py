@@ -16,6 +16,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ from md2.training.runlog import ENVIRONMENT, environment
 from md2.training.summary import run_figure
 from md2.training.trainer import Reporter, Stopped, Trainer
 from shards.dataset import LocalDataset, open_dataset
-from shards.errors import InputError, Md2Error, TrainingError, UsageError
-from shards.files import write_atomic
+from shards.errors import InputError, Md2Error, TrainingError, UsageError, first_line, visible
+from shards.files import require_local, write_atomic
 from shards.locks import FileLock
 
 CONFIG = "config.yaml"
@@ -301,15 +302,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", "--run-dir", type=Path, help="run folder")
     parser.add_argument("--resume", type=Path, help="run folder to resume")
     options = parser.parse_intermixed_args(arguments)
+    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
     try:
         return run_command(options.config, options.overrides, options.run, options.resume, PlainReporter()).exit_code
     except Md2Error as error:
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"md2{rank}: {error}", file=sys.stderr, flush=True)
+        print(f"md2{rank}: {visible(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("md2: interrupted", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
+    except Exception as error:
+        if os.environ.get("MD2_DEBUG"):
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                print(visible(line), file=sys.stderr)
+        line = f"training failed: {type(error).__name__}: {first_line(error)}; MD2_DEBUG=1 shows where"
+        print(f"md2{rank}: {visible(line)}", file=sys.stderr, flush=True)
+        return 1
 
 
 def run_command(
@@ -321,6 +329,9 @@ def run_command(
         UsageError: neither or both of them.
         Md2Error: as `start_run` and `resume_run`.
     """
+    for folder in (run, resume):
+        if folder is not None:
+            require_local(folder)
     if resume is not None:
         # There is no configuration, so the first word is an override.
         words = [word for word in (source, *overrides) if word is not None]

@@ -18,7 +18,11 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
+from shards.errors import UsageError
+
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12})-(\d+)-(\d+)-[0-9a-f]{12}\.tmp")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*:/")
+"""Also as a `Path`, which makes one slash of two."""
 CACHE_FOLDER = "MD2_CACHE"
 """Environment variable: the folder of downloads, cached datasets and unfinished work that has no other place."""
 
@@ -27,6 +31,16 @@ def cache_folder() -> Path:
     """Return the folder that `MD2_CACHE` names; without it, `md2` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get(CACHE_FOLDER) or Path(base) / "md2").expanduser()
+
+
+def require_local(path: Path) -> None:
+    """Refuse a URL in the place of a local path: it would become a folder of that name, credentials included.
+
+    Raises:
+        UsageError: it begins like a URL.
+    """
+    if _URL.match(str(path)):
+        raise UsageError(f"{path}: a URL, but this must be a local file or folder")
 
 
 class ProcessIdentity(NamedTuple):

@@ -20,8 +20,8 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _HEADER_SLACK = 64
 """Bytes read beyond a member's expected header: local extra fields may be longer than the directory's."""
 _DIRECTORY_BLOCK = 1 << 20
-_MAX_DIRECTORY = 64 << 20
-"""KITTI's largest directory has 14 MB."""
+_MAX_DIRECTORY = 24 << 20
+"""KITTI's largest directory has 14 MB. Of shorter names than KITTI's, this much becomes 350 MB in memory."""
 _TAIL = 1 << 17
 MAX_FILE_BYTES = 64 << 20
 """No frame, scan or depth map is larger."""

@@ -220,6 +220,61 @@ def test_whatever_escapes_a_command_is_one_line(
         monkeypatch.delenv("MD2_DEBUG", raising=False)
 
 
+PLACES = [
+    "predict {}/model.pt {}/street.png --out URL",
+    "export {}/model.pt --to monodepth2 --out URL",
+    "eval {}/model.pt {}/data --json URL",
+    "eval {}/model.pt {}/data --save-png URL",
+    "odometry {}/model.pt {}/frames --out URL",
+    "report {}/run --out URL",
+    "report URL",
+    "shards show {}/data --sheet URL",
+    "train mono --run URL",
+    "train --resume URL",
+    "prep --split eigen_zhou --splits URL",
+    "sample URL",
+]
+
+
+@pytest.mark.parametrize("words", PLACES)
+def test_a_url_is_no_local_place(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder named like the URL, with its credentials, would be made instead."""
+    monkeypatch.chdir(tmp_path)
+    for url in ("https://user:hUnTeR2@host/x", "simplecache::s3://KEY:hUnTeR2@bucket/x", "s3://bucket/x?sig=hUnTeR2"):
+        assert run(app, words.replace("{}", str(tmp_path)).replace("URL", url).split()) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "a URL, but this must be a local file or folder" in line
+        assert "hUnTeR2" not in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchruns_entry_has_a_net_as_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import md2.train
+
+    secret = "hUnTeR2sEcReTvAlUe"
+
+    def broken(*_: object) -> None:
+        raise ConnectionError(f"GET https://host/a?X-Amz-Signature={secret}\x1b[2J failed")
+
+    monkeypatch.setattr(md2.train, "load_source", broken)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("MD2_DEBUG", raising=False)
+    assert md2.train.main(["mono"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("md2 (rank 1): training failed: ConnectionError: GET https://host/a?…")
+    assert shown.count("\n") == 1
+    monkeypatch.setenv("MD2_DEBUG", "1")
+    assert md2.train.main(["mono"]) == 1
+    traced = capsys.readouterr().err
+    assert traced.startswith("Traceback")
+    assert secret not in shown + traced
+    assert "\x1b" not in shown + traced
+    assert md2.train.main(["mono", "--run", f"s3://KEY:{secret}@bucket/x"]) == 2
+    assert secret not in capsys.readouterr().err
+
+
 def test_no_secret_leaves_through_the_net_or_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
