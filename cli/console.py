@@ -34,7 +34,19 @@ from rich.text import Text
 from shards.errors import Md2Error, first_line, visible
 from shards.files import require_local
 
-__all__ = ["Advance", "bars", "console", "errors", "local_paths", "progress_bar", "run", "say", "show_log", "visible", "warn"]
+__all__ = [
+    "Advance",
+    "bars",
+    "console",
+    "errors",
+    "local_paths",
+    "progress_bar",
+    "run",
+    "say",
+    "show_log",
+    "visible",
+    "warn",
+]
 
 console = Console()
 errors = Console(stderr=True)

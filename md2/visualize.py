@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from shards.errors import InputError
-from shards.files import write_atomic
+from shards.files import require_replaceable, write_atomic
 from shards.sample import DEPTH_SCALE
 
 Picture = NDArray[np.uint8]
@@ -147,6 +147,7 @@ def require_writable(path: Path, *, folder: bool = False) -> None:
     try:
         if not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{place} is no folder")
+        require_replaceable(path)
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:

@@ -154,10 +154,25 @@ def fsync_folder(folder: Path) -> None:
 
 
 def replace(tmp: Path, path: Path) -> None:
-    """Sync `tmp` to disk and rename it to `path`, replacing an existing file."""
+    """Sync `tmp` to disk and rename it to `path`, replacing an existing file.
+
+    Raises:
+        OSError: it fails, or `path` is a pipe or device: root could rename over /dev/null.
+    """
+    require_replaceable(path)
     with tmp.open("rb") as file:
         os.fsync(file.fileno())
     tmp.replace(path)
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse to put a file in the place of a pipe, socket or device.
+
+    Raises:
+        OSError: there is one.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "a pipe, socket or device, not a file", str(path))
 
 
 def remove_quietly(path: Path) -> None:

@@ -21,8 +21,11 @@ from typer.main import get_command
 from cli.console import run, visible
 from cli.main import app
 from md2.config import load_config
+from md2.visualize import require_writable
 from md2.zoo import zoo as list_zoo
 from prep.raw.splits import NAMED
+from shards.errors import InputError
+from shards.files import write_atomic
 
 COMMANDS = ("sample", "prep", "shards", "train", "eval", "predict", "odometry", "export", "report", "bench", "zoo")
 
@@ -248,6 +251,22 @@ def test_a_url_is_no_local_place(
         assert "a URL, but this must be a local file or folder" in line
         assert "hUnTeR2" not in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path: Path, kind: str) -> None:
+    """Root may rename over /dev/null; a pipe has a reader that waits."""
+    target = tmp_path / "target"
+    if kind == "pipe":
+        os.mkfifo(target)
+    else:
+        target.symlink_to(os.devnull)
+    with pytest.raises(InputError, match="target: a pipe, socket or device, not a file"):
+        require_writable(target)
+    with pytest.raises(OSError, match="a pipe, socket or device"):
+        write_atomic(target, b"x")
+    assert list(tmp_path.iterdir()) == [target]
+    assert target.is_fifo() or target.is_symlink()
 
 
 def test_torchruns_entry_has_a_net_as_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
