@@ -148,6 +148,6 @@ def picture(runs: Sequence[dict[str, Any]], path: Path) -> None:
         )
         row[2].set_yticks(range(len(judged)), list(judged))
         row[2].axvline(0, color="grey", linewidth=0.8)
-        row[2].set(title=f"{setting}: change of abs_rel, % (± 2 standard errors)")
+        row[2].set(title=f"{setting}: abs_rel, % (± 2 standard errors)")
         row[2].invert_yaxis()
     figure.savefig(path, dpi=80)

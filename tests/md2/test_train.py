@@ -89,8 +89,8 @@ def test_each_mode_learns(dataset: Path, tmp_path: Path, recipe: str, unit: floa
     batch = next(iter(one.loader))
     one.networks.train()
     before = {name: value.clone() for name, value in one.networks.named_parameters()}
-    values = [one._step([batch])[1].total.item() for _ in range(12)]
-    assert sum(values[-3:]) < 0.98 * sum(values[:3]), values
+    values = [one._step([batch])[1].total.item() for _ in range(18)]
+    assert sum(values[-3:]) < 0.97 * sum(values[:3]), values
     moved = {name.split(".")[0] for name, value in one.networks.named_parameters() if not value.equal(before[name])}
     assert moved == {"encoder", "depth"} | ({"pose_encoder", "pose"} if recipe != "stereo" else set())
     one._save({})
