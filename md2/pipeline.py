@@ -164,6 +164,10 @@ class Loader:
         assert self.left <= 0
         self.epoch, self.step, self._begin = self.epoch + 1, 0, 0
 
+    def cancel(self) -> None:
+        """End a wait for the storage in another thread, and every later one, with CancelledError."""
+        self._shards.cancel()
+
     def state(self) -> LoaderState:
         """Where this loader stands: after the last whole step that was taken, whatever is prefetched already."""
         return LoaderState(

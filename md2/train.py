@@ -15,10 +15,11 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -63,6 +64,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.since = 0.0
+        self.cancel: Callable[[], None] = lambda: None
+        """Called once, in a thread, to end a wait that would keep the loop from polling."""
 
     def __call__(self) -> bool:
         return self.signal is not None
@@ -71,6 +74,9 @@ class StopRequest:
         """Remember a signal."""
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
+            # Not here: the signal may have interrupted a function that holds a lock which `cancel` needs.
+            with suppress(RuntimeError):  # no thread to be had: the wait ends with its time limit
+                threading.Thread(target=self.cancel, daemon=True).start()
         elif number == signal.SIGINT and time.monotonic() - self.since > IMPATIENCE:
             raise KeyboardInterrupt
 
@@ -203,6 +209,7 @@ def _claimed(run: Path, place: Ranks) -> Iterator[None]:
 
 
 def _finish(trainer: Trainer, run: Path, place: Ranks, stop: StopRequest) -> TrainingResult:
+    stop.cancel = trainer.cancel_waits
     with stop_on_signals(stop):
         stopped = trainer.fit()
     if place.main:
@@ -241,7 +248,7 @@ def _check_dataset(run: Path, dataset: LocalDataset) -> None:
         raise InputError(f"{path}: damaged ({type(error).__name__}); the run cannot be resumed without it") from error
     if known != dataset.manifest_sha256:
         raise TrainingError(
-            f"{dataset.folder} is not the dataset that the run was trained on (its manifest differs): "
+            f"{dataset.url} is not the dataset that the run was trained on (its manifest differs): "
             "give the original as data.url=..., or start a new run"
         )
 

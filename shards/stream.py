@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import stat
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,13 +86,15 @@ def check_sizes(folder: Path, shard: Shard) -> None:
     for name, expected in ((shard.name, shard.bytes), (shard.index_name, shard.index_bytes)):
         path = folder / name
         try:
-            found = path.stat().st_size
+            found = path.stat()
         except FileNotFoundError as error:
             raise DatasetError(f"{path}: missing, though the manifest lists it; {_AGAIN}") from error
         except OSError as error:
             raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
-        if found != expected:
-            raise DatasetError(f"{path}: {found} bytes, the manifest says {expected}; {_AGAIN}")
+        if not stat.S_ISREG(found.st_mode):
+            raise StorageError(f"{path}: not a regular file; {_AGAIN}")
+        if found.st_size != expected:
+            raise DatasetError(f"{path}: {found.st_size} bytes, the manifest says {expected}; {_AGAIN}")
 
 
 def check_shard(folder: Path, shard: Shard) -> list[list[IndexEntry]]:
@@ -194,6 +197,11 @@ class ShardStream:
             self._open[number] = MappedShard.open(self.folder, shard)
         self._until[number] = max(until, self._until.get(number, until))
         return self._open[number]
+
+    def cancel(self) -> None:
+        """Make a `get` that waits for the storage, and every later one that would, raise CancelledError."""
+        if self._fetcher is not None:
+            self._fetcher.cancel()
 
     def close_before(self, place: int) -> None:
         """Close what was needed until before `place`; in the cache it may then be evicted."""

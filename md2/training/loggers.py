@@ -47,8 +47,9 @@ class MLflow:
         self.client.log_dict(config, "config.yaml")
 
     def log(self, values: dict[str, float], step: int) -> None:
-        # Its file store cannot hold both loss and loss/0: a file and a folder of one name.
-        self.client.log_metrics({name.replace("loss/", "loss_"): value for name, value in values.items()}, step=step)
+        # Its file store cannot hold both loss and loss/0: a file and a folder of one name. data_wait likewise.
+        named = {name.replace("loss/", "loss_").replace("data_wait/", "data_wait_"): v for name, v in values.items()}
+        self.client.log_metrics(named, step=step)
 
     def close(self) -> None:
         self.client.end_run()

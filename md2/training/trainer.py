@@ -39,6 +39,7 @@ from md2.training.validate import validate
 from md2.weights import initialise
 from shards.dataset import LocalDataset
 from shards.errors import InputError, TrainingError, first_line
+from shards.storage.retry import CancelledError
 
 STOP_CHECK = 10
 """Steps between asking all ranks whether one should stop; each asking is a collective."""
@@ -110,7 +111,7 @@ class Trainer:
             self.loader.next_epoch()
         if self.steps_per_epoch == 0:
             raise TrainingError(
-                f"{dataset.folder}: part 'train' has {dataset.manifest.samples('train')} samples, one step needs "
+                f"{dataset.url}: part 'train' has {dataset.manifest.samples('train')} samples, one step needs "
                 f"{config.train.batch_size * config.train.accumulate * ranks.world_size} (train.batch_size "
                 f"{config.train.batch_size} x train.accumulate {config.train.accumulate} x {ranks.world_size} ranks): "
                 "lower train.batch_size or pack more"
@@ -227,7 +228,10 @@ class Trainer:
         batches = iter(self.loader)
         while self.loader.left and self.step < self.total_steps:
             began, before = time.perf_counter(), dict(self.loader.waited)
-            group = list(islice(batches, self.config.train.accumulate))
+            try:
+                group = list(islice(batches, self.config.train.accumulate))
+            except CancelledError:  # stopped while it waited for the storage: the checkpoint is of the last whole step
+                return True
             waits = {f"/{what}": seconds - before[what] for what, seconds in self.loader.waited.items()}
             waits[""] = time.perf_counter() - began
             for window in (self.window, whole):
@@ -327,6 +331,22 @@ class Trainer:
             return self.should_stop()
         return self.step % STOP_CHECK == 0 and self.ranks.any(self.should_stop())
 
+    def cancel_waits(self) -> None:
+        """End waits for the storage: called from another thread when the run is to stop.
+
+        With several ranks the files are there before the first step, and one that left a step would keep the others.
+        """
+        if self.ranks.world_size == 1:
+            for loader in (self.loader, self.val_loader):
+                if loader is not None:
+                    loader.cancel()
+
+    def _until_stopped(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        try:
+            yield from takewhile(lambda _: not self.should_stop(), batches)
+        except CancelledError:
+            return
+
     def _validate(self) -> dict[str, float] | None:
         """Metrics; empty without a part to validate on, None if stopped meanwhile."""
         if self.val_loader is None:
@@ -334,7 +354,7 @@ class Trainer:
         # Each rank has running averages of its own; all validate rank 0's.
         self.ranks.broadcast(self.networks.buffers())
         batches: Iterator[Batch] = islice(iter(self.val_loader), self.config.train.val_batches)
-        batches = takewhile(lambda _: not self.should_stop(), batches)
+        batches = self._until_stopped(batches)
         metrics, picture = validate(self.networks, self.loss, batches, self.config, self.ranks, self.amp)
         if self.ranks.any(self.should_stop()):
             return None

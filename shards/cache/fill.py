@@ -39,6 +39,12 @@ class Fetcher:
         self.url, self.place = url, place
         self.storage = open_storage(url)
         self._stall = patience_from_environment() + _STALL_GRACE
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Make every call that waits, and every later one, raise CancelledError."""
+        self._cancelled = True
+        self.storage.cancel()
 
     def hold(self, shard: Shard) -> FileLock:
         """Return once the shard is on disk with the sha256 of the manifest; it stays until the lock is released.
@@ -47,6 +53,7 @@ class Fetcher:
             DatasetError: what is published is not what the manifest says.
             StorageError: the storage or the local disk fails, there is no room, or another process that fetches the
                 shard makes no progress.
+            CancelledError: `cancel` was called.
         """
         held = self.place.read_lock(shard).acquire(self._stall, shared=True)
         try:
@@ -60,6 +67,8 @@ class Fetcher:
         began = moved = time.monotonic()
         present, logged = -1, False
         while not self.place.is_verified(shard):
+            if self._cancelled:
+                raise CancelledError
             problem: StorageError | None = None
             try:
                 claim = self.claim(shard, urgent=True)

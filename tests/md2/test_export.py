@@ -154,7 +154,7 @@ def test_official_folder_round_trip(tmp_path: Path, checkpoint: Path, predictor:
 
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
-    [("data", "baseline", "metres", "multiplies stereo depth by 5.4"), ("model", "max_depth", 80.0, "0.1 to 80")],
+    [("data", "baseline", "metres", "multiply stereo depth by 5.4"), ("model", "max_depth", 80.0, "0.1 to 80")],
 )
 def test_what_the_official_form_cannot_say_is_refused(
     checkpoint: Path, tmp_path: Path, section: str, key: str, value: Any, message: str
