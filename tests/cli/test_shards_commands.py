@@ -20,6 +20,7 @@ from storage_fixtures import Packed, RunShards, files, one_server
 from storage_servers import Bucket, Fault, Proxy
 
 from bench.write_dataset import write_dataset
+from md2.checkpoint import load_checkpoint
 from shards import contact_sheet as sheet_module
 from shards.contact_sheet import CELL, FAR, NEAR, contact_sheet, depth_colours, read_some
 from shards.dataset import open_dataset
