@@ -13,7 +13,7 @@ from prep.raw.calibration import other
 from prep.raw.kitti import Drive, Layout
 from prep.raw.splits import BadLine, CameraSide, SplitLine, SplitLists
 from prep.raw.text import printable
-from prep.raw.velodyne import Convention
+from prep.raw.velodyne import SCAN_POINT_BYTES, Convention
 from shards.dataset import SHARD_BYTES
 from shards.errors import InputError
 from shards.sample import DEPTH, Offset, offset_name
@@ -24,6 +24,8 @@ OnError = Literal["stop", "skip"]
 BROKEN_DRIVE = "broken drive"
 DRIVE_END = "drive's end"
 """Begins the reason of lines whose neighbour lies beyond a drive's or clip's ends: it was never there."""
+_FEW_POINTS = 0.8
+"""Of a scan's neighbours' points; they differ by a few hundredths from scan to scan."""
 TIME_STEPS_PER_CHUNK = 24
 """Time steps of a drive in one unit of work: a few seconds, so that a killed run loses little."""
 
@@ -203,7 +205,26 @@ def make_plan(
             if problem is not None:
                 plan.skipped.append(Skipped(part, line.text, "broken frame", layout.raw.without_place(problem)))
     _collect_time_steps(plan)
+    if content.depth == "velodyne":
+        plan.notes += [note for drive in plan.drives.values() for note in short_scans(drive)]
     return plan
+
+
+def short_scans(drive: Drive) -> list[str]:
+    """A note if scans have far fewer points than those before and after them, which are a tenth of a second away."""
+    sizes = {frame: ref.size for frame, ref in drive.scans.items()}
+    found = []
+    for frame, size in sorted(sizes.items()):
+        neighbours = [sizes[f] for f in (frame - 1, frame + 1) if f in sizes]
+        if neighbours and size < _FEW_POINTS * min(neighbours):
+            found.append((frame, size // SCAN_POINT_BYTES, min(neighbours) // SCAN_POINT_BYTES))
+    if not found:
+        return []
+    frame, points, usual = found[0]
+    return [
+        f"{printable(drive.name)}: {len(found)} scans with far fewer points than their neighbours (first: frame "
+        f"{frame}, {points:,} points beside {usual:,}): cut short? if so, fetch them again"
+    ]
 
 
 def _open_drives(

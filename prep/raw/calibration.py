@@ -145,6 +145,11 @@ def check_intrinsics(
     for name, centre, extent in (("cx", cx, size and size[0]), ("cy", cy, size and size[1])):
         if extent is not None and not -0.5 <= centre <= extent - 0.5:
             raise InputError(f"{where}: {name} = {centre:g} lies outside the {width}x{height} image; {remedy}")
+    if size is not None and 0 < cx <= 1 and 0 < cy <= 1 and min(size) >= _NORMALISED:
+        raise InputError(
+            f"{where}: cx = {cx:g}, cy = {cy:g} is a corner of the {width}x{height} image; these look normalised; in "
+            f"pixels they are cx: {cx * width:g}, cy: {cy * height:g}"
+        )
 
 
 class _CalibrationFile:

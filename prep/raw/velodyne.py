@@ -19,7 +19,7 @@ from shards.errors import SampleError, first_line
 from shards.sample import DEPTH_SCALE
 
 Convention = Literal["camera_z", "lidar_x"]
-_POINT_BYTES = 16
+SCAN_POINT_BYTES = 16
 _BEYOND = 1 << 16
 _FARTHEST = 1000.0
 """Metres; no lidar measures that far."""
@@ -41,13 +41,13 @@ def read_scan(data: bytes, name: str, typical: int = 0) -> npt.NDArray[np.float3
     again = "fetch the scan again"
     if not data:
         raise SampleError(f"{name}: empty; {again}")
-    if len(data) % _POINT_BYTES:
-        raise SampleError(f"{name}: {len(data)} bytes, not a multiple of {_POINT_BYTES}; {again}")
+    if len(data) % SCAN_POINT_BYTES:
+        raise SampleError(f"{name}: {len(data)} bytes, not a multiple of {SCAN_POINT_BYTES}; {again}")
     if 2 * len(data) < typical:
         # A copy cut at a page boundary has a whole number of points: only its neighbours show that most are missing.
         raise SampleError(
-            f"{name}: {len(data) // _POINT_BYTES:,} points, where this drive's scans have about "
-            f"{typical // _POINT_BYTES:,}: cut short; {again}"
+            f"{name}: {len(data) // SCAN_POINT_BYTES:,} points, where this drive's scans have about "
+            f"{typical // SCAN_POINT_BYTES:,}: cut short; {again}"
         )
     if len(data) >= _ZERO_TAIL and not any(data[-_ZERO_TAIL:]):
         raise SampleError(f"{name}: ends in zeros: the copy was interrupted; {again}")
@@ -71,7 +71,7 @@ def points_in_view(scan: npt.NDArray[np.float32], projections: Sequence[Matrix],
     a few points beside the images remain, too. Points with a coordinate that is not finite are dropped.
     """
     # A row as one 16-byte number: numpy takes those four times as fast as rows of four.
-    ahead = scan.view(np.complex128)[:, 0][scan[:, 0] >= 0].view(np.float32).reshape(-1, _POINT_BYTES // 4)
+    ahead = scan.view(np.complex128)[:, 0][scan[:, 0] >= 0].view(np.float32).reshape(-1, SCAN_POINT_BYTES // 4)
     x, y, z = np.ascontiguousarray(ahead.T[:3])
     finite = np.isfinite(x + y + z)
     if not finite.all():

@@ -17,9 +17,10 @@ from PIL import Image
 from prep_data import DATE, DRIVE, VAL_DRIVE, copy_raw, files_of, odometry_raw, read_part, run_pack, write_split
 
 from prep.packing.encode import ImageFormat, encode_image
+from prep.packing.plan import make_plan
 from prep.raw.calibration import read_raw_calibration
 from prep.raw.files import RawData, read
-from prep.raw.kitti import open_sequence
+from prep.raw.kitti import Kitti, open_sequence
 from prep.raw.poses import parse_poses, read_poses
 from prep.raw.splits import SplitLine, parse_line, part_of, read_split
 from prep.raw.velodyne import check_depth_png, points_in_view, read_scan
@@ -40,9 +41,6 @@ def expected(drive: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def empty_message(raw: Path, tmp_path: Path, line: str = LINES[0]) -> str:
-    from prep.packing.plan import make_plan
-    from prep.raw.kitti import Kitti
-
     lists = read_split(str(write_split(tmp_path / "empty_split", line)))
     content = make_content(lists)
     data = RawData([str(raw)])
@@ -322,6 +320,24 @@ def test_what_is_no_scan_is_refused(data: bytes, says: str) -> None:
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("share", "noted"), [(0.6, True), (0.75, True), (0.9, False)])
+def test_a_scan_with_fewer_points_than_its_neighbours_is_noted(
+    drive: Path, tmp_path: Path, share: float, noted: bool
+) -> None:
+    """Cut too late for a refusal: its beginning is a whole scan of fewer points."""
+    raw = copy_raw(drive, tmp_path / "raw")
+    scan = raw / SCANS / "0000000003.bin"
+    data = scan.read_bytes()
+    points = int(share * min((raw / SCANS / f"{n:010d}.bin").stat().st_size for n in (2, 3, 4))) // 16
+    scan.write_bytes(data[: 16 * points])
+    lists = read_split(str(write_split(tmp_path / "s", *LINES)))
+    content = make_content(lists)
+    plan = make_plan(lists, Kitti(RawData([str(raw)]), content.depth), content)
+    assert [
+        f"1 scans with far fewer points than their neighbours (first: frame 3, {points:,}" in n for n in plan.notes
+    ] == ([True] if noted else [])
+
+
 @pytest.mark.parametrize("odometry", [False, True])
 def test_deep_frames_in_kittis_layout_are_scaled_by_the_drives_range(
     drive: Path, tmp_path: Path, odometry: bool

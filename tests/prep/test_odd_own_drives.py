@@ -304,6 +304,7 @@ def test_a_narrow_range_far_up_is_scaled_too(tmp_path: Path) -> None:
         ({"fx": 1e-320, "fy": 1e-320}, "fx = 9.99989e-321 cannot be pixels"),
         ({"cx": 900.0}, r"cx = 900 lies outside the 48x32 image"),
         ({"cy": -40}, r"cy = -40 lies outside"),
+        ({"cx": 0.5, "cy": 0.5}, r"look normalised; in pixels they are cx: 24, cy: 16"),
         ({"k1": -0.28}, r"k1 describes a lens distortion.*undistort"),
         ({"distortion_model": "equidistant"}, "distortion_model describes a lens distortion"),
         ({"left": "../../private"}, "left: .*a folder inside the drive's"),
