@@ -290,6 +290,11 @@ def _encoder_of(state: Mapping[str, Tensor], where: str) -> str:
     for name, architecture in ARCHITECTURES.items():
         if (architecture.blocks, architecture.block.expansion) == (blocks, expansion):
             return name
+    if not found:
+        raise InputError(
+            f"{where}: the encoder is no ResNet ({next(iter(state), 'no weights')}, …); only ResNet-18, 34, 50, 101 "
+            "and 152 are read, no Lite-Mono or other encoders"
+        )
     raise InputError(f"{where}: the encoder's blocks {blocks} are not those of a ResNet-18, 34, 50, 101 or 152")
 
 

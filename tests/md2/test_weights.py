@@ -284,6 +284,8 @@ def damage(folder: Path, case: str) -> None:
     elif case == "encoder":
         state = torch.load(encoder, weights_only=True)
         torch.save({k: v for k, v in state.items() if "layer4.1" not in k}, encoder)
+    elif case == "foreign":
+        torch.save({"downsample_layers.0.weight": torch.zeros(3), "height": 64, "width": 96}, encoder)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +302,7 @@ def damage(folder: Path, case: str) -> None:
         ("list", r"depth\.pth: holds a list"),
         ("pickle", r"depth\.pth: damaged or not a file of weights"),
         ("encoder", r"blocks \(2, 2, 2, 1\) are not those"),
+        ("foreign", r"no ResNet \(downsample_layers\.0\.weight, …\); only ResNet-18.*Lite-Mono"),
     ],
 )
 def test_damaged_official_folder_is_explained(case: str, message: str, tmp_path: Path) -> None:
