@@ -231,7 +231,8 @@ def save_monodepth2(
         beside.replace(folder)
         fsync_folder(folder.parent)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot write {folder}: {first_line(error)}") from error
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise InputError(f"cannot write {folder}: {reason or first_line(error)}; name another place") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
