@@ -57,7 +57,7 @@ class MappedShard:
             with open_regular(tar) as file:
                 mapped = mmap.mmap(file.fileno(), shard.bytes, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise StorageError(f"{tar}: cannot be mapped into memory ({error})") from error
+            raise StorageError(f"{tar}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
         return cls(tar, samples, np.frombuffer(mapped, np.uint8))
 
     def component(self, sample: int, name: str) -> Bytes | None:

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipeline_data import HEIGHT, WIDTH, Array, config, encode, loader, make_samples, pack, smooth
 
+import shards.stream
 from md2.data.headers import image_size
 from shards.dataset import LocalDataset
-from shards.errors import DatasetError
+from shards.errors import DatasetError, StorageError
 from shards.manifest import Manifest
 from shards.sample import Codec, Sample, ppm_header
 
@@ -242,3 +243,17 @@ def _with_more_samples(dataset: LocalDataset) -> Manifest:
     manifest = dataset.manifest
     shards = [shard.model_copy(update={"samples": shard.samples + 1}) for shard in manifest.shards]
     return manifest.model_copy(update={"shards": shards})
+
+
+def test_a_shard_that_may_not_be_read_names_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = pack(tmp_path / "data", make_samples(4))
+    allowed = shards.stream.open_regular
+
+    def refuse(path: Path) -> Any:
+        if path.suffix == ".tar":  # not by chmod, which the superuser does not notice
+            raise PermissionError(13, "Permission denied", str(path))
+        return allowed(path)
+
+    monkeypatch.setattr(shards.stream, "open_regular", refuse)
+    with pytest.raises(StorageError, match=r"train/000000\.tar: cannot be read \(Permission denied\)$"):
+        list(loader(dataset))
