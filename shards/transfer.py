@@ -195,7 +195,10 @@ def _refuse_links(folder: Path, manifest: Manifest) -> None:
     root = folder.resolve()
     names = [name for shard in manifest.shards for name in (shard.name, shard.index_name)]
     for name in (MANIFEST, CARD, REPORT, *names):
-        target = (folder / name).resolve()
+        try:
+            target = (folder / name).resolve()
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+            raise DatasetError(f"{folder / name}: a link in a circle, or one that cannot be followed") from error
         if not target.is_relative_to(root):
             raise DatasetError(
                 f"{folder / name}: a link that leads out of the dataset, to {target}; put the file itself there"

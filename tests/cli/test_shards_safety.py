@@ -115,6 +115,18 @@ def test_a_link_out_of_a_received_dataset_is_not_published(md2: RunShards, tmp_p
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.parametrize("name", ["README.md", "train/000000.tar"])
+def test_a_link_in_a_circle_is_refused_in_one_line(md2: RunShards, tmp_path: Path, name: str) -> None:
+    make_dataset(tmp_path / "d", train=4, val=2, per_shard=2)
+    (tmp_path / "d" / name).unlink(missing_ok=True)
+    (tmp_path / "d" / name).symlink_to(tmp_path / "d" / name)
+    for command in ("push", "pull", "copy"):
+        code, _, err = md2(command, str(tmp_path / "d"), str(tmp_path / "e"))
+        assert code == 5
+        assert f"{name}: a link in a circle" in err
+        assert not (tmp_path / "e").exists()
+
+
 def test_a_link_to_the_dataset_or_within_it_is_published(md2: RunShards, tmp_path: Path) -> None:
     make_dataset(tmp_path / "real", train=2, val=2)
     (tmp_path / "real/README.md").rename(tmp_path / "real/card.md")
