@@ -23,7 +23,7 @@ from typing import Literal
 
 from prep.raw.text import decode_text
 from shards.errors import InputError, UsageError, first_line
-from shards.files import cache_folder
+from shards.files import cache_folder, open_regular
 
 CameraSide = Literal["l", "r"]
 
@@ -285,7 +285,7 @@ def _parse(name: str, files: list[Path]) -> SplitLists:
 
 def _read(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:  # reading from a pipe may never end
             data = file.read(_MAX_LIST_BYTES + 1)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error

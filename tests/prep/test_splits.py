@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import threading
@@ -112,6 +113,12 @@ def test_a_line_that_is_none_is_named_by_file_and_number(tmp_path: Path, line: s
     lists = read_split(str(write(tmp_path / "train_files.txt", LINES + line + "\n")))
     assert len(lists.parts["train"]) == 2
     assert [(b.where, b.text) for b in lists.bad["train"]] == [(f"{tmp_path}/train_files.txt:3", line)]
+
+
+def test_a_pipe_for_a_list_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "val_files.txt")
+    with pytest.raises(InputError, match=r"val_files\.txt: not a regular file, but a pipe"):
+        read_split(str(tmp_path))
 
 
 def test_a_repeated_line_is_not_packed_twice(tmp_path: Path) -> None:
