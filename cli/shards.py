@@ -65,10 +65,9 @@ def show(
 ) -> None:
     """Describe a dataset, and draw a contact sheet of some samples: target, source frames, stereo partner, depth."""
     from shards.contact_sheet import contact_sheet, read_some
-    from shards.files import write_atomic
+    from shards.files import disk_error, write_atomic
     from shards.publish import require_manifest
     from shards.storage import open_storage
-    from shards.storage.local import local_error
 
     if no_sheet:
         _describe(require_manifest(open_storage(url)).manifest)
@@ -79,7 +78,7 @@ def show(
     try:
         write_atomic(path, contact_sheet(manifest, chosen))
     except OSError as error:
-        raise StorageError(f"{local_error(path, error)} (--sheet FILE names another place)") from error
+        raise StorageError(f"{disk_error(path, error)} (--sheet FILE names another place)") from error
     say(f"contact sheet  {path}")
 
 
@@ -94,21 +93,18 @@ def _sheet_path(url: str) -> Path:
 @app.command()
 def verify(url: Url) -> None:
     """Check every byte: each shard's sha256, index and sample count against the manifest."""
+    from shards.manifest import MANIFEST
     from shards.transfer import verify as run
 
     began = time.monotonic()
     with _bytes_bar("checking") as progress:
         result = run(url, progress)
-    for broken in result.broken:
-        say(f"broken  {broken.name}  {broken.problem}")
-    for problem in result.problems:
-        say(f"broken  dataset.json  {problem}")
-    if not result.sound:
-        raise DatasetError(
-            f"{url}: {len(result.broken)} of {_count(len(result.manifest.shards), 'shard')} are broken"
-            if result.broken
-            else f"{url}: every shard is sound, but the manifest's component list is not theirs"
-        )
+    for name, problem in result.broken.items():
+        say(f"broken  {name}  {problem}")
+    if MANIFEST in result.broken:
+        raise DatasetError(f"{url}: every shard is sound, but the manifest's component list is not theirs")
+    if result.broken:
+        raise DatasetError(f"{url}: {len(result.broken)} of {_count(len(result.manifest.shards), 'shard')} are broken")
     say(f"{result.url}  sound: {_summary(result.manifest)}  ({time.monotonic() - began:.1f} s)")
 
 
@@ -207,7 +203,8 @@ def _report(copied: Copied, asked: str) -> str:
     if copied.already:
         return f"{copied.url}  was there already, byte for byte: {_summary(copied.manifest)}"
     beside = "" if copied.url == asked else f" (another dataset is at {asked})"
-    found = f", {copied.found} were there already" if copied.found else ""
+    there = len(copied.manifest.shards) - copied.sent
+    found = f", {there} were there already" if there else ""
     return f"{copied.url}{beside}  {_count(copied.sent, 'shard')} copied{found}: {_summary(copied.manifest)}"
 
 

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_handles
@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from shards.errors import Md2Error, UsageError
+from shards.parallel import run_jobs
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -31,8 +32,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 32 << 20
 PATIENCE = 3.0
 """Seconds after which a further Ctrl-C no longer waits for the jobs under way."""
-_AHEAD = 2
-"""Jobs under way or queued for each worker: no worker waits for the main process, and few jobs are in memory."""
 
 
 @dataclass(frozen=True)
@@ -178,16 +177,8 @@ def run(workers: Workers, work: Callable[[Job], Result], jobs: Iterable[Job]) ->
     Raises:
         Md2Error: a worker process died, ran out of memory, or could not be started.
     """
-    pending: set[Future[Result]] = set()
     try:
-        for job in jobs:
-            pending.add(workers.executor.submit(work, job))
-            while len(pending) >= workers.count * _AHEAD:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
+        yield from run_jobs(workers.executor, workers.count, work, jobs)
     except BrokenExecutor as error:
         raise Md2Error(
             "a worker process died (out of memory?); try fewer --workers; run the same command again"
@@ -198,6 +189,3 @@ def run(workers: Workers, work: Callable[[Job], Result], jobs: Iterable[Job]) ->
         if "start new thread" not in str(error):
             raise
         raise Md2Error("no thread can be started (a limit on processes?); try fewer --workers") from error
-    finally:
-        for future in pending:
-            future.cancel()

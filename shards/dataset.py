@@ -6,22 +6,19 @@ dataset.manifest, dataset.tars("train"), dataset.indexes("train")
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from shards.cache.download import disk_error
 from shards.cache.fill import PARALLEL, Fetcher
 from shards.cache.folder import Cache, CachedFolder
-from shards.errors import DatasetError
-from shards.files import write_atomic
+from shards.files import disk_errors, write_atomic
 from shards.locks import FileLock
 from shards.manifest import MANIFEST, Manifest, Shard
+from shards.parallel import run_threads
 from shards.publish import require_manifest
 from shards.storage import Storage, is_local, local_path, open_storage
 from shards.stream import ShardStream, check_shard
-from shards.tar import IndexEntry, parse_index
+from shards.tar import IndexEntry, check_index
 
 SAMPLES_PER_SHARD = 1000
 SHARD_BYTES = 256 << 20
@@ -89,16 +86,11 @@ class LocalDataset:
 
     def _hold(self, fetcher: Fetcher, shards: list[Shard]) -> None:
         ShardStream(self.folder, shards, fetcher).require(len(shards))
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            holding = [pool.submit(fetcher.hold, shard) for shard in shards]
-            wait(holding, return_when=FIRST_EXCEPTION)
-            if failed := [future for future in holding if future.done() and future.exception()]:
-                fetcher.storage.cancel()
-                pool.shutdown(cancel_futures=True)
-        self._held += [future.result() for future in holding if not future.cancelled() and not future.exception()]
-        for future in failed:
+        try:
+            run_threads(lambda shard: self._held.append(fetcher.hold(shard)), shards, PARALLEL, fetcher.cancel)
+        except BaseException:
             self.close()
-            future.result()
+            raise
 
     def close(self) -> None:
         """Let the cache evict what `tars` has fetched."""
@@ -123,14 +115,8 @@ def read_index(storage: Storage, shard: Shard) -> list[list[IndexEntry]]:
         DatasetError: it is missing, or differs from the manifest.
         StorageError: the storage fails.
     """
-    data = storage.read(shard.index_name, shard.index_bytes)
     where = f"{storage.url}/{shard.index_name}"
-    if data is None or hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise DatasetError(f"{where}: missing, or differs from the manifest; md2 shards verify checks all files")
-    samples = parse_index(data, where)
-    if len(samples) != shard.samples:
-        raise DatasetError(f"{where}: {len(samples)} samples, the manifest says {shard.samples}")
-    return samples
+    return check_index(storage.read(shard.index_name, shard.index_bytes), shard, where)
 
 
 def open_dataset(url: str, *, cache: Cache | None = None) -> LocalDataset:
@@ -152,8 +138,6 @@ def open_dataset(url: str, *, cache: Cache | None = None) -> LocalDataset:
     if is_local(url):
         return LocalDataset(url, local_path(url), found.manifest, found.sha256)
     place = (cache or Cache.from_environment()).dataset(found.sha256)
-    try:
+    with disk_errors(place.folder):
         write_atomic(place.folder / MANIFEST, found.data)
-    except OSError as error:
-        raise disk_error(place.folder, error) from error
     return LocalDataset(storage.url, place.folder, found.manifest, found.sha256, place)

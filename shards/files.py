@@ -18,7 +18,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
-from shards.errors import UsageError
+from shards.errors import StorageError, UsageError
 
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12})-(\d+)-(\d+)-[0-9a-f]{12}\.tmp")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*:/")
@@ -142,6 +142,35 @@ def open_regular(path: Path) -> BufferedReader:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+_FULL = "free some space, or choose another disk (MD2_CACHE for the cache), and run it again: finished files are kept"
+_DENIED = "check its permissions, or choose another folder"
+_ADVICE = {
+    errno.ENOSPC: ("the disk is full", _FULL),
+    errno.EDQUOT: ("the disk quota is used up", _FULL),
+    errno.EFBIG: ("larger than this file system or process may write", _FULL),
+    errno.EACCES: ("", _DENIED),
+    errno.EPERM: ("", _DENIED),
+    errno.EROFS: ("", "choose another folder"),
+    errno.ENOTDIR: ("", "choose another folder"),
+}
+
+
+def disk_error(path: Path, error: OSError) -> StorageError:
+    """Return a failure of the local disk as an error of one line that says what to do."""
+    reason, (meaning, advice) = error.strerror or str(error), _ADVICE.get(error.errno or 0, ("", ""))
+    cause = f"{meaning} ({reason})" if meaning else reason
+    return StorageError(f"{path}: {cause}; {advice}" if advice else f"{path}: {cause}")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of a `with` block into `disk_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 
 def fsync_folder(folder: Path) -> None:

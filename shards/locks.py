@@ -11,7 +11,6 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from shards.errors import StorageError
@@ -23,10 +22,13 @@ class FileLock:
     """A lock on a file that exists only for it and is never deleted.
 
     Each object is a holder of its own, threads of one process included.
+
+    Args:
+        advice: what to do if the file system has no locks.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, advice: str = "use a local disk (MD2_CACHE names the cache's folder)") -> None:
+        self.path, self._advice = path, advice
         self._descriptor: int | None = None
 
     def try_acquire(self, *, shared: bool = False) -> bool:
@@ -45,10 +47,8 @@ class FileLock:
             return False
         except OSError as error:
             os.close(descriptor)
-            raise StorageError(
-                f"{self.path}: this file system has no file locks ({error.strerror or error}); use a local disk "
-                "(MD2_CACHE names the cache's folder)"
-            ) from error
+            reason = error.strerror or error
+            raise StorageError(f"{self.path}: no file locks on this file system ({reason}); {self._advice}") from error
         self._descriptor = descriptor
         if not shared:
             with suppress(OSError):  # the holder's number is only for messages; the disk may be full
@@ -72,7 +72,7 @@ class FileLock:
         return self
 
     def holder(self) -> str:
-        """Return `process 123`: the last process that took the lock for itself."""
+        """Return the last process that took the lock for itself: `process 123`."""
         try:
             return f"process {int(self.path.read_text())}"
         except (OSError, ValueError):
@@ -87,7 +87,5 @@ class FileLock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()

@@ -1,6 +1,6 @@
 """Publishing a dataset: shards are uploaded one by one, `dataset.json` last, and nothing is ever overwritten.
 
-    store = open_store("s3://team/kitti/eigen_zhou")     # or a folder
+    store = Store("s3://team/kitti/eigen_zhou")          # or a folder
     finished = store.begin(plan)                         # claims the prefix; returns an interrupted run's receipts
     if store.published: ...                              # the whole dataset is there already: nothing to do
     for name in shards_of(plan):
@@ -28,7 +28,7 @@ import logging
 import socket
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +38,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shards.errors import DatasetError, StorageError
 from shards.files import ProcessIdentity, sha256_file
-from shards.manifest import MANIFEST, Manifest, Shard
+from shards.manifest import MANIFEST, Manifest, Shard, count_values
+from shards.parallel import run_threads
 from shards.storage import Storage, open_storage
 from shards.storage.retry import MissingError
 
@@ -47,17 +48,18 @@ Plan = Mapping[str, Any]
 
 MAX_MANIFEST_BYTES = 16 << 20
 """Some 50,000 shards."""
-_MAX_RECEIPT_BYTES = 1 << 20
+_MAX_RECORD_BYTES, _MAX_RECORD_VALUES = 1 << 16, 1000
+"""Of a claim or receipt."""
+_MAX_RECEIPTS = 50_000
 _PARALLEL = 8
 _LOOKS, _PAUSE = 3, 0.5
-Record = TypeVar("Record", bound=BaseModel)
-_log = logging.getLogger(__name__)
+_MAX_VERSIONS = 1000
 FOLDER = ".publish"
 """Holds claim and receipts until the commit."""
 SCRATCH = f"{FOLDER}/scratch"
 """Holds the shards that a copy into a folder is still fetching."""
 _CLAIM = f"{FOLDER}/claim.json"
-_MAX_VERSIONS = 1000
+_log = logging.getLogger(__name__)
 
 
 class Receipt(BaseModel):
@@ -93,6 +95,9 @@ class Claim(BaseModel):
     @property
     def who(self) -> str:
         return f"{self.host} (process {self.process}) since {self.since}"
+
+
+Record = TypeVar("Record", Receipt, Claim)
 
 
 def plan_sha256(plan: Plan) -> str:
@@ -141,17 +146,7 @@ def read_claim(storage: Storage) -> Claim | None:
     Raises:
         StorageError: it is broken, or the storage fails.
     """
-    data = storage.read(_CLAIM, _MAX_RECEIPT_BYTES)
-    return None if data is None else _parse(storage, _CLAIM, data, Claim)
-
-
-def open_store(url: str) -> Store:
-    """Return the store behind a folder or URL; nothing is contacted yet.
-
-    Raises:
-        UsageError: an unknown kind of URL.
-    """
-    return Store(url)
+    return _read(storage, _CLAIM, Claim)
 
 
 class Store:
@@ -160,53 +155,46 @@ class Store:
     Attributes:
         url: where the dataset goes; after `begin` perhaps a `…-v2` of `asked_url`.
         asked_url: the URL that was given.
+        storage: the storage at `url`.
         published: the committed manifest if exactly this dataset is there already, else None.
         resumed: whether `begin` found an unfinished publication of the same plan.
+
+    Raises:
+        UsageError: an unknown kind of URL.
     """
 
     def __init__(self, url: str) -> None:
         self.asked_url = url.rstrip("/") or url
+        self.storage: Storage = open_storage(self.asked_url)
         self.published: Manifest | None = None
         self.resumed = False
-        self._plan_sha256: str | None = None
+        self._plan_sha256 = ""
         self._copied: Committed | None = None
-        self._storage: Storage = open_storage(self.asked_url)
 
     @property
     def url(self) -> str:
-        return self._storage.url
+        return self.storage.url
 
-    @property
-    def storage(self) -> Storage:
-        """The storage that the dataset is written to."""
-        return self._storage
-
-    def begin(self, plan: Plan) -> dict[str, Receipt]:
+    def begin(self, plan: Plan, copied: Committed | None = None) -> dict[str, Receipt]:
         """Claim the prefix for `plan`; return the receipts of shards that arrived before, by shard name.
+
+        Args:
+            copied: the finished dataset to copy, its manifest byte for byte.
 
         Raises:
             StorageError: another plan is being published here, or was left unfinished; or the storage fails.
         """
-        return self._begin(plan, plan_sha256(plan))
-
-    def begin_copy(self, source: Committed) -> dict[str, Receipt]:
-        """As `begin`, for a copy of a finished dataset, its manifest byte for byte."""
-        self._copied = source
-        plan = {"manifest_sha256": source.sha256}
-        return self._begin(plan, plan_sha256(plan))
-
-    def _begin(self, plan: Plan, digest: str) -> dict[str, Receipt]:
-        self._plan_sha256 = digest
+        self._plan_sha256, self._copied = plan_sha256(plan), copied
         for version in range(1, _MAX_VERSIONS):
-            url = self.asked_url if version == 1 else f"{self.asked_url}-v{version}"
-            self._storage = open_storage(url)
-            found = read_manifest(self._storage)
+            self.storage = open_storage(self.asked_url if version == 1 else f"{self.asked_url}-v{version}")
+            found = read_manifest(self.storage)
             if found is None:
-                return self._claim(plan, digest)
+                self._claim(plan)
+                return self._receipts()
             if self._is_planned(found):
                 self.published = found.manifest
                 self._tidy()  # a run that was killed right after its commit left claim and receipts
-                return {shard.name: Receipt(shard=shard) for shard in self.published.shards}
+                return self._receipts()
         raise StorageError(f"{self.asked_url}: {_MAX_VERSIONS} versions are published already; use another name")
 
     def _is_planned(self, committed: Committed) -> bool:
@@ -215,49 +203,51 @@ class Store:
             return committed.data == self._copied.data
         return committed.manifest.plan_sha256 == self._plan_sha256
 
-    def _claim(self, plan: Plan, digest: str) -> dict[str, Receipt]:
-        own = ProcessIdentity.own()
+    def _claim(self, plan: Plan) -> None:
         claim = Claim(
             plan=dict(plan),
-            plan_sha256=digest,
+            plan_sha256=self._plan_sha256,
             host=socket.gethostname(),
             since=datetime.now(UTC).isoformat(timespec="seconds"),
-            **own._asdict(),
+            **ProcessIdentity.own()._asdict(),
         )
         text = claim.model_dump_json(indent=1).encode()
-        self.resumed = not self._storage.create(_CLAIM, text)
+        self.resumed = not self.storage.create(_CLAIM, text)
         if self.resumed and self._is_abandoned():
-            self._storage.write(_CLAIM, text)
+            self.storage.write(_CLAIM, text)
             self.resumed = False
         # Also after creating it: two writers may both have created it where the storage cannot exclude that.
         self._check_claim()
-        if not self.resumed:
-            return {}
+
+    def _receipts(self) -> dict[str, Receipt]:
+        """Return the receipts of the shards that are there, by shard name."""
         if self.published is not None:
             return {shard.name: Receipt(shard=shard) for shard in self.published.shards}
-        names = [name for name in self._storage.names(FOLDER) if _is_receipt(name)]
-        with ThreadPoolExecutor(_PARALLEL) as pool:
-            receipts = pool.map(lambda name: self._arrived(self._receipt(name)), names)
-            return {receipt.shard.name: receipt for receipt in receipts if receipt is not None}
+        names = [name for name in self.storage.names(FOLDER) if _is_receipt(name)] if self.resumed else []
+        if len(names) > _MAX_RECEIPTS:
+            raise StorageError(f"{self.url}/{FOLDER}: more than {_MAX_RECEIPTS:,} receipts, refused")
+        receipts = run_threads(lambda name: _read(self.storage, name, Receipt), names, _PARALLEL)
+        arrived = run_threads(self._has_arrived, receipts, _PARALLEL)
+        return {r.shard.name: r for r, there in zip(receipts, arrived, strict=True) if r is not None and there}
 
     def _is_abandoned(self) -> bool:
         """Return whether the claim's process is one of this machine that ended before it published anything.
 
         So a run that stopped at a broken file, or was interrupted because of a wrong option, does not block the next.
         """
-        claim = read_claim(self._storage)
+        claim = read_claim(self.storage)
         if claim is None or claim.plan_sha256 == self._plan_sha256 or not claim.has_ended:
             return False
-        return not any(name.endswith((".tar", ".idx")) or _is_receipt(name) for name in self._storage.names(""))
+        return not any(name.endswith((".tar", ".idx")) or _is_receipt(name) for name in self.storage.names(""))
 
     def _check_claim(self) -> None:
         """Refuse another plan's claim; set `published` if another writer has committed this plan meanwhile."""
         for _ in range(_LOOKS):
-            claim = read_claim(self._storage)
+            claim = read_claim(self.storage)
             if claim is not None:
                 self._check_plan(claim)
                 return
-            found = read_manifest(self._storage)
+            found = read_manifest(self.storage)
             if found is not None and self._is_planned(found):
                 self.published = found.manifest
                 return
@@ -267,15 +257,13 @@ class Store:
     def _check_plan(self, claim: Claim) -> None:
         if claim.plan_sha256 == self._plan_sha256:
             return
-        way_out = f"publish under another name, or remove it: md2 shards clean {self.url}"
+        what = f"another dataset is being published there by {claim.who}, or was left unfinished"
         if claim.has_ended:
-            raise StorageError(
-                f"{self.url}: holds part of another dataset (other raw data, split, options), left unfinished by a "
-                f"process of this machine; {way_out}"
+            what = (
+                "holds part of another dataset (other raw data, split, options), left unfinished by a process of this "
+                "machine"
             )
-        raise StorageError(
-            f"{self.url}: another dataset is being published there by {claim.who}, or was left unfinished; {way_out}"
-        )
+        raise StorageError(f"{self.url}: {what}; publish under another name, or remove it: md2 shards clean {self.url}")
 
     def has_shard(self, shard: Shard) -> bool:
         """Return whether exactly this shard arrived whole.
@@ -283,10 +271,8 @@ class Store:
         Raises:
             StorageError: the storage fails.
         """
-        if self.published is not None:
-            return shard in self.published.shards
-        receipt = self._receipt(_receipt_name(shard.name))
-        return receipt is not None and receipt.shard == shard and self._arrived(receipt) is not None
+        receipt = self._receipt(shard.name)
+        return receipt is not None and receipt.shard == shard and self._has_arrived(receipt)
 
     def put_shard(
         self, shard: Shard, tar: Path, index: Path, note: Mapping[str, Any] | None = None, *, move: bool = False
@@ -296,7 +282,7 @@ class Store:
         Args:
             shard: its entry in the manifest.
             tar, index: local files.
-            note: JSON values that the receipt keeps for a resumed publication.
+            note: a few JSON values that the receipt keeps for a resumed publication.
             move: the caller has just written and hashed the local files, and gives them up: they are not hashed again,
                 and removed once they are published (a folder on the same disk links them, no copy).
 
@@ -304,63 +290,51 @@ class Store:
             DatasetError: the local files differ from `shard`.
             StorageError: another shard has that name; or the storage fails.
         """
-        self._check_begun()
         _check_local(shard, tar, index, sizes_only=move)
         if self.published is None:
             self._check_claim()
-        receipt = None if self.published is not None else self._receipt(_receipt_name(shard.name))
-        self._refuse_other(shard, receipt)
-        new = self.published is None and self._arrived(receipt) is None
+        receipt = self._receipt(shard.name)
+        if (receipt or self.published) and (receipt is None or receipt.shard != shard):
+            raise StorageError(
+                f"{self.url}/{shard.name}: published already with other bytes though the plan is the same (did the raw "
+                "data or a codec change?); never overwritten: publish under another name"
+            )
+        new = receipt is None or not self._has_arrived(receipt)
         if new:
             new, tar_tag = self._put_file(shard.name, tar, shard.bytes, shard.sha256, move)
             sent, index_tag = self._put_file(shard.index_name, index, shard.index_bytes, shard.index_sha256, move)
             new = new or sent  # else another writer of the same was faster
             receipt = Receipt(shard=shard, note=dict(note or {}), tags=(tar_tag, index_tag))
-            self._storage.write(_receipt_name(shard.name), receipt.model_dump_json(indent=1).encode())
+            self.storage.write(_receipt_name(shard.name), receipt.model_dump_json(indent=1).encode())
         if move:
             tar.unlink(missing_ok=True)
             index.unlink(missing_ok=True)
         return new
 
-    def _refuse_other(self, shard: Shard, receipt: Receipt | None) -> None:
-        """Raise if another shard is published under that name."""
-        there = [receipt.shard] if receipt is not None else []
-        if self.published is not None:
-            there = [other for other in self.published.shards if other.name == shard.name]
-        if (there or self.published is not None) and shard not in there:
-            raise StorageError(
-                f"{self.url}/{shard.name}: published already with other bytes though the plan is the same (did the raw "
-                "data or a codec change?); never overwritten: publish under another name"
-            )
-
     def _put_file(self, name: str, path: Path, size: int, sha256: str, move: bool) -> tuple[bool, str]:
         """Send a file; return whether that was necessary, and the storage's tag of the object."""
-        sent = self._storage.create_file(name, path, move)
-        if not sent:
-            # There without a receipt: from a run that was stopped before it, or from another writer.
-            self._compare(name, size, sha256)
-        found = self._storage.stat(name)
+        sent = self.storage.create_file(name, path, move)
+        # There without a receipt: from a run that was stopped before it, or from another writer.
+        if not sent and not self._has_bytes(name, size, sha256):
+            raise StorageError(f"{self.url}/{name}: exists with other bytes; never overwritten: use another URL")
+        found = self.storage.stat(name)
         if found is None or found.size != size:
             raise StorageError(f"{self.url}/{name}: did not arrive whole; publish again")
         return sent, found.tag
 
-    def _compare(self, name: str, size: int, sha256: str) -> None:
-        """Raise unless the object has the right bytes; another writer may need a moment to finish it."""
+    def _has_bytes(self, name: str, size: int, sha256: str) -> bool:
+        """Return whether an object has the right bytes; another writer may need a moment to finish it."""
         for _ in range(_LOOKS):
-            found = self._storage.stat(name)
-            if found is not None and found.size == size and self._sha256(name) == sha256:
-                return
+            found = self.storage.stat(name)
+            if found is not None and found.size == size:
+                digest = hashlib.sha256()
+                with suppress(MissingError):  # removed since it was looked for
+                    for piece in self.storage.stream(name):
+                        digest.update(piece)
+                if digest.hexdigest() == sha256:
+                    return True
             time.sleep(_PAUSE)
-        raise StorageError(f"{self.url}/{name}: exists with other bytes; never overwritten: use another URL")
-
-    def _sha256(self, name: str) -> str | None:
-        digest = hashlib.sha256()
-        try:
-            for piece in self._storage.stream(name):
-                digest.update(piece)
-        except MissingError:  # removed since it was looked for
-            return None
-        return digest.hexdigest()
+        return False
 
     def put_text(self, name: str, text: str) -> None:
         """Write a small file such as README.md beside the manifest, unless the dataset is committed already.
@@ -370,9 +344,8 @@ class Store:
         Raises:
             StorageError: the storage fails.
         """
-        self._check_begun()
         if self.published is None:
-            self._storage.write(name, text.encode())
+            self.storage.write(name, text.encode())
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Write `dataset.json`, which makes the dataset visible; return the manifest as written.
@@ -383,7 +356,6 @@ class Store:
             DatasetError: a shard of the manifest did not arrive, or was replaced since.
             StorageError: another dataset was committed meanwhile; or the storage fails.
         """
-        self._check_begun()
         if self._copied is None:
             manifest = manifest.model_copy(update={"plan_sha256": self._plan_sha256})
             data = manifest.to_json().encode()
@@ -392,68 +364,61 @@ class Store:
         if self.published is None:
             self._check_claim()
         if self.published is None:
-            problem = self._find_missing(manifest)
-            if problem is None:
-                self._storage.create(MANIFEST, data)
-            elif read_manifest(self._storage) is None:  # else another writer committed and removed the receipts
-                raise DatasetError(problem)
-        found = read_manifest(self._storage)
+            arrived = run_threads(self.has_shard, manifest.shards, _PARALLEL)
+            missing = [shard.name for shard, there in zip(manifest.shards, arrived, strict=True) if not there]
+            if not missing:
+                self.storage.create(MANIFEST, data)
+            elif read_manifest(self.storage) is None:  # else another writer committed and removed the receipts
+                raise DatasetError(f"{self.url}/{missing[0]}: not published, or changed since; run it again")
+        found = read_manifest(self.storage)
         if found is None or found.data != data:
             raise StorageError(f"{self.url}: another dataset is committed there; never overwritten: use another name")
         self.published = manifest
         self._tidy()
         return manifest
 
-    def _find_missing(self, manifest: Manifest) -> str | None:
-        """Return why the manifest cannot be committed: a shard that is missing, or not as it arrived; else None."""
-        with ThreadPoolExecutor(_PARALLEL) as pool:
-            for shard, there in zip(manifest.shards, pool.map(self.has_shard, manifest.shards), strict=True):
-                if not there:
-                    return f"{self.url}/{shard.name}: not published, or changed since; run it again"
-        return None
-
     def _tidy(self) -> None:
         """Remove claim, receipts and leftovers of killed runs; the dataset is committed even if this is not allowed."""
         try:
-            self._storage.delete(self._storage.names(FOLDER))
-            self._storage.sweep()
+            self.storage.delete(self.storage.names(FOLDER))
+            self.storage.sweep()
         except StorageError as error:
             _log.warning("%s: committed, but %s/ cannot be removed (%s)", self.url, FOLDER, error)
 
-    def _check_begun(self) -> None:
-        if self._plan_sha256 is None:
-            raise RuntimeError("Store.begin comes first")
+    def _receipt(self, shard_name: str) -> Receipt | None:
+        """Return the receipt of the shard that has the name; of a committed dataset it holds no tags."""
+        if self.published is None:
+            return _read(self.storage, _receipt_name(shard_name), Receipt)
+        return next((Receipt(shard=shard) for shard in self.published.shards if shard.name == shard_name), None)
 
-    def _receipt(self, name: str) -> Receipt | None:
-        data = self._storage.read(name, _MAX_RECEIPT_BYTES)
-        return None if data is None else _parse(self._storage, name, data, Receipt)
-
-    def _arrived(self, receipt: Receipt | None) -> Receipt | None:
-        """Return the receipt if its files are still as they arrived, else None."""
-        if receipt is None:
-            return None
-        shard = receipt.shard
-        for name, size, tag in zip(
-            (shard.name, shard.index_name), (shard.bytes, shard.index_bytes), receipt.tags, strict=True
-        ):
-            found = self._storage.stat(name)
+    def _has_arrived(self, receipt: Receipt | None) -> bool:
+        """Return whether a receipt's files are still as they arrived."""
+        if receipt is None or self.published is not None:
+            return receipt is not None
+        sizes = {receipt.shard.name: receipt.shard.bytes, receipt.shard.index_name: receipt.shard.index_bytes}
+        for (name, size), tag in zip(sizes.items(), receipt.tags, strict=True):
+            found = self.storage.stat(name)
             if found is None or found.size != size or (tag and found.tag != tag):
-                return None
-        return receipt
+                return False
+        return True
 
 
-def _parse(storage: Storage, name: str, data: bytes, model: type[Record]) -> Record:
-    """Parse a claim or receipt; read it again if it is broken, because another writer may be replacing it.
+def _read(storage: Storage, name: str, model: type[Record]) -> Record | None:
+    """Return a claim or receipt; read it again if it is broken, because another writer may be replacing it.
 
     Raises:
         StorageError: it stays broken.
     """
-    for _ in range(_LOOKS):
+    for look in range(_LOOKS):
+        time.sleep(_PAUSE * bool(look))
+        data = storage.read(name, _MAX_RECORD_BYTES)
+        if data is None:
+            return None
         try:
-            return model.model_validate_json(data)
+            if count_values(data) <= _MAX_RECORD_VALUES:
+                return model.model_validate_json(data)
         except ValidationError:
-            time.sleep(_PAUSE)
-            data = storage.read(name, _MAX_RECEIPT_BYTES) or b""
+            continue
     kind = model.__name__.lower()
     raise StorageError(
         f"{storage.url}/{name}: not a {kind}; remove it if nobody is publishing there, and publish again"

@@ -6,7 +6,6 @@ with MappedShard.open(folder, shard) as mapped:
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import stat
 import weakref
@@ -20,10 +19,10 @@ import numpy.typing as npt
 from shards.cache.fill import Ahead, Fetcher
 from shards.cache.folder import LIMIT_VARIABLE, format_bytes
 from shards.errors import DatasetError, StorageError
-from shards.files import open_regular
+from shards.files import disk_errors, open_regular
 from shards.locks import FileLock
 from shards.manifest import Shard
-from shards.tar import IndexEntry, parse_index
+from shards.tar import IndexEntry, check_index
 
 Bytes = npt.NDArray[np.uint8]
 _AGAIN = "pull or pack the dataset again"
@@ -85,12 +84,11 @@ def check_sizes(folder: Path, shard: Shard) -> None:
     """
     for name, expected in ((shard.name, shard.bytes), (shard.index_name, shard.index_bytes)):
         path = folder / name
-        try:
-            found = path.stat()
-        except FileNotFoundError as error:
-            raise DatasetError(f"{path}: missing, though the manifest lists it; {_AGAIN}") from error
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+        with disk_errors(path):
+            try:
+                found = path.stat()
+            except FileNotFoundError as error:
+                raise DatasetError(f"{path}: missing, though the manifest lists it; {_AGAIN}") from error
         if not stat.S_ISREG(found.st_mode):
             raise StorageError(f"{path}: not a regular file; {_AGAIN}")
         if found.st_size != expected:
@@ -111,19 +109,8 @@ def check_shard(folder: Path, shard: Shard) -> list[list[IndexEntry]]:
     """
     check_sizes(folder, shard)
     index = folder / shard.index_name
-    try:
-        with open_regular(index) as file:
-            data = file.read(shard.index_bytes + 1)
-    except OSError as error:
-        raise StorageError(f"{index}: cannot be read ({error.strerror})") from error
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise DatasetError(f"{index}: its sha256 is not the manifest's; {_AGAIN}")
-    samples = parse_index(data, str(index))
-    if len(samples) != shard.samples:
-        raise DatasetError(f"{index}: {len(samples)} samples, the manifest says {shard.samples}; {_AGAIN}")
-    if any(entry.offset + entry.size > shard.bytes for entries in samples for entry in entries):
-        raise DatasetError(f"{index}: points beyond the end of {shard.name}; {_AGAIN}")
-    return samples
+    with disk_errors(index), open_regular(index) as file:
+        return check_index(file.read(shard.index_bytes + 1), shard, str(index))
 
 
 class ShardStream:

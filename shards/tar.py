@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import IO, NamedTuple, Self
 
 from shards.errors import DatasetError, first_line
-from shards.files import fsync_folder, open_regular, remove_quietly, replace
+from shards.files import fsync_folder, open_regular, remove_quietly, replace, sha256_file
 from shards.manifest import Shard
 from shards.sample import Sample
 
@@ -74,7 +74,7 @@ class ShardWriter:
         tar_path.parent.mkdir(parents=True, exist_ok=True)
         self._tar_tmp = tar_path.with_name(tar_path.name + ".tmp")
         self._index_tmp = self.index_path.with_name(self.index_path.name + ".tmp")
-        self._file = _HashingFile(self._tar_tmp.open("wb"))
+        self._file = self._tar_tmp.open("wb")
         self._writer = TarWriter(self._file, encoder=False, user="", group="", mode=0o644, mtime=0)
         self._keys: set[str] = set()
         self._entries: list[list[IndexEntry]] = []
@@ -128,8 +128,8 @@ class ShardWriter:
         shard = Shard(
             name=f"{self.tar_path.parent.name}/{self.tar_path.name}",
             samples=len(self._entries),
-            bytes=self._file.position,
-            sha256=self._file.sha256.hexdigest(),
+            bytes=self._tar_tmp.stat().st_size,
+            sha256=sha256_file(self._tar_tmp),
             index_bytes=len(index),
             index_sha256=hashlib.sha256(index).hexdigest(),
         )
@@ -160,23 +160,6 @@ class ShardWriter:
             self.close()
         else:
             self.abort()
-
-
-class _HashingFile:
-    """A file that is only appended to, with its sha256 and its length."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.position = 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.position += len(data)
-        return self._file.write(data)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _check_sample(key: str, components: list[tuple[str, bytes]]) -> None:
@@ -233,6 +216,25 @@ def parse_index(data: bytes, where: str) -> list[list[IndexEntry]]:
             f"{where}: {version[:10]} index announces {announced} samples and lists {len(samples)}; pack or pull the "
             "shard again"
         )
+    return samples
+
+
+def check_index(data: bytes | None, shard: Shard, where: str) -> list[list[IndexEntry]]:
+    """Return the entries of a shard's index, after a comparison with its manifest entry.
+
+    Raises:
+        DatasetError: it is missing (None), or differs; as `parse_index`.
+    """
+    again = "; md2 shards verify checks all files, then pack or pull the dataset again"
+    if data is None:
+        raise DatasetError(f"{where}: missing, though the manifest lists it{again}")
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        raise DatasetError(f"{where}: its sha256 is not the manifest's{again}")
+    samples = parse_index(data, where)
+    if len(samples) != shard.samples:
+        raise DatasetError(f"{where}: {len(samples)} samples, the manifest says {shard.samples}{again}")
+    if any(entry.offset + entry.size > shard.bytes for entries in samples for entry in entries):
+        raise DatasetError(f"{where}: points beyond the end of {shard.name}{again}")
     return samples
 
 

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from shards.cache.download import fetch
 from shards.card import card
 from shards.dataset import describe_components, read_index
 from shards.errors import DatasetError, StorageError
-from shards.files import open_regular, scratch_folder
+from shards.files import disk_errors, scratch_folder, sha256_file
 from shards.locks import FileLock
 from shards.manifest import CARD, MANIFEST, REPORT, Manifest, Shard
-from shards.publish import SCRATCH, Committed, Store, open_store, plan_sha256, require_manifest
+from shards.parallel import run_threads
+from shards.publish import SCRATCH, Committed, Store, plan_sha256, require_manifest
 from shards.storage import Storage, is_local, local_path, open_storage
-from shards.storage.local import local_error
-from shards.storage.retry import CancelledError
 from shards.stream import check_shard
-from shards.tar import build_index, parse_index
+from shards.tar import build_index
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and all bytes; from one thread at a time."""
@@ -35,102 +30,55 @@ PARALLEL = 4
 """Shards in transfer at once; the temporary folder holds at most as many."""
 _MAX_TEXT_BYTES = 16 << 20
 _GIVE_UP = 3
-"""Storage failures in a row after which `verify` stops: the storage is down, not one object."""
+"""Failures of a remote storage in a row after which `verify` stops: the storage is down, not one object."""
 _LICENCE = "## Licence\n\n"
-T = TypeVar("T")
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Copied:
-    """Result of a copy."""
+    """Result of a copy.
+
+    Attributes:
+        url: where the dataset is now.
+        sent: number of shards that were missing there; the others were there already.
+        already: whether exactly this dataset was committed there before.
+    """
 
     url: str
-    """Where the dataset is now."""
     manifest: Manifest
     sent: int
-    """Shards that were missing there."""
-    found: int
-    """Shards that were there already: from an earlier run, or from another writer."""
     already: bool
-    """Whether exactly this dataset was committed there before."""
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A shard that differs from the manifest, or that cannot be read."""
-
-    name: str
-    problem: str
 
 
 @dataclass(frozen=True)
 class Verified:
-    """Result of `verify`."""
+    """Result of `verify`.
+
+    Attributes:
+        broken: the problem of each broken or unreadable shard, by its name; if all are sound, that of `dataset.json`.
+    """
 
     url: str
     manifest: Manifest
-    broken: list[Broken]
-    problems: list[str] = field(default_factory=list)
-    """Errors in the manifest's totals, if every shard is sound."""
-
-    @property
-    def sound(self) -> bool:
-        return not self.broken and not self.problems
+    broken: dict[str, str]
 
 
-class ByteCount:
-    """Adds up the bytes of several threads for one progress callback."""
+def _counter(shards: list[Shard], progress: Progress | None) -> Callable[[int], None]:
+    """Return a function that adds up bytes for the callback; it takes a negative number if some must come again."""
+    total, done, guard = _bytes(shards), 0, threading.Lock()
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total, self._progress = total, progress
-        self._done = 0
-        self._guard = threading.Lock()
+    def advance(count: int) -> None:
+        nonlocal done
+        with guard:
+            done += count
+            if progress is not None:
+                progress(done, total)
 
-    def advance(self, count: int) -> None:
-        """Count more bytes; fewer than none if some must come again."""
-        with self._guard:
-            self._done += count
-            if self._progress is not None:
-                self._progress(self._done, self.total)
+    return advance
 
 
-def shard_bytes(shards: list[Shard]) -> int:
-    """Return the bytes of the shards' files, tars and indexes."""
+def _bytes(shards: list[Shard]) -> int:
     return sum(shard.bytes + shard.index_bytes for shard in shards)
-
-
-def run_parallel(work: Callable[[Item], T], items: list[Item], storages: list[Storage], threads: int) -> list[T]:
-    """Return `work` of every item, in order; the first failure cancels the calls of all others.
-
-    Raises:
-        Exception: the first that `work` raised.
-    """
-    first: list[BaseException] = []
-
-    def cancel() -> None:
-        for storage in storages:
-            storage.cancel()
-
-    def guarded(item: Item) -> T:
-        try:
-            return work(item)
-        except BaseException as error:
-            if not isinstance(error, CancelledError):
-                first.append(error)
-            cancel()
-            raise
-
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(guarded, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException as error:
-            cancel()
-            pool.shutdown(cancel_futures=True)
-            if first and first[0] is not error:
-                raise first[0] from None
-            raise
 
 
 def copy_dataset(
@@ -157,14 +105,14 @@ def copy_dataset(
     manifest = committed.manifest
     if is_local(source_url):
         _refuse_links(local_path(source_url), manifest)
-    store = open_store(url)
-    receipts = store.begin_copy(committed)
+    store = Store(url)
+    receipts = store.begin({"manifest_sha256": committed.sha256}, committed)
     if store.published is not None:
-        return Copied(store.url, manifest, 0, len(manifest.shards), already=True)
+        return Copied(store.url, manifest, 0, already=True)
     missing = [s for s in manifest.shards if s.name not in receipts or receipts[s.name].shard != s]
-    count = ByteCount(shard_bytes(manifest.shards), progress)
-    count.advance(shard_bytes([s for s in manifest.shards if s not in missing]))
-    sent = sum(_send(source_url, source, store, missing, count))
+    advance = _counter(manifest.shards, progress)
+    advance(_bytes([s for s in manifest.shards if s not in missing]))
+    sent = sum(_send(source_url, source, store, missing, advance))
     for name in (CARD, REPORT):
         data = source.read(name, _MAX_TEXT_BYTES)
         if data is not None:
@@ -173,7 +121,7 @@ def copy_dataset(
                 text = card(manifest, licence=text.partition(_LICENCE)[2] or None)
             store.put_text(name, text)
     store.commit(manifest)
-    return Copied(store.url, manifest, sent, len(manifest.shards) - sent, already=False)
+    return Copied(store.url, manifest, sent, already=False)
 
 
 def _select(source: Storage, committed: Committed, parts: Sequence[str]) -> Committed:
@@ -212,33 +160,40 @@ def _decoded(data: bytes, where: str) -> str:
         raise DatasetError(f"{where}: not UTF-8 text") from error
 
 
-def _send(source_url: str, source: Storage, store: Store, shards: list[Shard], count: ByteCount) -> list[bool]:
+def _send(
+    source_url: str, source: Storage, store: Store, shards: list[Shard], advance: Callable[[int], None]
+) -> list[bool]:
     """Publish the shards; return for each whether it had to be sent."""
+
+    def cancel() -> None:
+        source.cancel()
+        store.storage.cancel()
 
     def from_folder(shard: Shard) -> bool:
         folder = local_path(source_url)
         check_shard(folder, shard)
         sent = store.put_shard(shard, folder / shard.name, folder / shard.index_name)
-        count.advance(shard_bytes([shard]))
+        advance(_bytes([shard]))
         return sent
 
-    def through(scratch: Path, shard: Shard) -> bool:
-        _bring(source, shard, scratch, count)
-        return store.put_shard(shard, scratch / shard.name, scratch / shard.index_name, move=True)
-
     if is_local(source_url):
-        return run_parallel(from_folder, shards, [store.storage], PARALLEL)
+        return run_threads(from_folder, shards, PARALLEL, cancel)
     with _scratch(store) as scratch:
-        return run_parallel(lambda shard: through(scratch, shard), shards, [source, store.storage], PARALLEL)
+
+        def through_scratch(shard: Shard) -> bool:
+            _bring(source, shard, scratch, advance)
+            return store.put_shard(shard, scratch / shard.name, scratch / shard.index_name, move=True)
+
+        return run_threads(through_scratch, shards, PARALLEL, cancel)
 
 
-def _bring(source: Storage, shard: Shard, folder: Path, count: ByteCount) -> None:
+def _bring(source: Storage, shard: Shard, folder: Path, advance: Callable[[int], None]) -> None:
     """Fetch a shard's two files."""
     for name, size, sha256 in (
         (shard.index_name, shard.index_bytes, shard.index_sha256),
         (shard.name, shard.bytes, shard.sha256),
     ):
-        fetch(source, name, folder / name, size=size, sha256=sha256, advance=count.advance)
+        fetch(source, name, folder / name, size=size, sha256=sha256, advance=advance)
 
 
 @contextmanager
@@ -250,10 +205,8 @@ def _scratch(store: Store) -> Iterator[Path]:
         return
     folder = local_path(store.url)
     lock = FileLock(folder / f"{SCRATCH}.lock")
-    try:
+    with disk_errors(folder):
         taken = lock.try_acquire()
-    except OSError as error:
-        raise local_error(folder, error) from error
     if not taken:
         raise StorageError(f"{folder}: {lock.holder()} is copying the same dataset to it; wait for it, or stop it")
     with lock:
@@ -269,70 +222,52 @@ def verify(url: str, progress: Progress | None = None) -> Verified:
 
     Raises:
         DatasetError: no dataset, or a broken manifest.
-        StorageError: the storage or the local disk fails for several shards in a row.
+        StorageError: a remote storage or the local disk fails for several shards in a row.
     """
     storage = open_storage(url)
     manifest = require_manifest(storage).manifest
-    count = ByteCount(shard_bytes(manifest.shards), progress)
+    advance = _counter(manifest.shards, progress)
+    broken: dict[str, str] = {}
     failures: list[StorageError] = []
 
-    def judge(shard: Shard) -> Counter[str] | Broken:
-        """Return how many samples have each component, or the problem."""
+    def check(shard: Shard) -> Counter[str]:
+        """Return how many samples have each component."""
         try:
             if is_local(url):
                 counts = _check(local_path(url), shard)
-                count.advance(shard_bytes([shard]))
+                advance(_bytes([shard]))
             else:
                 with scratch_folder("md2-verify") as scratch:
-                    _bring(storage, shard, scratch, count)
+                    _bring(storage, shard, scratch, advance)
                     counts = _check(scratch, shard)
-        except StorageError as error:
-            failures.append(error)
-            if len(failures) >= _GIVE_UP:
-                raise
-            return Broken(shard.name, str(error))
         except DatasetError as error:
-            return Broken(shard.name, str(error))
+            broken[shard.name] = str(error)
+            if isinstance(error, StorageError) and not is_local(url):
+                failures.append(error)
+                if len(failures) >= _GIVE_UP:
+                    raise
+            return Counter()
         failures.clear()
         return counts
 
-    results = run_parallel(judge, manifest.shards, [storage], PARALLEL)
-    broken = [result for result in results if isinstance(result, Broken)]
-    totals = sum((result for result in results if isinstance(result, Counter)), Counter[str]())
-    return Verified(storage.url, manifest, broken, [] if broken else _compare_components(manifest, totals))
+    counts = sum(run_threads(check, manifest.shards, PARALLEL, storage.cancel), Counter[str]())
+    if not broken:
+        every, optional = describe_components(counts, sum(shard.samples for shard in manifest.shards))
+        if sorted(manifest.components) != every:
+            broken[MANIFEST] = (
+                f"every sample has {', '.join(every)}; the manifest says {', '.join(sorted(manifest.components))}"
+            )
+        elif manifest.optional_components != optional:
+            broken[MANIFEST] = f"some samples have {optional}; the manifest says {manifest.optional_components}"
+    return Verified(storage.url, manifest, dict(sorted(broken.items())))
 
 
 def _check(folder: Path, shard: Shard) -> Counter[str]:
+    samples = check_shard(folder, shard)
     tar, index = folder / shard.name, folder / shard.index_name
-    _check_file(tar, shard.bytes, shard.sha256)
-    _check_file(index, shard.index_bytes, shard.index_sha256)
-    data = index.read_bytes()
-    samples = parse_index(data, str(index))
-    if len(samples) != shard.samples:
-        raise DatasetError(f"{index}: {len(samples)} samples, the manifest says {shard.samples}")
-    if build_index(tar) != data:
+    with disk_errors(tar):
+        if sha256_file(tar) != shard.sha256:
+            raise DatasetError(f"{tar}: its sha256 is not the manifest's")
+    if build_index(tar) != index.read_bytes():
         raise DatasetError(f"{index}: is not the index of {tar.name}")
     return Counter(entry.component for entries in samples for entry in entries)
-
-
-def _check_file(path: Path, size: int, sha256: str) -> None:
-    try:
-        with open_regular(path) as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise DatasetError(f"{path}: {found} bytes, the manifest says {size}")
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise DatasetError(f"{path}: its sha256 is not the manifest's")
-    except FileNotFoundError as error:
-        raise DatasetError(f"{path}: missing, though the manifest lists it") from error
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _compare_components(manifest: Manifest, counts: Counter[str]) -> list[str]:
-    every, optional = describe_components(counts, sum(shard.samples for shard in manifest.shards))
-    if sorted(manifest.components) != every:
-        return [f"every sample has {', '.join(every)}; the manifest says {', '.join(sorted(manifest.components))}"]
-    if manifest.optional_components != optional:
-        return [f"some samples have {optional}; the manifest says {manifest.optional_components}"]
-    return []

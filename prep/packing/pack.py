@@ -15,7 +15,6 @@ emptied when the dataset is committed.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -38,8 +37,9 @@ from shards.card import card
 from shards.dataset import describe_components
 from shards.errors import InputError, StorageError
 from shards.files import cache_folder
+from shards.locks import FileLock
 from shards.manifest import CARD, REPORT, DepthInfo, Manifest, Shard, Split
-from shards.publish import MAX_MANIFEST_BYTES, Receipt, Store, open_store
+from shards.publish import MAX_MANIFEST_BYTES, Receipt, Store
 from shards.storage import is_local, local_path
 from shards.version import __version__
 
@@ -122,7 +122,7 @@ def pack(
     """
     if plan.total == 0:
         raise InputError(_nothing(plan, plan.skipped))
-    store = open_store(out)
+    store = Store(out)
     progress = progress or Quiet()
     for note in plan.notes:
         progress.note(note)
@@ -131,7 +131,7 @@ def pack(
         receipts = store.begin(identity)
         if store.published is not None and _packed_from(store) not in (None, plan.inputs_sha256):
             # The same samples from files that have changed: never overwritten, so a version beside it.
-            store = open_store(out)
+            store = Store(out)
             receipts = store.begin({**identity, "inputs_sha256": plan.inputs_sha256})
         if store.published is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -167,23 +167,17 @@ def _identity(plan: PackingPlan, lists: SplitLists) -> dict[str, Any]:
 @contextmanager
 def _locked(scratch: Path) -> Iterator[None]:
     """Hold the scratch folder for this process alone; the lock of a killed process ends with it."""
+    lock = FileLock(scratch / _LOCK, f"{SCRATCH_ADVICE} on another")
     try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        lock = (scratch / _LOCK).open("w")
+        taken = lock.try_acquire()
     except OSError as error:
         raise StorageError(
             f"{scratch}: cannot be written ({error.strerror or error}); unfinished work lies there, by default beside "
             f"--out: give another --out, or {SCRATCH_ADVICE}"
         ) from error
+    if not taken:
+        raise StorageError(f"{scratch}: another md2 prep is at work there; wait for it, or stop it")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(f"{scratch}: another md2 prep is at work there; wait for it, or stop it") from None
-        except OSError as error:
-            raise StorageError(
-                f"{scratch}: no file locks on this file system ({error.strerror or error}); {SCRATCH_ADVICE} on another"
-            ) from error
         yield
 
 

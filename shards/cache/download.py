@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from shards.errors import DatasetError, StorageError
-from shards.files import replace
+from shards.errors import DatasetError
+from shards.files import disk_error, replace
 from shards.storage import Storage
 from shards.storage.retry import MissingError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WHOLE_TRIES = 2
 _READ = 1 << 20
 
@@ -77,13 +75,3 @@ def _fetch_once(
                 if have >= size:
                     break
     return None if have == size and digest.hexdigest() == sha256 else have
-
-
-def disk_error(path: Path, error: OSError) -> StorageError:
-    """A failure of the local disk in one line."""
-    if error.errno in _FULL:
-        return StorageError(
-            f"{path}: the disk is full; free some space, or choose another disk (MD2_CACHE for the cache). What has "
-            "come so far is kept"
-        )
-    return StorageError(f"{path}: {error.strerror or error}")

@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from shards.cache.download import disk_error, fetch
+from shards.cache.download import fetch
 from shards.cache.folder import CachedFolder, NoRoomError
 from shards.errors import DatasetError, StorageError
-from shards.files import sha256_file
+from shards.files import disk_error, sha256_file
 from shards.locks import FileLock
 from shards.manifest import Shard
 from shards.storage import open_storage

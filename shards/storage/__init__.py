@@ -13,7 +13,10 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from shards.errors import StorageError, UsageError
+from shards.storage.retry import MissingError
 
+CHUNK = 8 << 20
+"""Bytes that one request asks for while a whole object is read."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _TYPO = re.compile(r"(s3a?|gs|gcs|https?|file):(?!//)", re.IGNORECASE)
@@ -29,18 +32,30 @@ class Stat:
 
 
 class Storage(Protocol):
-    """A folder or prefix. Every failure but absence is a `StorageError` with the URL and the cause."""
+    """A folder, prefix or web address. Every failure but absence is a `StorageError` with the URL and the cause."""
 
     url: str
 
     def read(self, name: str, limit: int) -> bytes | None:
         """Return the whole content, None if absent; raise StorageError beyond `limit` bytes."""
+        try:
+            data = self.read_range(name, 0, limit + 1)
+        except MissingError:
+            return None
+        if len(data) > limit:
+            raise StorageError(f"{self.url}/{name}: larger than {limit} bytes, refused")
+        return data
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
-        """Return at most `size` bytes from `start`; raise MissingError if absent."""
+        """Return at most `size` bytes from `start`, b"" behind the end; raise MissingError if absent."""
 
     def stream(self, name: str, start: int = 0) -> Iterator[bytes]:
-        """Yield the content from `start`, in pieces of some MiB; raise MissingError if absent."""
+        """Yield the content from `start`, in pieces of `CHUNK` bytes; raise MissingError if absent."""
+        while data := self.read_range(name, start, CHUNK):
+            yield data
+            start += len(data)
+            if len(data) < CHUNK:
+                return
 
     def stat(self, name: str) -> Stat | None:
         """Return size and tag, None if absent."""

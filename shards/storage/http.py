@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from shards.errors import StorageError, UsageError
-from shards.storage import Stat, check_name
+from shards.storage import Stat, Storage, check_name
 from shards.storage.retry import BeyondEndError, MissingError, Retrier
 
 CHUNK = 1 << 20
@@ -37,13 +36,6 @@ class _Session:
         self._guard = threading.Lock()
         self._session: Any = None
 
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """Return the event loop that all requests run on."""
-        from fsspec.asyn import get_loop
-
-        loop: asyncio.AbstractEventLoop = get_loop()
-        return loop
-
     async def get(self) -> Any:
         """Return the session; called on the loop."""
         import aiohttp
@@ -63,10 +55,18 @@ _session = _Session()
 os.register_at_fork(after_in_child=_session.forget)
 
 
-class HttpStorage:
+def _loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop that all requests run on."""
+    from fsspec.asyn import get_loop
+
+    loop: asyncio.AbstractEventLoop = get_loop()
+    return loop
+
+
+class HttpStorage(Storage):
     """Files below a web address; read only. Servers without range requests work, but resume by reading from 0."""
 
-    def __init__(self, url: str, patience: float | None = None) -> None:
+    def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         try:
             parts = urlsplit(self.url)
@@ -79,14 +79,10 @@ class HttpStorage:
             raise UsageError(f"{parts.scheme}://{parts.netloc}{parts.path}: a dataset's address has no ? and no #")
         if not parts.hostname or ".." in parts.hostname or len(parts.hostname) > 253:
             raise UsageError(f"{url}: no valid host in it; the form is https://host/path")
-        self._patience = patience
-        self._retry = Retrier(patience, _CREDENTIALS)
+        self._retry = Retrier(_CREDENTIALS)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "patience": self._patience}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        HttpStorage.__init__(self, state["url"], state["patience"])
+    def __reduce__(self) -> tuple[Callable[[str], HttpStorage], tuple[str]]:
+        return type(self), (self.url,)
 
     def cancel(self) -> None:
         self._retry.cancelled.set()
@@ -94,21 +90,7 @@ class HttpStorage:
     def _url(self, name: str) -> str:
         return f"{self.url}/{check_name(name)}"
 
-    def read(self, name: str, limit: int) -> bytes | None:
-        try:
-            data = self.read_range(name, 0, limit + 1)
-        except MissingError:
-            return None
-        if len(data) > limit:
-            raise StorageError(f"{self._url(name)}: larger than {limit} bytes, refused")
-        return data
-
     def read_range(self, name: str, start: int, size: int) -> bytes:
-        """Return at most `size` bytes from `start`.
-
-        Raises:
-            MissingError: nothing has that name.
-        """
         parts, left = [], size
         for piece in _stream(self._url(name), start, start + size, self._retry):
             parts.append(piece[:left])
@@ -118,11 +100,7 @@ class HttpStorage:
         return b"".join(parts)
 
     def stream(self, name: str, start: int = 0) -> Iterator[bytes]:
-        """Yield the content from `start`, in pieces of `CHUNK` bytes; a cut connection is resumed where it broke.
-
-        Raises:
-            MissingError: nothing has that name.
-        """
+        """Yield the content from `start`; a cut connection is resumed where it broke."""
         return _stream(self._url(name), start, None, self._retry)
 
     def stat(self, name: str) -> Stat | None:
@@ -135,40 +113,22 @@ class HttpStorage:
                 return Stat(int(answer.headers.get("Content-Length", -1)), answer.headers.get("ETag", ""))
 
         try:
-            return self._retry.run(url, _session.loop(), head)
+            return self._retry.run(url, _loop(), head)
         except MissingError:
             return None
 
-    def _refuse_listing(self) -> NoReturn:
+    def _refuse_listing(self, *_: Any, **__: Any) -> NoReturn:
         raise UsageError(f"{self.url}: a web address cannot be listed; give a dataset's own address, or the s3:// one")
 
-    def _refuse_writing(self) -> NoReturn:
+    def _refuse_writing(self, *_: Any, **__: Any) -> NoReturn:
         raise UsageError(f"{self.url}: a web address can only be read; publish to a folder, s3:// or gs://")
 
-    def names(self, prefix: str) -> list[str]:
-        self._refuse_listing()
-
-    def children(self, prefix: str) -> tuple[list[str], list[str]]:
-        self._refuse_listing()
-
-    def write(self, name: str, data: bytes) -> None:
-        self._refuse_writing()
-
-    def create(self, name: str, data: bytes) -> bool:
-        self._refuse_writing()
-
-    def create_file(self, name: str, path: Path, move: bool = False) -> bool:
-        self._refuse_writing()
-
-    def sweep(self) -> None:
-        self._refuse_writing()
-
-    def delete(self, names: Iterable[str]) -> None:
-        self._refuse_writing()
+    names = children = _refuse_listing
+    write = create = create_file = delete = sweep = _refuse_writing
 
 
 def _stream(url: str, start: int, stop: int | None, retry: Retrier) -> Iterator[bytes]:
-    position, body, loop = start, _Body(url), _session.loop()
+    position, body, loop = start, _Body(url), _loop()
     try:
         while stop is None or position < stop:
             piece = retry.run(url, loop, lambda at=position: body.read(at, stop), CHUNK)  # type: ignore[misc]

@@ -9,18 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shards.errors import StorageError, UsageError
-from shards.storage import KINDS, Stat, check_folder, check_name
+from shards.storage import KINDS, Stat, Storage, check_folder, check_name
 from shards.storage.retry import BeyondEndError, ExistsError, MissingError, Retrier
 
-CHUNK = 8 << 20
-"""Bytes that one request asks for while a whole object is read."""
 PART = 16 << 20
 """Bytes in one part of a multipart upload; an object of less than two of them goes up in one request."""
+MAX_NAMES = 1_000_000
+"""Objects of one listing; each takes some 200 bytes of memory."""
 _CONNECT_TIMEOUT, _READ_TIMEOUT = 5.0, 15.0
 
 _S3_OPTIONS = {
@@ -66,10 +67,10 @@ _connections = _Connections()
 os.register_at_fork(after_in_child=_connections.forget)
 
 
-class RemoteStorage:
+class RemoteStorage(Storage):
     """A prefix in object storage. Can be pickled; each process makes its own connections."""
 
-    def __init__(self, url: str, patience: float | None = None) -> None:
+    def __init__(self, url: str) -> None:
         scheme, _, path = url.partition("://")
         self.scheme, self._root = scheme.lower(), path.rstrip("/")
         self.url = f"{self.scheme}://{self._root}"
@@ -81,94 +82,74 @@ class RemoteStorage:
             raise UsageError(f"{url}: no such kind of storage ({scheme}://); there are {KINDS}")
         if not bucket:
             raise UsageError(f"{url}: no bucket in it; the form is {self.scheme}://bucket/prefix")
-        self._patience = patience
-        self._retry = Retrier(patience, _CREDENTIALS.get(self.scheme, ""))
+        self._is_s3 = self.scheme in ("s3", "s3a")
+        self._retry = Retrier(_CREDENTIALS.get(self.scheme, ""))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "patience": self._patience}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        RemoteStorage.__init__(self, state["url"], state["patience"])
+    def __reduce__(self) -> tuple[Callable[[str], RemoteStorage], tuple[str]]:
+        return type(self), (self.url,)
 
     def cancel(self) -> None:
-        """Make every call in other threads, and every later call, raise CancelledError."""
         self._retry.cancelled.set()
 
     def _connect(self) -> Any:
         import fsspec
 
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-        if self.scheme in ("s3", "s3a"):
+        if self._is_s3:
             options |= _S3_OPTIONS
         try:
             filesystem = fsspec.filesystem(self.scheme, **options)
         except ImportError as error:
             raise UsageError(f"{self.url}: {self.scheme}:// needs a package: pip install 'md2[gcs]'") from error
-        if self.scheme in ("s3", "s3a"):
+        if self._is_s3:
             filesystem.retries = 1  # shards.storage.retry retries, with one clock
         else:
             # gcsfs always retries, within one attempt here, and logs the traceback of each failure.
             logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
         return filesystem
 
-    def _call(self, name: str, method: str, *args: Any, size: int = 0, sends: bool = False, **options: Any) -> Any:
-        """Return `fs.method(path of name, *args)`; tried again if that may help, each attempt limited in time."""
+    def _call(
+        self,
+        name: str,
+        method: str | Callable[..., Coroutine[Any, Any, Any]],
+        *args: Any,
+        size: int = 0,
+        sends: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Return `fs.method(*args)` or `method(fs, *args)`, tried again if that may help.
+
+        Args:
+            name: for messages.
+            size, sends: see `Retrier.run`.
+        """
         url = f"{self.url}/{name}" if name else self.url
         fs = _connections.get(self.scheme, self._connect)
-        if not getattr(fs, "async_impl", False):
+        if isinstance(method, str) and not getattr(fs, "async_impl", False):
             return self._retry.call(url, lambda: getattr(fs, method)(*args, **options))
-        request = getattr(fs, f"_{method}")
+        request = getattr(fs, f"_{method}") if isinstance(method, str) else partial(method, fs)
         return self._retry.run(url, fs.loop, lambda: request(*args, **options), size, sends=sends)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{check_name(name)}"
 
-    def read(self, name: str, limit: int) -> bytes | None:
-        data = b""
-        try:
-            while len(data) <= limit:
-                size = min(CHUNK, limit + 1 - len(data))
-                piece = self.read_range(name, len(data), size)
-                data += piece
-                if len(piece) < size:
-                    return data
-        except MissingError:
-            return None
-        raise StorageError(f"{self.url}/{name}: larger than {limit} bytes, refused")
-
     def read_range(self, name: str, start: int, size: int) -> bytes:
-        """Return at most `size` bytes from `start`.
-
-        Raises:
-            MissingError: nothing has that name.
-        """
+        path = self._path(name)
         try:
-            data: bytes = self._call(name, "cat_file", self._path(name), start=start, end=start + size, size=size)
+            if self._is_s3:
+                data: bytes = self._call(name, _s3_range, path, start, size, size=size)
+            else:
+                data = self._call(name, "cat_file", path, start=start, end=start + size, size=size)
         except BeyondEndError:
             return b""
         return data
 
-    def stream(self, name: str, start: int = 0) -> Iterator[bytes]:
-        """Yield the content from `start`, in pieces of at most `CHUNK` bytes.
-
-        Raises:
-            MissingError: nothing has that name.
-        """
-        while True:
-            data = self.read_range(name, start, CHUNK)
-            if data:
-                yield data
-            if len(data) < CHUNK:
-                return
-            start += len(data)
-
     def stat(self, name: str) -> Stat | None:
         path = self._path(name)
         try:
-            if self.scheme in ("s3", "s3a"):  # `info` would also list if nothing has the name
-                bucket, _, key = path.partition("/")
-                head = self._call(name, "call_s3", "head_object", Bucket=bucket, Key=key)
-                return Stat(int(head["ContentLength"]), str(head.get("ETag", "")))
+            if self._is_s3:  # `info` would also list if nothing has the name
+                head = self._call(name, _s3_head, path)
+                return Stat(int(head.get("ContentLength", -1)), str(head.get("ETag", "")))
             info = self._call(name, "info", path)
         except MissingError:
             return None
@@ -194,7 +175,7 @@ class RemoteStorage:
             return False
         size = path.stat().st_size
         options = self._exclusive()
-        if self.scheme in ("s3", "s3a"):
+        if self._is_s3:
             options |= {"chunksize": PART}
         try:
             self._put(name, "put_file", str(path), self._path(name), size=size, **options)
@@ -216,15 +197,21 @@ class RemoteStorage:
         return {"mode": "create"} if self.scheme in ("s3", "s3a", "gs", "gcs") else {}
 
     def names(self, prefix: str) -> list[str]:
+        path = self._path(prefix) if prefix else self._root
+        if self._is_s3:
+            found = self._call(prefix, _s3_list, path, "")[0]
+            return sorted(f"{prefix}/{name}" if prefix else name for name in found)
         try:
-            found = self._call(prefix, "find", self._path(prefix) if prefix else self._root)
+            return sorted(name.removeprefix(self._root + "/") for name in self._call(prefix, "find", path))
         except MissingError:
             return []
-        return sorted(path.removeprefix(self._root + "/") for path in found)
 
     def children(self, prefix: str) -> tuple[list[str], list[str]]:
+        path = f"{self._root}/{check_folder(prefix)}" if prefix else self._root
+        if self._is_s3:
+            files, folders = self._call(prefix, _s3_list, path, "/")
+            return sorted(files), sorted(folders)
         try:
-            path = f"{self._root}/{check_folder(prefix)}" if prefix else self._root
             listed = self._call(prefix, "ls", path, detail=True)
         except MissingError:
             return [], []
@@ -240,3 +227,45 @@ class RemoteStorage:
                 self._call(name, "rm_file", self._path(name))
             except MissingError:
                 continue
+
+
+async def _s3_range(fs: Any, path: str, start: int, size: int) -> bytes:
+    """Return at most `size` bytes of an object, whatever the server sends: s3fs would read all of that."""
+    bucket, key, _ = fs.split_path(path)
+    answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{start + size - 1}")
+    parts, left = [], size
+    try:
+        if start and not str(answer.get("ContentRange", "")).startswith(f"bytes {start}-"):  # rclone: with status 200
+            raise StorageError(f"s3://{path}: the server ignores the range that was asked for")
+        while left and (piece := await answer["Body"].read(left)):
+            parts.append(piece)
+            left -= len(piece)
+    finally:
+        answer["Body"].close()
+    return b"".join(parts)
+
+
+async def _s3_head(fs: Any, path: str) -> Any:
+    bucket, key, _ = fs.split_path(path)
+    return await fs._call_s3("head_object", Bucket=bucket, Key=key)
+
+
+async def _s3_list(fs: Any, path: str, delimiter: str) -> tuple[list[str], list[str]]:
+    """Return names and, with a delimiter, folders below a folder, relative to it; s3fs would list without an end."""
+    bucket, key, _ = fs.split_path(path)
+    prefix = f"{key}/" if key else ""
+    names: list[str] = []
+    folders: list[str] = []
+    page: dict[str, Any] = {"NextContinuationToken": None}
+    while len(names) + len(folders) <= MAX_NAMES:
+        token = page["NextContinuationToken"]
+        page = await fs._call_s3(
+            "list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter=delimiter,
+            **({"ContinuationToken": token} if token else {}),
+        )  # fmt: skip
+        names += [entry["Key"].removeprefix(prefix) for entry in page.get("Contents", [])]
+        folders += [entry["Prefix"].removeprefix(prefix).rstrip("/") for entry in page.get("CommonPrefixes", [])]
+        if not page.get("IsTruncated") or not page.get("NextContinuationToken"):
+            # A name that ends in a slash, or is the folder's own, is another tool's mark of a folder.
+            return [name for name in names if name and not name.endswith("/")], folders
+    raise StorageError(f"s3://{path}: more than {MAX_NAMES:,} names below it; give a longer prefix")

@@ -18,7 +18,7 @@ from shards.card import card
 from shards.dataset import open_dataset
 from shards.errors import Md2Error, conceal, first_line, visible
 from shards.files import ProcessIdentity, is_abandoned, scratch_folder, temporary, write_atomic
-from shards.publish import open_store
+from shards.publish import Store
 from shards.storage import open_storage
 
 SECRET = "hUnTeR2secret/value"
@@ -254,7 +254,7 @@ def test_one_part_is_a_dataset_of_its_own(
 
 def unfinished(url: str, packed: Packed) -> None:
     """A publication that stops after its first shard, by a process that has ended."""
-    store = open_store(url)
+    store = Store(url)
     store.begin({"split": "other"})
     shard = packed.manifest.shards[0]
     store.put_shard(shard, packed.folder / shard.name, packed.folder / shard.index_name)

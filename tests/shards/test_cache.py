@@ -80,8 +80,8 @@ def test_fills_once_and_is_local_from_then_on(url: str, packed: Packed, proxied:
 
 PROGRAM = """
 import sys, time
-import shards.cache.fill, shards.storage.remote
-shards.storage.remote.CHUNK = 65536
+import shards.storage
+shards.storage.CHUNK = 65536
 from shards.dataset import open_dataset
 from shards.tar import read_samples
 dataset = open_dataset(sys.argv[1])

@@ -16,10 +16,11 @@ from storage_data import all_samples
 from storage_fixtures import Packed, note_fault, one_server
 from storage_servers import Bucket, Fault, Proxy, faulty_proxy, free_port, plain_web_server
 
+import shards.storage
 from shards.dataset import open_dataset
 from shards.errors import DatasetError, Md2Error, StorageError
-from shards.publish import open_store
-from shards.storage import open_storage, remote, retry
+from shards.publish import Store
+from shards.storage import open_storage, retry
 from shards.transfer import copy_dataset
 
 BOUND = 30.0
@@ -67,7 +68,7 @@ def test_wrong_secret_and_unknown_key(rclone_bucket: Bucket, packed: Packed, mon
     with seen_by_user("wrong secret key, reading", StorageError, "/drive", "SignatureDoesNotMatch", "AWS_PROFILE"):
         open_dataset(f"{rclone_bucket.url}/drive")
     with seen_by_user("wrong secret key, publishing", StorageError, "SignatureDoesNotMatch"):
-        open_store(f"{rclone_bucket.url}/other").begin({})
+        Store(f"{rclone_bucket.url}/other").begin({})
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     with seen_by_user("unknown access key", StorageError, "InvalidAccessKeyId"):
         open_dataset(f"{rclone_bucket.url}/drive")
@@ -83,7 +84,7 @@ def test_missing_bucket_dataset_and_shard(bucket: Bucket, published: str) -> Non
     with seen_by_user("missing bucket, reading", StorageError, "s3://no-such-bucket/drive", "no such bucket"):
         open_dataset("s3://no-such-bucket/drive")
     with seen_by_user("missing bucket, publishing", StorageError, "s3://no-such-bucket/drive", "no such bucket"):
-        open_store("s3://no-such-bucket/drive").begin({})
+        Store("s3://no-such-bucket/drive").begin({})
     with seen_by_user("nothing at the URL", DatasetError, f"{bucket.url}/none", "no dataset there"):
         open_dataset(f"{bucket.url}/none")
     bucket.remove("drive/train/000001.tar")
@@ -264,7 +265,7 @@ def test_more_than_was_announced_is_neither_read_nor_kept(
     with seen_by_user("a shard has grown (what was published is still its beginning)", None):
         tars = open_dataset(published).tars("train")
     assert tars[0].read_bytes() == (packed.folder / "train/000000.tar").read_bytes()
-    assert proxied.sent("/train/000000.tar") <= remote.CHUNK
+    assert proxied.sent("/train/000000.tar") <= shards.storage.CHUNK
 
 
 @one_server

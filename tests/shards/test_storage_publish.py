@@ -21,7 +21,7 @@ from shards.dataset import open_dataset
 from shards.errors import DatasetError, StorageError, UsageError
 from shards.files import temporary
 from shards.manifest import Manifest, Shard
-from shards.publish import Store, open_store, read_manifest
+from shards.publish import Store, read_manifest
 from shards.storage import check_name, open_storage, remote
 from shards.storage.local import LocalStorage
 
@@ -33,7 +33,7 @@ def put(store: Store, packed: Packed, shard: Shard, note: dict[str, object] | No
 
 
 def publish(url: str, packed: Packed, plan: dict[str, object] = PLAN) -> Store:
-    store = open_store(url)
+    store = Store(url)
     store.begin(plan)
     for shard in packed.manifest.shards:
         put(store, packed, shard)
@@ -109,7 +109,7 @@ def test_what_is_published_is_what_was_packed(target: str, packed: Packed) -> No
 
 
 def test_the_manifest_is_the_commit_and_comes_last(target: str, packed: Packed) -> None:
-    store = open_store(target)
+    store = Store(target)
     store.begin(PLAN)
     for shard in packed.manifest.shards:
         with pytest.raises(DatasetError, match="no dataset"):
@@ -133,7 +133,7 @@ def test_on_object_storage_the_manifest_is_the_last_upload(bucket: Bucket, proxi
 
 def test_an_interrupted_publication_sends_only_what_is_missing(bucket: Bucket, proxied: Proxy, packed: Packed) -> None:
     url, shards = f"{bucket.url}/d", packed.manifest.shards
-    first = open_store(url)
+    first = Store(url)
     assert first.begin(PLAN) == {}
     for number, shard in enumerate(shards[:2]):
         put(first, packed, shard, {"number": number})
@@ -141,7 +141,7 @@ def test_an_interrupted_publication_sends_only_what_is_missing(bucket: Bucket, p
     bucket.put(f"d/{shards[2].name}", (packed.folder / shards[2].name).read_bytes())
 
     proxied.requests.clear()
-    second = open_store(url)
+    second = Store(url)
     receipts = second.begin(PLAN)
     assert second.resumed
     assert {name: receipt.shard for name, receipt in receipts.items()} == {s.name: s for s in shards[:2]}
@@ -158,7 +158,7 @@ def test_an_interrupted_publication_sends_only_what_is_missing(bucket: Bucket, p
 def test_half_a_shard_left_under_its_name_is_not_taken_for_it(bucket: Bucket, packed: Packed) -> None:
     shard = packed.manifest.shards[0]
     bucket.put(f"d/{shard.name}", (packed.folder / shard.name).read_bytes()[:-1] + b"!")
-    store = open_store(f"{bucket.url}/d")
+    store = Store(f"{bucket.url}/d")
     store.begin(PLAN)
     with pytest.raises(StorageError, match="other bytes"):
         put(store, packed, shard)
@@ -177,7 +177,7 @@ def test_the_same_again_is_found_and_nothing_is_sent(bucket: Bucket, proxied: Pr
     publish(f"{bucket.url}/d", packed)
     before = digests(bucket)
     proxied.requests.clear()
-    store = open_store(f"{bucket.url}/d")
+    store = Store(f"{bucket.url}/d")
     receipts = store.begin(PLAN)
     assert store.published is not None
     assert set(receipts) == {shard.name for shard in packed.manifest.shards}
@@ -190,7 +190,7 @@ def test_the_same_again_is_found_and_nothing_is_sent(bucket: Bucket, proxied: Pr
 def test_the_same_plan_with_other_bytes_is_refused(target: str, packed: Packed, repacked: Packed) -> None:
     """Raw data or a codec changed though no option did: the published shard stays."""
     publish(target, packed)
-    store = open_store(target)
+    store = Store(target)
     store.begin(PLAN)
     with pytest.raises(StorageError, match="never overwritten") as caught:
         put(store, repacked, repacked.manifest.shards[0])
@@ -200,11 +200,11 @@ def test_the_same_plan_with_other_bytes_is_refused(target: str, packed: Packed, 
 
 
 def test_a_second_writer_of_something_else_is_refused(target: str, packed: Packed, repacked: Packed) -> None:
-    first = open_store(target)
+    first = Store(target)
     first.begin(PLAN)
     put(first, packed, packed.manifest.shards[0])
     with pytest.raises(StorageError, match="another dataset is being published") as caught:
-        open_store(target).begin({**PLAN, "seed": 1})
+        Store(target).begin({**PLAN, "seed": 1})
     assert target in str(caught.value)
     assert f"process {os.getpid()}" in str(caught.value)
     for shard in packed.manifest.shards:
@@ -216,20 +216,20 @@ def test_a_second_writer_of_something_else_is_refused(target: str, packed: Packe
 def test_what_an_ended_process_never_began_to_publish_is_not_in_the_way(target: str, packed: Packed) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    open_store(target).begin({**PLAN, "seed": 1})
+    Store(target).begin({**PLAN, "seed": 1})
     storage = open_storage(target)
     claim = json.loads(storage.read(".publish/claim.json", 1 << 20) or b"")
     another = {**claim, "process": ended.pid, "machine": "0" * 12}
     storage.write(".publish/claim.json", json.dumps(another).encode())
     with pytest.raises(StorageError, match="another dataset is being published"):
-        open_store(target).begin(PLAN)  # whether a process of another machine has ended cannot be known
+        Store(target).begin(PLAN)  # whether a process of another machine has ended cannot be known
     storage.write(".publish/claim.json", json.dumps({**claim, "process": ended.pid}).encode())
-    first = open_store(target)
+    first = Store(target)
     first.begin(PLAN)
     put(first, packed, packed.manifest.shards[0])
     storage.write(".publish/claim.json", json.dumps({**claim, "process": ended.pid}).encode())
     with pytest.raises(StorageError, match=r"part of another dataset.*left unfinished by a process of this machine"):
-        open_store(target).begin(PLAN)  # now a shard is there
+        Store(target).begin(PLAN)  # now a shard is there
     with pytest.raises(StorageError, match="part of another dataset"):
         put(first, packed, packed.manifest.shards[-1])
 
@@ -249,7 +249,7 @@ def test_two_writers_of_the_same_at_once_end_with_one_dataset(target: str, packe
 def test_of_two_writers_of_the_same_one_sends_each_shard(bucket: Bucket, packed: Packed) -> None:
     """The second looked before the first's receipt was there, and finds the bytes themselves."""
     url, shard = f"{bucket.url}/d", packed.manifest.shards[0]
-    first, second = open_store(url), open_store(url)
+    first, second = Store(url), Store(url)
     first.begin(PLAN)
     second.begin(PLAN)
     assert put(first, packed, shard)
@@ -271,13 +271,13 @@ def test_a_server_without_conditional_writes_commits_no_mixture(
     rclone_bucket: Bucket, packed: Packed, repacked: Packed
 ) -> None:
     url = f"{rclone_bucket.url}/d"
-    first = open_store(url)
+    first = Store(url)
     first.begin(PLAN)
     put(first, packed, packed.manifest.shards[0])
     claim = json.loads(rclone_bucket.get("d/.publish/claim.json"))
     # What the server allows: a second writer looked before the first had claimed, and writes its claim after it.
     rclone_bucket.remove("d/.publish/claim.json")
-    second = open_store(url)
+    second = Store(url)
     second.begin({**PLAN, "seed": 1})
     assert json.loads(rclone_bucket.get("d/.publish/claim.json"))["plan_sha256"] != claim["plan_sha256"]
     _race(first, second, packed, repacked)
@@ -286,7 +286,7 @@ def test_a_server_without_conditional_writes_commits_no_mixture(
 
 def test_a_shard_replaced_before_the_commit_is_noticed(bucket: Bucket, packed: Packed) -> None:
     """Same name, same length, written by someone who does not ask: the storage's tag tells."""
-    store = open_store(f"{bucket.url}/d")
+    store = Store(f"{bucket.url}/d")
     store.begin(PLAN)
     for shard in packed.manifest.shards:
         put(store, packed, shard)
@@ -341,7 +341,7 @@ def test_a_large_shard_goes_up_in_parts_and_survives_a_failing_one(
 
 @one_server
 def test_a_store_that_has_begun_works_in_another_process(bucket: Bucket, packed: Packed) -> None:
-    store = open_store(f"{bucket.url}/d")
+    store = Store(f"{bucket.url}/d")
     store.begin(PLAN)
     other = pickle.loads(pickle.dumps(store))
     for shard in packed.manifest.shards:
@@ -352,7 +352,7 @@ def test_a_store_that_has_begun_works_in_another_process(bucket: Bucket, packed:
 
 @one_server
 def test_local_files_that_are_not_what_they_should_be_are_not_sent(bucket: Bucket, packed: Packed) -> None:
-    store = open_store(f"{bucket.url}/d")
+    store = Store(f"{bucket.url}/d")
     store.begin(PLAN)
     first, second = packed.manifest.shards[:2]
     with pytest.raises(DatasetError, match="not the bytes"):
@@ -365,7 +365,7 @@ def test_moved_files_are_given_up(tmp_path: Path, packed: Packed) -> None:
     for name in (shard.name, shard.index_name):
         (tmp_path / "scratch" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "scratch" / name).write_bytes((packed.folder / name).read_bytes())
-    store = open_store(str(tmp_path / "out"))
+    store = Store(str(tmp_path / "out"))
     store.begin(PLAN)
     store.put_shard(shard, tmp_path / "scratch" / shard.name, tmp_path / "scratch" / shard.index_name, move=True)
     assert not (tmp_path / "scratch" / shard.name).exists()
@@ -375,15 +375,15 @@ def test_moved_files_are_given_up(tmp_path: Path, packed: Packed) -> None:
 
 @pytest.mark.usefixtures("no_second_look")
 def test_a_broken_claim_or_receipt_is_named(tmp_path: Path, packed: Packed) -> None:
-    store = open_store(str(tmp_path))
+    store = Store(str(tmp_path))
     store.begin(PLAN)
     put(store, packed, packed.manifest.shards[0])
     (tmp_path / ".publish/train/000000.json").write_text("{")
     with pytest.raises(StorageError, match=r"000000\.json: not a receipt"):
-        open_store(str(tmp_path)).begin(PLAN)
+        Store(str(tmp_path)).begin(PLAN)
     (tmp_path / ".publish/claim.json").write_text("{")
     with pytest.raises(StorageError, match=r"claim\.json: not a claim"):
-        open_store(str(tmp_path)).begin(PLAN)
+        Store(str(tmp_path)).begin(PLAN)
 
 
 def test_prep_publishes_to_a_bucket_what_it_publishes_to_a_folder(

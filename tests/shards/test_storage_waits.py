@@ -160,7 +160,7 @@ def test_a_named_pipe_in_place_of_a_file_is_refused(dataset: Path, tmp_path: Pat
         found = {Path(found.url).name: found.note for found in find_datasets(str(tmp_path))}
         assert "not a regular file" in found["d"]
     elif name != "README.md":
-        assert [broken.name for broken in verify(str(dataset)).broken] == [name[:-4] + ".tar"]
+        assert list(verify(str(dataset)).broken) == [name[:-4] + ".tar"]
         with pytest.raises(DatasetError, match="not a regular file"):
             open_dataset(str(dataset)).tars("train")
 
@@ -173,7 +173,7 @@ def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(locks.fcntl, "flock", flock)
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
-    with pytest.raises(StorageError, match=r"no file locks \(No locks available\); use a local disk"):
+    with pytest.raises(StorageError, match=r"no file locks .*\(No locks available\); use a local disk"):
         FileLock(tmp_path / "x").acquire(1)
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
 
