@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from prep.packing.encode import SCRATCH_ADVICE, versions
-from prep.packing.pack import Packed, Progress, pack, scratch_folder
+from prep.packing.pack import Packed, pack, scratch_folder
 from prep.packing.plan import PackingPlan, make_plan
 from prep.raw.files import RawData
 from prep.raw.kitti import Kitti
 from prep.raw.splits import SplitLine, SplitLists
 from prep.request import make_content, refuse_empty
-from prep.workers import start_workers
+from prep.workers import Progress, start_workers
 from shards.errors import InputError, StorageError, UsageError
 from shards.files import cache_folder
 from shards.publish import read_manifest

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_handles
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from shards.errors import Md2Error, UsageError
 from shards.parallel import run_jobs
@@ -32,6 +32,32 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 32 << 20
 PATIENCE = 3.0
 """Seconds after which a further Ctrl-C no longer waits for the jobs under way."""
+
+
+class Progress(Protocol):
+    """Receives what a long job reports: phases, each with a total in some unit, and remarks."""
+
+    def phase(self, label: str, total: int, unit: str) -> None:
+        """A phase begins."""
+
+    def advance(self, count: int) -> None:
+        """`count` more units are done."""
+
+    def note(self, text: str) -> None:
+        """Something that the user should know before the work is done."""
+
+
+class Quiet:
+    """Reports nothing."""
+
+    def phase(self, label: str, total: int, unit: str) -> None:
+        """Nothing."""
+
+    def advance(self, count: int) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ LAYERS = {
     # Each line lists folders, or modules that stand alone. They may import what the lines above list.
     "shards": [
         "shards.errors shards.version",
-        "shards.files shards.locks shards.parallel",
+        "shards.files shards.locks shards.parallel shards.video",
         "shards.sample",
         "shards.manifest",
         "shards.tar",

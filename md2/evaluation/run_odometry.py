@@ -28,10 +28,10 @@ from md2.evaluation.odometry import (
 from md2.inference.images import decode_image, read_image
 from md2.inference.inputs import Progress, find_images, sort_inputs
 from md2.inference.predictor import Predictor
-from md2.inference.video import open_video
 from md2.visualize import require_writable, write_file
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import DatasetError, InputError, UsageError
+from shards.video import open_video
 
 
 @dataclass(frozen=True)

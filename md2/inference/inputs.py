@@ -14,28 +14,9 @@ from typing import Literal
 from md2.config import recipes
 from shards.errors import InputError, UsageError
 from shards.manifest import MANIFEST
+from shards.video import VIDEO_SUFFIXES
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
-VIDEO_SUFFIXES = frozenset(
-    [
-        ".mp4",
-        ".avi",
-        ".mov",
-        ".mkv",
-        ".webm",
-        ".m4v",
-        ".mpg",
-        ".mpeg",
-        ".ts",
-        ".gif",
-        ".flv",
-        ".wmv",
-        ".3gp",
-        ".ogv",
-        ".mts",
-        ".m2ts",
-    ],
-)
 RESULT_SUFFIXES = ("_disparity", "_depth")
 """Ends of the names of an image's results, before the file type (`md2.inference.predict.Output`)."""
 

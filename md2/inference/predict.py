@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from md2.inference.film import VideoWriter
 from md2.inference.images import read_image
 from md2.inference.inputs import (
     ImageFile,
@@ -25,7 +26,6 @@ from md2.inference.inputs import (
     unique_names,
 )
 from md2.inference.predictor import DepthMap, Predictor
-from md2.inference.video import DamagedVideoError, VideoSource, VideoWriter, open_camera, open_video
 from md2.visualize import (
     Map,
     Picture,
@@ -43,6 +43,7 @@ from md2.visualize import (
     write_png,
 )
 from shards.errors import InputError, UsageError
+from shards.video import DamagedVideoError, VideoSource, open_camera, open_video
 
 METRIC_KINDS: tuple[OutputKind, ...] = ("png16", "benchmark")
 """Written only where the unit is known."""

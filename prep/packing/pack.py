@@ -23,16 +23,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from prep.packing.assemble import SHARD_SPEC, Encoded, ShardJob, count_components, cut_shards, sample_jobs, write_shard
 from prep.packing.encode import SCRATCH_ADVICE, ChunkJob, encode_chunk, read_chunk, versions
 from prep.packing.plan import PackingPlan, PlannedSample, Skipped
-from prep.raw.licence import KITTI_LICENCE
+from prep.raw.kitti import KITTI_LICENCE
 from prep.raw.splits import SplitLists
-from prep.workers import Workers, run
+from prep.workers import Progress, Quiet, Workers, run
 from shards.card import card
 from shards.dataset import describe_components
 from shards.errors import InputError, StorageError
@@ -44,32 +44,6 @@ from shards.storage import is_local, local_path
 from shards.version import __version__
 
 _LOCK = "lock"
-
-
-class Progress(Protocol):
-    """Receives what a long job reports: phases, each with a total in some unit, and remarks."""
-
-    def phase(self, label: str, total: int, unit: str) -> None:
-        """A phase begins."""
-
-    def advance(self, count: int) -> None:
-        """`count` more units are done."""
-
-    def note(self, text: str) -> None:
-        """Something that the user should know before the work is done."""
-
-
-class Quiet:
-    """Reports nothing."""
-
-    def phase(self, label: str, total: int, unit: str) -> None:
-        """Nothing."""
-
-    def advance(self, count: int) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(root / "gt_depths.npz", data=ragged)
     from fractions import Fraction
 
-    from md2.inference.video import VideoWriter
+    from md2.inference.film import VideoWriter
 
     with VideoWriter(root / "film.mp4", Fraction(10)) as writer:
         for picture in pictures:

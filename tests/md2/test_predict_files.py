@@ -14,12 +14,13 @@ from evaluation_data import tiny_checkpoint, tiny_config
 from PIL import Image
 from pipeline_data import smooth
 
+from md2.inference.film import VideoWriter
 from md2.inference.inputs import find_images, sort_inputs
 from md2.inference.predict import Output, PredictOptions, SteadyScale, predict_video, run_predict
 from md2.inference.predictor import Predictor, load
-from md2.inference.video import VideoWriter, _open, open_camera, open_video
 from md2.visualize import color_disparity, colorize, point_cloud
 from shards.errors import InputError, UsageError
+from shards.video import _open, open_camera, open_video
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -316,6 +317,12 @@ def test_a_cut_video_gives_its_frames_and_says_where_it_ends(
     with pytest.raises(InputError, match=r"text\.mp4: cannot be opened"):
         run_predict(stereo, [str(tmp_path / "text.mp4")], PredictOptions(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+    # Playlists would show any file of this machine that they name.
+    (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{tmp_path / 'whole.mp4'}\n#EXT-X-ENDLIST\n")
+    (tmp_path / "concat.mp4").write_text("ffconcat version 1.0\nfile whole.mp4\n")
+    for name in ("list.mp4", "concat.mp4"):
+        with pytest.raises(InputError, match="cannot be opened"):
+            open_video(tmp_path / name)
     with pytest.raises(InputError, match="no such video"):
         open_video(tmp_path / "absent.mp4")
 

@@ -15,7 +15,7 @@ from PIL import Image
 from storage_data import SPLIT, all_samples, make_dataset, make_samples
 
 from bench.write_dataset import write_dataset
-from prep.raw.licence import KITTI_LICENCE
+from prep.raw.kitti import KITTI_LICENCE
 from shards.card import card
 from shards.dataset import open_dataset
 from shards.errors import DatasetError
