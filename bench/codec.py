@@ -43,7 +43,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench.machine import busy, processor, versions
-from bench.matching import Matches, find_views, measure, unwarped_error
+from bench.matching import Matches, find_views, identity_error, measure
 from md2.data.augment import Jitter
 from prep.packing.encode import CHROMA_BLUR, EVEN_TABLES, ImageFormat, encode, smooth_chroma
 from prep.synthetic import write_drives
@@ -289,20 +289,20 @@ def run(raw: Path, routes: Sequence[Route], frames: int, points: int) -> str:
             store.frames.clear()
         _raw.cache_clear()
         print(f"{drive}: measured", file=sys.stderr, flush=True)
-    unwarped = {
-        words: float(np.mean([unwarped_error(store(first), store(second)) for first, second in neighbours(raw, 3)]))
+    identity = {
+        words: float(np.mean([identity_error(store(first), store(second)) for first, second in neighbours(raw, 3)]))
         for words, store in stores.items()
     }
     kinds = sorted({kind for drive in found.values() for name in drive.values() for kind in name})
     tables = [_table(kind, stores, found) for kind in kinds]
     lines = [
-        "| stored as | kB a frame | encode ms | libjpeg-turbo ms | DALI ms | error of unwarped neighbours |",
+        "| stored as | kB a frame | encode ms | libjpeg-turbo ms | DALI ms | identity error, neighbours |",
         "|---|---|---|---|---|---|",
     ]
     for words, store in stores.items():
         encoding, turbo, dali = store.speed()
         kb = float(np.mean(store.sizes)) / 1e3
-        lines.append(f"| {words} | {kb:.1f} | {encoding:.2f} | {turbo:.2f} | {dali:.2f} | {unwarped[words]:.4f} |")
+        lines.append(f"| {words} | {kb:.1f} | {encoding:.2f} | {turbo:.2f} | {dali:.2f} | {identity[words]:.4f} |")
     return "\n\n".join([*tables, "\n".join(lines)])
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.machine import versions
+from bench.machine import add_append, publish, versions
 from bench.step import MODES
 from md2.config import Config
 from md2.data.batch import Batch, Offset
@@ -99,7 +98,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[Any], None] = pr
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--height", type=int, default=192)
-    parser.add_argument("--append", type=Path, help="file that the result is appended to")
+    add_append(parser)
     options = parser.parse_args(arguments)
     parts = count_step(options.mode, options.batch, options.width, options.height)
     rows = [(name, one.operations, one.launches, one.bytes) for name, one in parts.items()]
@@ -115,10 +114,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[Any], None] = pr
         "",
     ]
     text = "\n".join(lines)
-    say(text)
-    if options.append is not None:
-        with options.append.open("a") as file:
-            file.write("\n" + text)
+    publish(text, options.append, say)
     return 0
 
 

@@ -1,9 +1,11 @@
-"""The machine and the versions of a measurement."""
+"""What all measurements share: the machine, the versions, and where the result goes."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -43,3 +45,16 @@ def processor() -> str:
 def busy() -> str:
     """Load of the machine over the last minute."""
     return f"load {os.getloadavg()[0]:.1f}"
+
+
+def add_append(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--append FILE`."""
+    parser.add_argument("--append", type=Path, metavar="FILE", help="file that the result is appended to")
+
+
+def publish(text: str, append: Path | None, say: Callable[[str], object] = print) -> None:
+    """Show a result, and append it to a file if one is given."""
+    say(text)
+    if append is not None:
+        with append.open("a") as file:
+            file.write(f"\n{text.rstrip()}\n")

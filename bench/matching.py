@@ -106,8 +106,8 @@ def photometric_error(target: Tensor, other: Tensor) -> Tensor:
     return (SSIM_WEIGHT * ((1 - ssim) / 2).clamp(0, 1) + (1 - SSIM_WEIGHT) * l1).mean(-1)
 
 
-def unwarped_error(target: Tensor, other: Tensor) -> float:
-    """Mean photometric error of two (3, H, W) images as they are, without the border."""
+def identity_error(target: Tensor, other: Tensor) -> float:
+    """Identity error: mean photometric error of two (3, H, W) images, neither warped, without the border."""
     windows = [F.unfold(image[None], 3)[0].view(3, 9, -1).permute(2, 1, 0) for image in (target, other)]
     return float(photometric_error(*windows).mean())
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.machine import busy, processor, versions
+from bench.machine import add_append, busy, processor, publish, versions
 from bench.write_dataset import write_dataset
 from md2.config import DataConfig
 from md2.data.batch import Batch
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--shards", default="10,100,1000,10000", help="numbers of shards")
     parser.add_argument("--per-shard", type=int, default=16, help="samples in a shard")
     parser.add_argument("--steps", type=int, default=10000, help="length of the long run; 0: no long run")
-    parser.add_argument("--append", type=Path, help="file that the result is appended to")
+    add_append(parser)
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -185,10 +185,7 @@ def main() -> None:
         print(json.dumps(measure_run(options.run, options.steps)))
     else:
         report = run([int(count) for count in options.shards.split(",")], options.per_shard, options.steps)
-        print(report)
-        if options.append:
-            with options.append.open("a") as file:
-                file.write(f"\n### Loader at scale\n\n`md2 bench scale {shlex.join(sys.argv[1:])}`\n\n{report}\n")
+        publish(f"### Loader at scale\n\n`md2 bench scale {shlex.join(sys.argv[1:])}`\n\n{report}", options.append)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bench import reference  # noqa: E402
-from bench.machine import busy, processor, versions  # noqa: E402
+from bench.machine import add_append, busy, processor, publish, versions  # noqa: E402
 from md2.config import DataConfig, LossConfig, ModelConfig  # noqa: E402
 from md2.data.batch import Offset  # noqa: E402
 from md2.loss import image_pyramid, reprojection_loss  # noqa: E402
@@ -269,7 +269,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--variants", default="channels_last", help="comma-separated: contiguous, bf16, compile ...")
-    parser.add_argument("--append", type=Path, help="file that the result is appended to")
+    add_append(parser)
     parser.add_argument("--memory-of", choices=["baseline", "md2"], help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -317,10 +317,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[Any], None] = pr
             "",
         ]
     )
-    say(text)
-    if options.append is not None:
-        with options.append.open("a") as file:
-            file.write("\n" + text)
+    publish(text, options.append, say)
     return 0
 
 

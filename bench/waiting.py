@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.machine import busy, processor, versions
+from bench.machine import add_append, busy, processor, publish, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[Any], None] = pr
     parser.add_argument("--beside", type=int, default=0, help="busy processes to run beside the steps")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5, help="seconds of steps for each setting and round")
-    parser.add_argument("--append", type=Path, help="file that the result is appended to")
+    add_append(parser)
     parser.add_argument("--measure", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure is not None:
@@ -111,10 +111,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[Any], None] = pr
             "",
         ]
     )
-    say(text)
-    if options.append is not None:
-        with options.append.open("a") as file:
-            file.write("\n" + text)
+    publish(text, options.append, say)
     return 0
 
 

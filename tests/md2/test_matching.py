@@ -17,7 +17,7 @@ from prep_data import DATE, DRIVE, run_pack, write_split
 from torch import Tensor
 
 from bench.codec import CHAIN, PUBLISHED, ROUTES, Route
-from bench.matching import DISPARITIES, View, find_poses, find_views, geometry, match, measure, unwarped_error
+from bench.matching import DISPARITIES, View, find_poses, find_views, geometry, identity_error, match, measure
 from md2.config import DataConfig
 from md2.pipeline import Loader
 from prep.packing.encode import ImageFormat, encode
@@ -140,7 +140,7 @@ def test_errors_are_the_losses(views: list[View]) -> None:
     """Over whole images against the formula written out; the border is left out, where windows differ."""
     a, b = (by_pillow(path) for path in (views[0].target, views[0].other))
     expected = naive.photometric(a.double().numpy(), b.double().numpy(), no_ssim=False)[1:-1, 1:-1].mean()
-    assert unwarped_error(a, b) == pytest.approx(expected, abs=1e-5)
+    assert identity_error(a, b) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_true_depth_wins_everywhere_where_the_other_image_is_shifted(views: list[View]) -> None:
