@@ -1,7 +1,6 @@
-"""The benchmarks' data: a raw tree, packed with the defaults of `md2 prep`.
+"""The benchmarks' data: a raw tree, packed with the defaults of `md2 prep`; and small synthetic samples.
 
-The raw tree is the user's (KITTI's layout, both cameras) or a synthetic drive rendered at KITTI's size. Nothing here
-encodes an image, so the benchmarks measure what `md2 prep` writes, even if its defaults change.
+The raw tree is the user's (KITTI's layout, both cameras) or a synthetic drive rendered at KITTI's size.
 """
 
 from __future__ import annotations
@@ -9,7 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from bench.write_dataset import write_dataset
 from prep.packing.pack import pack
@@ -22,6 +25,7 @@ from prep.synthetic import write_drives
 from prep.workers import start_workers
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import InputError
+from shards.manifest import Split
 from shards.sample import Codec, Sample
 from shards.tar import read_samples
 
@@ -43,6 +47,8 @@ def raw_tree(
     """Return the raw tree `given`, or render a synthetic one below `folder`."""
     if given is not None:
         return given.resolve()
+    if (folder / "synthetic").exists():
+        return folder / "synthetic"
     workers = len(os.sched_getaffinity(0))
     return write_drives(
         folder / "synthetic", drives=1, frames=frames, size=size, lidar=lidar, workers=min(workers, frames // 4)
@@ -116,6 +122,37 @@ def pack_samples(
         samples_per_shard=SAMPLES_PER_SHARD,
     )
     return open_dataset(str(folder / "shards"))
+
+
+def numbered_dataset(folder: Path, shards: int, per_shard: int, size: tuple[int, int] = (96, 64)) -> None:
+    """Write a dataset of small mono samples, whose images are eight different ones and whose fx is 1, 2, 3, …"""
+    rng = np.random.default_rng(0)
+    images = []
+    for _ in range(8):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8))
+        buffer = BytesIO()
+        coarse.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        images.append(buffer.getvalue())
+
+    def samples() -> Iterator[Sample]:
+        for number in range(shards * per_shard):
+            frames = {f"{stem}.jpg": images[(number + place) % 8] for place, stem in enumerate(("0", "m1", "p1"))}
+            camera = np.array([number + 1, 50, 40, 31.5], "<f4").tobytes()
+            yield Sample(f"{number:07d}", {**frames, "k.f32": camera, "meta.json": b"{}"})
+
+    write_dataset(
+        folder,
+        {"train": samples()},
+        split=Split(name="numbered", sha256="0" * 64),
+        frames=[0, -1, 1],
+        stereo=False,
+        depth=None,
+        size=size,
+        codec="jpeg",
+        quality=90,
+        seed=0,
+        samples_per_shard=per_shard,
+    )
 
 
 def image_bytes(dataset: LocalDataset) -> float:

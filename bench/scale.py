@@ -20,57 +20,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
+from bench.data import numbered_dataset
 from bench.machine import add_append, busy, processor, publish, versions
-from bench.write_dataset import write_dataset
 from md2.config import DataConfig
 from md2.data.batch import Batch
 from md2.pipeline import Loader
 from shards.dataset import open_dataset
-from shards.manifest import Split
-from shards.sample import Sample
 
 SIZE = (96, 64)
 BATCH = 8
 SPEED_SECONDS = 4.0
-
-
-def make(folder: Path, shards: int, per_shard: int) -> None:
-    """Write a dataset of `shards` shards, made of eight different images."""
-    rng = np.random.default_rng(0)
-    images = []
-    for _ in range(8):
-        coarse = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8))
-        buffer = BytesIO()
-        coarse.resize(SIZE, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-        images.append(buffer.getvalue())
-    camera = np.array([50, 50, 47.5, 31.5], "<f4").tobytes()
-
-    def samples() -> Iterator[Sample]:
-        for number in range(shards * per_shard):
-            frames = {f"{stem}.jpg": images[(number + place) % 8] for place, stem in enumerate(("0", "m1", "p1"))}
-            yield Sample(f"scale_{number:07d}", {**frames, "k.f32": camera, "meta.json": b"{}"})
-
-    write_dataset(
-        folder,
-        {"train": samples()},
-        split=Split(name="scale", sha256="0" * 64),
-        frames=[0, -1, 1],
-        stereo=False,
-        depth=None,
-        size=SIZE,
-        codec="jpeg",
-        quality=90,
-        seed=0,
-        samples_per_shard=per_shard,
-    )
 
 
 def memory() -> float:
@@ -153,7 +117,7 @@ def run(shards: list[int], per_shard: int, steps: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for count in shards:
             data = Path(folder) / str(count)
-            make(data, count, per_shard)
+            numbered_dataset(data, count, per_shard, SIZE)
             found = in_fresh_process("--start", str(data))
             times = " | ".join(f"{found[name]:.2f}" for name in ("open", "build", "first"))
             lines.append(

@@ -109,27 +109,6 @@ def test_a_gpu_that_is_not_there_or_an_unknown_section_ends_with_one_line(
         bench.gpu.main([str(tmp_path / "file"), "--device", "cpu"])
 
 
-def test_the_loaders_benchmark_packs_with_prep_and_fills_its_tables(drive: Path) -> None:
-    small = ["--modes", "mono", "--seconds", "0.01", "--repeats", "1", "--samples", "24", "--batch", "2"]
-    command = [sys.executable, "-m", "cli.main", "bench", "loader", str(drive), *small]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "640x192 JPEG, even tables, chroma 4:2:0" in done.stdout
-    rows = {line.split("|")[1].strip(): line.split("|")[2:] for line in done.stdout.splitlines() if line[:1] == "|"}
-    for name in (
-        "plain, png, jitter",
-        "plain, png, jitter, 4 scales",
-        "webdataset",
-        "floor",
-        "md2",
-        "md2, jitter",
-        "md2, ppm",
-    ):
-        assert float(rows[name][0]) > 0 and float(rows[name][1]) > 0
-    assert rows["md2 / floor"][0].strip() == "0.7"
-    assert float(rows["md2 / floor"][1]) > 0
-
-
 def test_a_misspelt_measurement_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for word, hint in (("stepp", "did you mean step?"), ("x", "choose from loader, step")):
         assert run(app, ["bench", word]) == 2
