@@ -146,9 +146,8 @@ def evaluate(
     if latex:
         name, metrics = next(iter(report.rows.items()))
         print(to_latex(visible(name), metrics))
-    # After the table: a disk that is full now costs no result.
-    write_results(options, report)
-    for path in report.written:
+    # After the table, so that a full disk costs no result.
+    for path in write_results(options, report):
         errors.print(f"wrote {visible(str(path))}", highlight=False, markup=False, soft_wrap=True)
     if data.left_out:
         raise typer.Exit(INCOMPLETE)
@@ -195,4 +194,4 @@ def _print(report: EvalReport) -> None:
     if evaluation.scaling == "median":
         say(f"scale factors: median {evaluation.ratio_median:.3f}, std / median {evaluation.ratio_spread:.3f}")
     if missing:
-        say(f"{missing} image{'s' * (missing > 1)} left out: no measurement inside the crop and the range of depths")
+        say(f"{missing} image{'s' * (missing > 1)} not counted: no measurement inside the crop and the range of depths")

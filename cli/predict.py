@@ -41,44 +41,30 @@ def predict(
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
 ) -> None:
     """Predict depth, and write pictures, films and depth files. Ctrl-C stops a camera and finishes its film."""
-    from md2.inference.inputs import find_images, parse_intrinsics, parse_kinds, require_model, sort_inputs
+    from md2.inference.inputs import find_inputs, parse_intrinsics, parse_kinds, require_model
 
     # Mistakes in the words are reported before PyTorch is imported.
     require_model(model)
-    given = sort_inputs(inputs)
-    if given.images:
-        find_images(given.images, out)
-    if save is not None:
-        parse_kinds(save)
-    if intrinsics is not None:
-        parse_intrinsics(intrinsics)
+    found = find_inputs(inputs, out)
+    kinds = parse_kinds(save) if save is not None else None
+    camera = parse_intrinsics(intrinsics) if intrinsics is not None else None
 
     from md2.inference.predict import PredictOptions, run_predict
     from md2.inference.predictor import load
 
-    options = PredictOptions(
-        out=out,
-        save=save,
-        flip=post_process,
-        cmap=cmap,
-        scale=scale,
-        intrinsics=intrinsics,
-        max_depth=max_depth,
-        limit=limit,
-        batch_size=batch_size,
-    )
+    options = PredictOptions(out, kinds, post_process, cmap, scale, camera, max_depth, limit, batch_size)
     predictor = load(model, device)
     with bars("images") as bar:
-        found = run_predict(predictor, inputs, options, bar)
-    for failure in found.failed:
-        errors.print(f"left out: {visible(failure)}", highlight=False, markup=False, soft_wrap=True)
-    say(f"{_count(found.images, 'image')}, {_count(len(found.written), 'file')} in {out}")
+        done = run_predict(predictor, found, options, bar)
+    for failure in done.failed:
+        errors.print(f"skipped: {visible(failure)}", highlight=False, markup=False, soft_wrap=True)
+    say(f"{_count(done.images, 'image')}, {_count(len(done.written), 'file')} in {out}")
     if predictor.unit == "unknown" and scale is None:
         say(
             "scale unknown: this model learned from one camera, so depth is right up to one factor; .npy and .ply hold "
             "it in the model's own unit, and no 16-bit PNG in metres is written"
         )
-    if found.failed:
+    if done.failed:
         raise typer.Exit(INCOMPLETE)
 
 

@@ -42,7 +42,7 @@ def report(
             dataset=dataset,
             part=part,
             limit=limit or None,
-            measure=evaluate,
+            evaluate=evaluate,
             device=device,
             progress=bar("report"),
         )

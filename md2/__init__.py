@@ -1,4 +1,4 @@
-"""Monodepth2 at high throughput: the DALI pipeline, the networks, the losses, the training loop.
+"""Monodepth2 at high throughput: the DALI loader, the networks, the loss, training, evaluation, prediction.
 
 import md2
 model = md2.load("runs/mono")
@@ -21,8 +21,8 @@ __all__ = ["__version__", "load"]
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 if not any(name in os.environ for name in _WAITING):
-    # OpenMP reads this when torch loads it. Its threads otherwise spin while they wait for one another: on a machine
-    # with other work each spins away the core that the awaited one needs (figures: bench/RESULTS.md, Waiting).
+    # OpenMP reads this when torch loads it. Otherwise its threads spin while they wait for one another. On a busy
+    # machine a spinning thread takes the core that the awaited one needs (figures: bench/RESULTS.md, Waiting).
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
@@ -31,9 +31,9 @@ def load(path: str | Path, device: Literal["auto", "cpu", "gpu"] = "auto") -> Pr
 
     Raises:
         InputError: no model there, a damaged file, or weights that do not fit (by name).
-        UsageError: `gpu` is asked for and there is none that works.
+        UsageError: `gpu` is chosen, but no GPU works.
     """
-    # `import md2` stays light: torch is imported with the first model.
+    # Imported here so that `import md2` stays light, without torch.
     from md2.inference.predictor import load as load_predictor
 
     return load_predictor(path, device)

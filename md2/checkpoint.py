@@ -1,8 +1,8 @@
-"""Checkpoints: one file that a run, an evaluation or a colleague can continue from.
+"""Checkpoints: one file from which a run, an evaluation or a colleague can continue.
 
 A file is written under another name, synced, then renamed. The one before is kept, so a damaged `last.pt` (full disk,
-power cut) costs a few steps, not the run. Files are read with `weights_only=True`: a stranger's checkpoint cannot run
-code.
+power cut) costs a few steps, not the run. Files are read with `weights_only=True`, so a stranger's checkpoint cannot
+run code.
 
     RUN/checkpoints/last.pt       newest
     RUN/checkpoints/previous.pt   the one before
@@ -37,7 +37,7 @@ class Checkpoint:
     Attributes:
         config: the run's resolved configuration, as a nested dictionary.
         networks: sub-network name (encoder, depth, pose_encoder, pose, predictive_mask) -> state dict.
-        metres_per_unit: metres in one unit of predicted depth; None where the scale is unknown (mono).
+        metres_per_unit: metres in one unit of predicted depth; None: unknown (mono).
         step: optimiser steps done.
         epoch: epochs completed.
         training: state that only resuming needs (optimiser, schedule, scaler, loaders); empty in a checkpoint for
@@ -54,7 +54,7 @@ class Checkpoint:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def parsed_config(self, where: str = "checkpoint") -> Config:
-        """The configuration as a model.
+        """Return the configuration as a `Config`.
 
         Raises:
             UsageError: another version of md2 wrote it, with keys that this one does not have.
@@ -63,7 +63,7 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: Path | None = None) -> None:
-    """Write atomically; `keep`: the name that the present file at `path` gets instead of being replaced.
+    """Write a checkpoint, whole or not at all; the present file at `path` is renamed to `keep`, if given.
 
     Raises:
         InputError: the disk is full or the folder cannot be written.
@@ -72,7 +72,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: Path | None = N
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
-            torch.save({"format": FORMAT, **_fields(checkpoint)}, file)
+            torch.save({"format": FORMAT, **vars(checkpoint)}, file)
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and path.exists():
@@ -82,17 +82,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: Path | None = N
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        # torch's own message is about positions in its archive; the reason is in its context.
+        # torch's own message is about positions in its archive; the reason is in the error's context.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(cause, "strerror", None) or first_line(cause)
         raise InputError(
-            f"cannot write checkpoint {path}: {reason}; free some space there, or choose another --run"
+            f"cannot write checkpoint {path}: {reason}; free space there, or choose another --run"
         ) from error
-
-
-def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The fields, without the deep copy of `dataclasses.asdict`, which would double the memory."""
-    return {each.name: getattr(checkpoint, each.name) for each in fields(checkpoint)}
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -114,7 +109,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except Exception as error:  # a zip with other contents trips torch's unpickler in any way
+    except Exception as error:  # on other contents torch's unpickler fails in any way
         raise InputError(f"{path}: damaged or not a checkpoint ({reason_of(error)})") from error
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a checkpoint of md2's format {FORMAT}")
@@ -124,7 +119,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def what_else(path: Path) -> str | None:
-    """What a file is that cannot hold weights, by its first bytes; None if it may."""
+    """Say what a file is if its first bytes show that it holds no weights; None if it may."""
     with path.open("rb") as file:
         start = file.read(64)
     kinds = {
@@ -147,7 +142,7 @@ def what_else(path: Path) -> str | None:
 
 
 def reason_of(error: Exception) -> str:
-    """Why torch cannot read a file, for a message; without its advice to run the file's code."""
+    """Say why torch cannot read a file, without torch's advice to run the file's code."""
     text = str(error)
     if "Unsupported global" in text or "weights_only" in text:
         return "it holds Python objects, whose code md2 does not run: save the model's state_dict()"
@@ -177,22 +172,18 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def load_latest(run: Path) -> tuple[Checkpoint, str | None]:
-    """The newest undamaged checkpoint of a run, and a warning if a newer file is damaged.
+    """Load the newest undamaged checkpoint of a run; returns a warning too if a newer file is damaged.
 
     Raises:
-        InputError: there is none.
+        InputError: no checkpoint, or all are damaged.
     """
     folder = run / "checkpoints"
     damages: list[str] = []
-    for path in (folder / name for name in _RESUMABLE):
-        if not path.exists():
-            continue
+    for path in (folder / name for name in _RESUMABLE if (folder / name).exists()):
         try:
-            checkpoint = load_checkpoint(path)
+            return load_checkpoint(path), f"{damages[0]}; resuming from {path.name}" if damages else None
         except InputError as error:
             damages.append(str(error))
-            continue
-        return checkpoint, f"{damages[0]}; resuming from {path.name}" if damages else None
     raise InputError(
         f"{run}: no checkpoint to resume from ({'; '.join(damages) or 'none there'}); start a new run: "
         "md2 train CONFIG --run DIR"
@@ -200,13 +191,13 @@ def load_latest(run: Path) -> tuple[Checkpoint, str | None]:
 
 
 def resolve(path: str | Path) -> Path:
-    """The best checkpoint of a run, else its last; a checkpoint file is returned as it is.
+    """Return the path of a run's best checkpoint, else its last; a checkpoint file is returned as it is.
 
     Args:
         path: a run folder, its folder `checkpoints`, or a file.
 
     Raises:
-        InputError: none of them.
+        InputError: no checkpoint there.
     """
     path = Path(path)
     if path.is_file():

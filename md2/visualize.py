@@ -1,6 +1,6 @@
 """Pictures: colour-mapped disparity, side-by-side, 16-bit depth, contact sheets, coloured point clouds.
 
-Images here are NumPy arrays, (H, W, 3) uint8 RGB; maps are (H, W) float32.
+Pictures are NumPy arrays, (H, W, 3) uint8 RGB; maps are (H, W) float32.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _SCALE_ROOM = 240
 @lru_cache
 def _table(name: str) -> Picture:
     """The 256 colours of a matplotlib colour map."""
-    # matplotlib takes a third of a second to import, which commands that draw nothing must not pay.
+    # Imported here because it takes a third of a second, which commands that draw nothing need not pay.
     import matplotlib
 
     try:
         colours = matplotlib.colormaps[name]
     except KeyError:
-        raise InputError(f"{name}: no such colour map; matplotlib's magma, viridis, turbo ... are known") from None
+        raise InputError(f"{name}: no such colour map; give one of matplotlib's, such as magma or turbo") from None
     table: Picture = (colours(np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
     return table
 
 
 def check_color_map(name: str) -> None:
-    """Refuse an unknown colour map before any work is done.
+    """Refuse an unknown colour map, before the work.
 
     Raises:
         InputError: no colour map of that name.
@@ -55,18 +55,13 @@ def check_color_map(name: str) -> None:
 
 
 def color_ends(values: Map) -> tuple[float, float]:
-    """Ends of the colour scale of the published pictures: the minimum and the 95th percentile of finite values."""
+    """Return the ends of the published pictures' colour scale: minimum and 95th percentile of the finite values."""
     kept = values[np.isfinite(values)]
     return (float(kept.min()), float(np.percentile(kept, 95))) if kept.size else (0.0, 1.0)
 
 
-def color_disparity(disparity: Map, cmap: str = "magma") -> Picture:
-    """Colour a disparity (H, W) as in the published pictures."""
-    return colorize(disparity, cmap=cmap)
-
-
 def colorize(values: Map, *, cmap: str = "magma", low: float | None = None, high: float | None = None) -> Picture:
-    """Colour a map (H, W).
+    """Colour a map (H, W); by default a disparity as in the published pictures.
 
     Args:
         values: values that are not finite become black.
@@ -87,10 +82,10 @@ def colorize(values: Map, *, cmap: str = "magma", low: float | None = None, high
 
 
 def side_by_side(image: Picture, colours: Picture, scale: Callable[[int], Picture] | None = None) -> Picture:
-    """Put image and colour map next to each other, wide ones (driving cameras) above each other.
+    """Put image and colour map next to each other; wide ones (driving cameras) above each other.
 
     Args:
-        scale: draws the colour scale below, given the width in pixels; left out where there is no room for labels.
+        scale: draws the colour scale below, given the width in pixels; omitted if its labels do not fit.
     """
     height, width = image.shape[:2]
     axis = 0 if width > 1.5 * height else 1
@@ -102,11 +97,11 @@ def side_by_side(image: Picture, colours: Picture, scale: Callable[[int], Pictur
 
 
 def color_scale(cmap: str, ends: tuple[float, float], *, metric: bool) -> Callable[[int], Picture]:
-    """A function that draws the colour scale of a disparity, `width` pixels wide, with the depths of its ends.
+    """Return a function that draws a disparity's colour scale, `width` pixels wide, with the depths of its ends.
 
     Args:
         ends: smallest and largest disparity of the scale, 1 / depth.
-        metric: whether depth is in metres; otherwise the ends say far and near.
+        metric: whether depth is in metres; otherwise the ends read far and near.
     """
     far, near = ((f"{1 / end:.3g} m" if end > 0 else "far") if metric else "" for end in ends)
 
@@ -134,10 +129,10 @@ def depth_to_uint16(metres: Map) -> NDArray[np.uint16]:
 
 
 def require_writable(path: Path, *, folder: bool = False) -> None:
-    """Find out before the work whether a file, or a folder, can be written; leaves nothing behind.
+    """Check before the work that a file or folder can be written; leaves nothing behind.
 
     Raises:
-        InputError: it cannot; names the reason.
+        InputError: it cannot be written; gives the reason.
     """
     if path.exists() and path.is_dir() != folder:
         raise InputError(f"cannot write {path}: it is a {'file' if folder else 'folder'}; name another place")
@@ -146,7 +141,7 @@ def require_writable(path: Path, *, folder: bool = False) -> None:
         place = place.parent
     try:
         if not place.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{place} is no folder")
+            raise NotADirectoryError(errno.ENOTDIR, f"{place} is not a folder")
         require_replaceable(path)
         with tempfile.TemporaryFile(dir=place):
             pass
@@ -168,20 +163,15 @@ def write_file(path: Path, data: bytes) -> None:
         ) from error
 
 
-def png_bytes(picture: Picture | NDArray[np.uint16]) -> bytes:
-    """Encode (H, W, 3) uint8 or (H, W) uint16 as PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "png")
-    return buffer.getvalue()
-
-
 def write_png(path: Path, picture: Picture | NDArray[np.uint16]) -> None:
     """Write (H, W, 3) uint8 as RGB, or (H, W) uint16 as 16-bit grey.
 
     Raises:
         InputError: as `write_file`.
     """
-    write_file(path, png_bytes(picture))
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png")
+    write_file(path, buffer.getvalue())
 
 
 def write_npy(path: Path, values: NDArray[Any]) -> None:
@@ -201,7 +191,7 @@ def point_cloud(depth: Map, intrinsics: Sequence[float], limit: float = np.inf) 
     Args:
         depth: (H, W) along the camera's z.
         intrinsics: fx, fy, cx, cy in pixels of the depth map, pixel centres at integers.
-        limit: farther points are left out.
+        limit: largest depth of a point.
 
     Returns:
         (N, 3) points, x right, y down, z forward, in depth's unit; (H, W) bool, which pixels they are.
@@ -232,7 +222,7 @@ def ply_bytes(points: Map, colours: Picture, comment: str) -> bytes:
 
 @dataclass(frozen=True)
 class Tile:
-    """One row of a contact sheet: a caption over pictures of equal height."""
+    """A row of a contact sheet: pictures under a caption."""
 
     caption: str
     pictures: Sequence[Picture]

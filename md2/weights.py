@@ -2,7 +2,7 @@
 
 An official folder holds one state dict per sub-network: `encoder.pth` (with `height`, `width` and `use_stereo` beside
 the weights), `depth.pth`, for learned poses `pose.pth` and `pose_encoder.pth`, for a predictive mask
-`predictive_mask.pth`. Every file is read with `weights_only=True`: a stranger's file cannot run code.
+`predictive_mask.pth`. Every file is read with `weights_only=True`, so a stranger's file cannot run code.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ IMAGENET_URLS = {
         "resnet152": "394f9c45",
     }.items()
 }
-"""torchvision's IMAGENET1K_V1 files; their names end with the start of the content's sha256."""
+"""torchvision's IMAGENET1K_V1 files; their names end with the first digits of the content's sha256."""
 
 OFFICIAL_NAMES = ("encoder", "depth", "pose_encoder", "pose", "predictive_mask")
 _EXTRAS = ("height", "width", "use_stereo")
@@ -48,19 +48,19 @@ _BLOCK = re.compile(r"encoder\.layer([1-4])\.(\d{1,4})\.")
 
 
 def initialise(networks: Networks, weights: str) -> list[str]:
-    """Load the starting weights that `model.weights` names.
+    """Load the weights that `model.weights` names into new networks.
 
     Args:
-        networks: freshly made; sub-networks that `weights` lacks keep their random values.
-        weights: `scratch`; `imagenet` (downloaded once into torch.hub's cache, hash checked); a torchvision
-            ResNet file; or a run folder, checkpoint or official Monodepth2 folder, of which the sub-networks are
-            loaded that `networks` has too.
+        networks: sub-networks that `weights` lacks keep their random values.
+        weights: `scratch`; `imagenet` (downloaded once into torch.hub's cache, hash checked); a torchvision ResNet
+            file; or a run folder, checkpoint or official Monodepth2 folder, whose sub-networks are loaded if
+            `networks` has them too.
 
     Returns:
-        Names of the sub-networks that `weights` lacks, which start at random.
+        Names of the sub-networks that `weights` lacks.
 
     Raises:
-        InputError: no such file, a download that fails, a damaged file, keys or shapes that do not fit, or a pose
+        InputError: no such file, the download fails, a damaged file, keys or shapes that do not fit, or a pose
             network without the encoder that it was trained on.
     """
     if weights == "scratch":
@@ -84,7 +84,7 @@ def initialise(networks: Networks, weights: str) -> list[str]:
 
 
 def download_imagenet(encoder: str) -> StateDict:
-    """torchvision's ImageNet state dict of `resnet18` ... `resnet152`, cached by torch.hub.
+    """Return torchvision's ImageNet state dict of `resnet18` ... `resnet152`, cached by torch.hub.
 
     Raises:
         InputError: the download fails or its hash is wrong, or the cached file is damaged.
@@ -108,15 +108,13 @@ def download_imagenet(encoder: str) -> StateDict:
 def load_imagenet(networks: Networks, state: Mapping[str, Tensor], where: str) -> None:
     """Load a torchvision ResNet state dict into the depth encoder and the pose encoder.
 
-    The first filter of an encoder of n images is repeated n times and divided by n, so that n equal images give the
-    features of one.
+    An encoder of n images gets the first filter n times, divided by n, so that n equal images give the features of one.
 
     Raises:
         InputError: another ResNet, or keys or shapes do not fit.
     """
     _check_encoder(networks, {f"encoder.{key}": value for key, value in state.items()}, where)
-    encoders = [child for child in networks.children() if isinstance(child, ResNetEncoder)]
-    for encoder in encoders:
+    for encoder in (child for child in networks.children() if isinstance(child, ResNetEncoder)):
         images = encoder.encoder.conv1.in_channels // 3
         adapted = dict(state)
         if images > 1 and "conv1.weight" in state:
@@ -130,7 +128,7 @@ class Monodepth2:
 
     Attributes:
         height, width: size of the training images.
-        stereo: trained with the stereo partner, in the paper's unit.
+        stereo: whether it was trained with the stereo partner, in the paper's unit.
         networks: sub-network name -> state dict.
     """
 
@@ -140,7 +138,7 @@ class Monodepth2:
     networks: dict[str, StateDict]
 
     def config(self, where: str) -> Config:
-        """The configuration whose `Networks` these weights fit.
+        """Return the configuration whose `Networks` these weights fit.
 
         Frames are 0, -1, 1 for a pose network of pairs, and for a mono model that comes without its pose network.
 
@@ -148,7 +146,12 @@ class Monodepth2:
             InputError: not a ResNet encoder and a Monodepth2 decoder.
             UsageError: the configuration refuses the size or the scales.
         """
-        encoder = _encoder_of(self.networks["encoder"], where)
+        encoder = _encoder_of(self.networks["encoder"])
+        if encoder is None:
+            raise InputError(
+                f"{where}: the encoder is not a ResNet-18, 34, 50, 101 or 152, and no other encoders can be loaded "
+                f"(its first weights: {next(iter(self.networks['encoder']), 'none')})"
+            )
         scales = [WIDTHS.index(weight.shape[1]) for weight in _heads(self.networks["depth"], where)]
         pose, frames = _pose_of(self.networks, where)
         if frames == [0] and not self.stereo:
@@ -170,7 +173,7 @@ def is_monodepth2(path: str | Path) -> bool:
 
 
 def read_monodepth2(folder: str | Path) -> Monodepth2:
-    """Read an official folder; its keys are checked when they are loaded into networks.
+    """Read an official folder. Loading the weights into networks checks their keys.
 
     Raises:
         InputError: `encoder.pth`, its size or `depth.pth` is missing, or a file is damaged or holds no state dict.
@@ -186,17 +189,17 @@ def read_monodepth2(folder: str | Path) -> Monodepth2:
         raise InputError(f"{folder}/encoder.pth: height and width are missing; it is not Monodepth2's encoder file")
     networks = {name: _tensors(state) for name, state in states.items()}
     if "pose" not in networks:
-        networks.pop("pose_encoder", None)  # of no use alone
+        networks.pop("pose_encoder", None)  # useless alone
     return Monodepth2(height, width, bool(extras["use_stereo"]), networks)
 
 
 def load_monodepth2(folder: str | Path) -> tuple[Networks, Config]:
-    """An official folder as networks, and their configuration.
+    """Load an official folder as networks, and return their configuration too.
 
-    A mono model that comes without its pose network predicts depth, and no poses.
+    A mono model that comes without its pose network predicts depth only.
 
     Raises:
-        InputError: a file is missing, damaged or does not fit; the keys that are missing or extra by name.
+        InputError: a file is missing, damaged or does not fit; names keys that are missing or extra.
     """
     found = read_monodepth2(folder)
     config = found.config(str(folder))
@@ -210,7 +213,7 @@ def load_monodepth2(folder: str | Path) -> tuple[Networks, Config]:
 def save_monodepth2(
     states: Mapping[str, Mapping[str, Tensor]], folder: str | Path, *, height: int, width: int, stereo: bool
 ) -> None:
-    """Write sub-networks' state dicts as an official folder, which appears whole or not at all.
+    """Write the state dicts of sub-networks as an official folder, which appears whole or not at all.
 
     Raises:
         InputError: the folder exists and is not empty, or cannot be written.
@@ -238,7 +241,7 @@ def save_monodepth2(
 
 
 def _load_common(networks: Networks, states: Mapping[str, Mapping[str, Tensor]], where: str) -> list[str]:
-    """Load the sub-networks that both sides have: an old depth network may get a new pose network.
+    """Load the sub-networks that both sides have, so that an old depth network may get a new pose network.
 
     Returns the names of those that only `networks` has.
     """
@@ -253,12 +256,9 @@ def _load_common(networks: Networks, states: Mapping[str, Mapping[str, Tensor]],
 
 
 def _check_encoder(networks: Networks, state: Mapping[str, Tensor], where: str) -> None:
-    """Refuse a whole ResNet of another depth by its name, not by its hundred keys."""
-    try:
-        name = _encoder_of(state, where)
-    except InputError:
-        return  # not a ResNet: loading names the keys
-    if name != networks.encoder_name:
+    """Refuse a ResNet of another depth by its name; a mismatch of keys would list a hundred."""
+    name = _encoder_of(state)
+    if name not in (None, networks.encoder_name):
         raise InputError(f"{where}: weights of a {name}, but model.encoder is {networks.encoder_name}")
 
 
@@ -267,7 +267,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: {foreign}, not a file of weights")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # other contents trip torch's unpickler in any way: IndexError, TypeError ...
+    except Exception as error:  # on other contents torch's unpickler fails in any way: IndexError, TypeError ...
         raise InputError(f"{path}: damaged or not a file of weights ({reason_of(error)})") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: holds a {type(data).__name__}, not a state dict")
@@ -275,32 +275,24 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _tensors(state: Mapping[str, Any]) -> StateDict:
-    """The weights of a state dict, without DataParallel's prefix and without the counts that thop leaves there."""
-    found = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    found = {key: value for key, value in found.items() if key.rpartition(".")[2] not in ("total_ops", "total_params")}
+    """Return the weights of a state dict, without DataParallel's prefix and the counts that thop leaves there."""
+    counts = ("total_ops", "total_params")
+    found = {k: v for k, v in state.items() if isinstance(v, Tensor) and k.rpartition(".")[2] not in counts}
     if found and all(key.startswith("module.") for key in found):
         found = {key.removeprefix("module."): value for key, value in found.items()}
     return found
 
 
-def _encoder_of(state: Mapping[str, Tensor], where: str) -> str:
-    """The ResNet's name, from the kind and number of blocks in each stage."""
+def _encoder_of(state: Mapping[str, Tensor]) -> str | None:
+    """Return the ResNet's name, from the kind and number of blocks in each stage; None if it is not one of ours."""
     found = [match for key in state if (match := _BLOCK.match(key))]
     blocks = tuple(1 + max((int(m[2]) for m in found if m[1] == str(stage)), default=-1) for stage in range(1, 5))
-    expansion = 4 if "encoder.layer1.0.conv3.weight" in state else 1
-    for name, architecture in ARCHITECTURES.items():
-        if (architecture.blocks, architecture.block.expansion) == (blocks, expansion):
-            return name
-    if not found:
-        raise InputError(
-            f"{where}: the encoder is no ResNet ({next(iter(state), 'no weights')}, …); only ResNet-18, 34, 50, 101 "
-            "and 152 are read, no Lite-Mono or other encoders"
-        )
-    raise InputError(f"{where}: the encoder's blocks {blocks} are not those of a ResNet-18, 34, 50, 101 or 152")
+    shape = (blocks, 4 if "encoder.layer1.0.conv3.weight" in state else 1)
+    return next((name for name, one in ARCHITECTURES.items() if (one.blocks, one.block.expansion) == shape), None)
 
 
 def _heads(state: StateDict, where: str) -> list[Tensor]:
-    """Weights (outputs, WIDTHS[scale], 3, 3) of the decoder's output convolutions, in order."""
+    """Return the weights (outputs, WIDTHS[scale], 3, 3) of the decoder's output convolutions, in order."""
     heads: list[Tensor] = []
     while (key := f"decoder.{10 + len(heads)}.conv.weight") in state:
         heads.append(state[key])
@@ -310,7 +302,7 @@ def _heads(state: StateDict, where: str) -> list[Tensor]:
 
 
 def _pose_of(networks: Mapping[str, StateDict], where: str) -> tuple[dict[str, str], list[int]]:
-    """`pose_network` and `pose_input`, and as many frame offsets as the weights expect."""
+    """Return `pose_network` and `pose_input`, and the frame offsets that the weights expect."""
     pose = networks.get("pose")
     if pose is None:
         return {}, [0]
@@ -329,7 +321,7 @@ def _pose_of(networks: Mapping[str, StateDict], where: str) -> tuple[dict[str, s
 
 
 def _shape(state: StateDict, key: str, where: str) -> torch.Size:
-    """Shape of a convolution's weights."""
+    """Return the shape of a convolution's weights."""
     if key not in state or state[key].ndim != 4:
         raise InputError(f"{where}: a pose file is not Monodepth2's: no convolution {key}")
     return state[key].shape

@@ -1,13 +1,12 @@
-"""The published recipes: what each trains, what the paper reports for it, and the commands that do it.
+"""The published recipes: what each trains, what the paper reports for it, and its commands.
 
-Figures: Godard et al., "Digging Into Self-Supervised Monocular Depth Estimation", ICCV 2019, Tables 1
-and 2 (KITTI 2015 Eigen test images, raw velodyne, Garg crop, capped at 80 m), the supplement's tables
-for ResNet-50 and odometry. They are the paper's, not measured by md2; where the paper gives none, none is
-listed.
+The figures are the paper's; md2 has not measured them. Godard et al., "Digging Into Self-Supervised Monocular Depth
+Estimation", ICCV 2019: Tables 1 and 2 (KITTI 2015, Eigen test images, raw velodyne, Garg crop, capped at 80 m), and the
+supplement's tables for ResNet-50 and odometry. A recipe without a figure has none in the paper.
 
-Settings: section 4 and 4.1 (20 epochs, lr 1e-4 to 1e-5 after 15, batch 12; one nominal camera for all
-images), and the released code's README and experiments/*.sh (splits; 30 epochs without pretraining and on
-the odometry split; 5 epochs at 1e-5 for 1024x320).
+The settings come from sections 4 and 4.1 (20 epochs, lr 1e-4, after 15 epochs 1e-5, batch 12, one nominal camera for
+all images), and from the released code's README and experiments/*.sh (splits; 30 epochs without pretraining and on the
+odometry split; 5 epochs at 1e-5 for 1024x320).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from md2.config import Config, load_config, recipes
 
 _P = "monodepth2_resnet18_kitti_"
 _FIGURES = ("abs_rel", "sq_rel", "rmse", "rmse_log", "a1", "a2", "a3")
-_PUBLISHED: dict[str, tuple[float, ...]] = {
+_ROWS: dict[str, tuple[float, ...]] = {
     # In the order of _FIGURES.
     f"{_P}mono_640x192": (0.115, 0.903, 4.863, 0.193, 0.877, 0.959, 0.981),
     f"{_P}stereo_640x192": (0.109, 0.873, 4.960, 0.209, 0.864, 0.948, 0.975),
@@ -42,6 +41,8 @@ _PUBLISHED: dict[str, tuple[float, ...]] = {
     "monodepth2_resnet50_kitti_mono_640x192": (0.110, 0.831, 4.642, 0.187, 0.883, 0.962, 0.982),
     f"{_P}mono_416x128": (0.128, 1.087, 5.171, 0.204, 0.855, 0.953, 0.978),
 }
+PUBLISHED = {name: dict(zip(_FIGURES, row, strict=True)) for name, row in _ROWS.items()}
+"""Recipe -> metric -> the paper's value."""
 _ODOMETRY = {f"{_P}odometry_mono_640x192": "ATE 09: 0.017 ± 0.008 m, 10: 0.015 ± 0.010 m"}
 
 
@@ -50,10 +51,10 @@ class Recipe:
     """One recipe of `md2/configs/`.
 
     Attributes:
-        name: what `md2 train` takes.
+        name: its name in `md2 train NAME`.
         summary: first comment line of its file.
         config: resolved.
-        published: metric name -> the paper's value; empty where it gives none.
+        published: metric name -> the paper's value; empty if the paper gives none.
         note: other published figures (odometry).
     """
 
@@ -65,7 +66,7 @@ class Recipe:
 
     @property
     def prep_command(self) -> str:
-        """The command that packs its data to where it looks for it."""
+        """The command that packs its data to the place where it reads them."""
         if self.name == "demo":
             return "make demo  # renders its drive, packs it, and trains this"
         folder = self.config.data.url.rsplit("/", 1)[-1]
@@ -78,11 +79,14 @@ class Recipe:
 
 
 def zoo() -> list[Recipe]:
-    """All recipes, by name."""
-    found = []
-    for name, text in recipes().items():
-        figures = _PUBLISHED.get(name, ())
-        published = dict(zip(_FIGURES, figures, strict=True)) if figures else {}
-        summary = text.splitlines()[0].removeprefix("#").strip()
-        found.append(Recipe(name, summary, load_config(name), published, _ODOMETRY.get(name, "")))
-    return found
+    """Return all recipes, by name."""
+    return [
+        Recipe(
+            name,
+            text.splitlines()[0].removeprefix("#").strip(),
+            load_config(name),
+            PUBLISHED.get(name, {}),
+            _ODOMETRY.get(name, ""),
+        )
+        for name, text in recipes().items()
+    ]

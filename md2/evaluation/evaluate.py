@@ -1,4 +1,4 @@
-"""Evaluate depth over a dataset with ground truth.
+"""Evaluates depth over a dataset with ground truth.
 
 evaluation = evaluate(network_disparity(predictor), batches, EIGEN, scaling="median")
 evaluation.metrics["abs_rel"]
@@ -7,7 +7,7 @@ evaluation.metrics["abs_rel"]
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ PredictDisparity = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True)
 class ImageScore:
-    """Scores of one image: the seven metrics in the order of METRICS, its scale factor, its counted pixels."""
+    """Scores of one image: the metrics in the order of METRICS, the scale factor, the number of counted pixels."""
 
     key: str
     values: tuple[float, ...]
@@ -77,12 +77,12 @@ class Evaluation:
 
     @property
     def ratio_spread(self) -> float:
-        """Standard deviation of the factors divided by their median: small if the scale is consistent."""
+        """Standard deviation of the factors divided by their median; it is small if the scale is consistent."""
         ratios = np.array([image.ratio for image in self.counted])
         return float(np.std(ratios / np.median(ratios))) if self.counted else float("nan")
 
     def ranked(self) -> list[ImageScore]:
-        """Counted images from the worst abs_rel to the best."""
+        """Return the counted images, from the worst abs_rel to the best."""
         return sorted(self.counted, key=lambda image: image.values[0], reverse=True)
 
 
@@ -96,9 +96,9 @@ def evaluate(
     """Measure predictions against the batches' ground truth.
 
     Raises:
-        DatasetError: a batch without ground truth, or no counted pixel in any image.
-        InputError: a prediction is NaN or negative, or too much of it is infinitely far to be scaled by its median;
-            names the sample.
+        DatasetError: a batch has no ground truth, or no image has a counted pixel.
+        InputError: a prediction is NaN or negative, or has no median because half of it is infinitely far; names
+            the sample.
     """
     images: list[ImageScore] = []
     measured = 0
@@ -107,27 +107,21 @@ def evaluate(
             raise DatasetError("the dataset has no ground truth (depth.png): pack it with md2 prep --depth")
         measured += int((batch.depth_size[:, 0] > 0).sum())
         disparity = predict(batch)
-        _check_disparity(disparity, batch.keys)
-        scores = evaluate_batch(
-            disparity,
-            batch.depth,
-            batch.depth_size,
-            scaling=scaling,
-            crop=protocol.crop,
-            min_depth=protocol.min_depth,
-            max_depth=protocol.max_depth,
-            cap_ground_truth=protocol.cap_ground_truth,
-        )
+        bad = ~(disparity >= 0).flatten(1).all(1)
+        if bad.any():
+            key = batch.keys[int(bad.nonzero()[0])]
+            raise InputError(f"sample {key}: its predicted disparity is NaN or negative")
+        scores = evaluate_batch(disparity, batch.depth, batch.depth_size, scaling=scaling, protocol=protocol)
         rows = zip(batch.keys, scores.values.tolist(), scores.ratios.tolist(), scores.pixels.tolist(), strict=True)
         for key, values, ratio, pixels in rows:
             if pixels and not 0 < ratio < math.inf:
-                raise InputError(f"sample {key}: half of its predicted disparities or more are 0, so it has no scale")
+                raise InputError(f"sample {key}: at least half of its predicted disparities are 0, so it has no scale")
             images.append(ImageScore(key, tuple(values), ratio, pixels))
         for collect in collectors:
             collect(batch, disparity, scores)
     if not measured:
         raise DatasetError(
-            f"none of the {len(images)} images has ground truth: pack one with depth, or take another part"
+            f"none of the {len(images)} images has ground truth: pack them with depth, or choose another --part"
         )
     if not any(image.pixels for image in images):
         raise DatasetError(
@@ -136,19 +130,13 @@ def evaluate(
     return Evaluation(tuple(images), protocol, scaling)
 
 
-def _check_disparity(disparity: Tensor, keys: Sequence[str]) -> None:
-    bad = ~(disparity >= 0).flatten(1).all(1)
-    if bad.any():
-        raise InputError(f"sample {keys[int(bad.nonzero()[0])]}: its predicted disparity is NaN or negative")
-
-
 def network_disparity(predictor: Predictor, *, flip: bool = False) -> PredictDisparity:
-    """Predict with networks; `flip` averages with the prediction for the mirrored image (post-processing)."""
+    """Return the networks' prediction; `flip` averages it with that for the mirrored image (post-processing)."""
     return lambda batch: predictor.disparity(batch.augmented[0], flip=flip)
 
 
 def constant_disparity(batch: Batch) -> Tensor:
-    """Predict the same depth everywhere, the least that a network has to beat; needs median scaling."""
+    """Predict the same depth everywhere, for median scaling: the least that a network has to beat."""
     return torch.ones(batch.size, 1, 2, 2, device=batch.intrinsics.device)
 
 
@@ -164,14 +152,14 @@ def evaluation_batches(
 
     Args:
         predictor: its size and device are used; None: the stored size (640x192 where native), on the CPU.
-        limit: stop after this number of samples.
+        limit: read the first samples only, this number.
 
     Raises:
         DatasetError: no such part, or no ground truth.
     """
     if dataset.manifest.depth is None:
         raise DatasetError(f"{dataset.url}: no ground truth in this dataset: pack it with md2 prep --depth")
-    return _limited(single_part_loader(dataset, part, predictor, [0], batch_size, depth=True), limit)
+    return first_samples(single_part_loader(dataset, part, predictor, [0], batch_size, depth=True), limit)
 
 
 def single_part_loader(
@@ -200,41 +188,32 @@ def single_part_loader(
     return iter(Loader(dataset, part, data, batch_size=batch_size, seed=0, train=False, depth=depth, device=device))
 
 
-def _limited(batches: Iterator[Batch], limit: int | None) -> Iterator[Batch]:
-    """Yield whole batches until `limit` samples are reached; cut the last one."""
-    left = limit
+def first_samples(batches: Iterator[Batch], limit: int | None) -> Iterator[Batch]:
+    """Yield batches until `limit` samples are reached (None: all); the last one is cut."""
+    left = math.inf if limit is None else limit
     for batch in batches:
-        if left is not None and batch.size >= left:
-            yield first_samples(batch, left)
+        if batch.size >= left:
+            yield _cut(batch, int(left))
             return
         yield batch
-        left = left - batch.size if left is not None else None
+        left -= batch.size
 
 
-def first_samples(batch: Batch, count: int) -> Batch:
-    """Return the first samples of a batch."""
+def _cut(batch: Batch, count: int) -> Batch:
+    def first(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {offset: image[:count] for offset, image in value.items()}
+        return value[:count] if isinstance(value, Tensor | list) else value
 
-    def cut(images: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
-        return {offset: image[:count] for offset, image in images.items()}
-
-    return Batch(
-        images=cut(batch.images),
-        augmented=cut(batch.augmented),
-        intrinsics=batch.intrinsics[:count],
-        stereo=None if batch.stereo is None else batch.stereo[:count],
-        metres_per_unit=batch.metres_per_unit,
-        depth=None if batch.depth is None else batch.depth[:count],
-        depth_size=None if batch.depth_size is None else batch.depth_size[:count],
-        keys=batch.keys[:count],
-    )
+    return Batch(**{name: first(value) for name, value in vars(batch).items()})
 
 
 def choose_part(manifest: Manifest, part: str | None) -> str:
-    """Choose the part that is asked for; else `test`, else `val`.
+    """Return the given part; None: `test`, else `val`.
 
     Raises:
         DatasetError: no such part.
-        UsageError: the dataset has training data only, which must be asked for by name.
+        UsageError: the dataset has neither, so the part must be named.
     """
     if part is not None:
         manifest.part(part)
@@ -253,7 +232,7 @@ def choose_protocol(
     min_depth: float | None = None,
     max_depth: float | None = None,
 ) -> Protocol:
-    """Choose the published protocol for a dataset's ground truth; what is given replaces its values.
+    """Return the published protocol for a dataset's ground truth, with the given values in the place of its own.
 
     Raises:
         UsageError: an empty range of depths.
@@ -271,12 +250,12 @@ def choose_protocol(
 def choose_scaling(
     metres_per_unit: float | None, wanted: Literal["auto", "median", "metric"] = "auto", scale: float | None = None
 ) -> tuple[Scaling, list[str]]:
-    """Choose how predictions become metres, and say why the result may mislead.
+    """Return how predictions become metres, and the reasons why the result may mislead.
 
     Args:
         metres_per_unit: the checkpoint's unit; None: unknown (trained on one camera alone).
         wanted: "auto": metric if the unit is known, else median.
-        scale: metres per unit given by hand (predictions of other projects); implies metric.
+        scale: metres per unit as the user gives them (predictions of other projects); implies metric.
 
     Raises:
         UsageError: a scale together with median scaling, or one that is not positive.
@@ -285,7 +264,7 @@ def choose_scaling(
         if not 0 < scale < math.inf:
             raise UsageError(f"--scale {scale:g}: a positive number of metres per unit is needed")
         if wanted == "median":
-            raise UsageError("a scale in metres per unit and median scaling exclude each other: give one of them")
+            raise UsageError("--scale and --scaling median exclude each other: give one of them")
         return scale, []
     if wanted == "median" or (wanted == "auto" and metres_per_unit is None):
         if metres_per_unit is None:
@@ -303,7 +282,7 @@ def choose_scaling(
 
 
 def dataset_warnings(manifest: Manifest, protocol: Protocol, predictor: Predictor | None = None) -> list[str]:
-    """Reasons why numbers on this dataset cannot be compared with published ones."""
+    """List the reasons why numbers on this dataset cannot be compared with published ones."""
     found = []
     if predictor is not None and manifest.size is not None:
         width, height = manifest.size

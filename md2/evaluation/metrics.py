@@ -1,9 +1,9 @@
 """The seven depth metrics as published on KITTI, with crops, caps and median scaling, in batches on any device.
 
-The protocol of Eigen et al. (NIPS 2014) as Godard et al. (ICCV 2019, section 4.1) use it: the predicted
-*disparity* is resized bilinearly to the ground truth's size, inverted, scaled (by the ratio of the medians,
-or by metres per unit if the checkpoint knows its unit), clamped to 1e-3..80 m, and compared at the
-measurements of the ground truth inside the crop. Metrics are per image, then averaged over images.
+The protocol is that of Eigen et al. (NIPS 2014) as Godard et al. (ICCV 2019, section 4.1) use it. The predicted
+*disparity* is resized bilinearly to the ground truth's size, inverted, scaled (by the ratio of the medians, or by
+metres per unit if the checkpoint knows its unit), clamped to 1e-3..80 m, and compared at the measurements inside the
+crop. Metrics are computed for each image, then averaged over images.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Protocol:
     Attributes:
         crop: part of the image that counts.
         min_depth, max_depth: metres; predictions are clamped to this range.
-        cap_ground_truth: count only ground truth strictly inside the range, as for the 697 images with raw
-            velodyne; otherwise every measurement, as for the 652 with improved ground truth.
+        cap_ground_truth: True counts only ground truth strictly inside the range, as for the 697 images with raw
+            velodyne; False counts every measurement, as for the 652 with improved ground truth.
     """
 
     crop: Crop = "garg"
@@ -52,17 +52,21 @@ EIGEN_BENCHMARK = Protocol(crop="none", cap_ground_truth=False)
 
 
 class BatchMetrics(NamedTuple):
-    """Per-image results of one batch, float64 on the inputs' device.
+    """Results for each image of a batch, on the inputs' device.
 
     Attributes:
-        values: (B, 7) in the order of METRICS; NaN for an image without a counted pixel.
-        ratios: (B,) factor applied to predicted depth; with median scaling NaN likewise.
+        values: (B, 7) float64 in the order of METRICS; NaN for an image without a counted pixel.
+        ratios: (B,) float64, the factor applied to predicted depth; with median scaling NaN likewise.
         pixels: (B,) int64, counted pixels.
+        resized: (B, 1, h, w) float32, the predicted disparity at the ground truth's size, 0 in the padding.
+        mask: (B, 1, h, w) bool, the pixels that count.
     """
 
     values: Tensor
     ratios: Tensor
     pixels: Tensor
+    resized: Tensor
+    mask: Tensor
 
 
 def crop_box(crop: Crop, height: int, width: int) -> tuple[int, int, int, int]:
@@ -124,12 +128,9 @@ def evaluate_batch(
     sizes: Tensor | None = None,
     *,
     scaling: Literal["median"] | float = "median",
-    crop: Crop = "garg",
-    min_depth: float = 1e-3,
-    max_depth: float = 80.0,
-    cap_ground_truth: bool = True,
+    protocol: Protocol = EIGEN,
 ) -> BatchMetrics:
-    """Measure the seven metrics of each image of a batch.
+    """Compute the seven metrics of each image of a batch.
 
     Args:
         disparity: (B, 1, H, W) predicted 1 / depth (the sigmoid's output after the min/max depth
@@ -138,10 +139,9 @@ def evaluate_batch(
         sizes: (B, 2) height and width of each ground truth before padding; None: (h, w) for all.
         scaling: "median" multiplies each prediction by median(ground truth) / median(prediction) over
             the counted pixels; a number is metres per unit of predicted depth.
-        crop, min_depth, max_depth, cap_ground_truth: see `Protocol`.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: the shapes do not fit together.
 
     Source:
         Eigen et al., NIPS 2014, section 4 (metrics); Godard et al., ICCV 2019, section 4.1 (protocol).
@@ -151,7 +151,6 @@ def evaluate_batch(
         raise ValueError(f"disparity {tuple(disparity.shape)} and depth {tuple(ground_truth.shape)}: both (B, 1, ., .)")
     if sizes is None:
         sizes = torch.tensor([[height, width]] * batch)
-    protocol = Protocol(crop, min_depth, max_depth, cap_ground_truth)
     mask = valid_mask(ground_truth, sizes, protocol)
     resized = resize_to(disparity.detach().float(), sizes, (height, width))
     true, counted = _pack(ground_truth, mask)
@@ -160,8 +159,8 @@ def evaluate_batch(
         ratios = masked_median(true, counted) / masked_median(predicted, counted)
     else:
         ratios = torch.full((batch,), float(scaling), dtype=torch.float64, device=true.device)
-    predicted = (predicted * ratios[:, None]).clamp(min_depth, max_depth)
-    return BatchMetrics(depth_metrics(true, predicted, counted), ratios, counted.sum(1))
+    predicted = (predicted * ratios[:, None]).clamp(protocol.min_depth, protocol.max_depth)
+    return BatchMetrics(depth_metrics(true, predicted, counted), ratios, counted.sum(1), resized, mask)
 
 
 def depth_metrics(true: Tensor, predicted: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -196,7 +195,7 @@ def depth_metrics(true: Tensor, predicted: Tensor, counted: Tensor | None = None
 
 
 def masked_median(values: Tensor, counted: Tensor) -> Tensor:
-    """Return the median of the counted values of each row; the mean of the middle two if their number is even.
+    """Return the median of each row's counted values; of an even number, the mean of the middle two.
 
     Args:
         values: (B, N); counted: (B, N) bool.
@@ -206,7 +205,7 @@ def masked_median(values: Tensor, counted: Tensor) -> Tensor:
     """
     if values.shape[1] == 0:
         return values.new_full((values.shape[0],), float("nan"))
-    # Infinity is a value here (disparity 0), so values that do not count are sorted behind it, as NaN.
+    # Infinity is a value here (disparity 0), so what does not count becomes NaN, which sorts behind it.
     ordered = torch.where(counted, values, torch.nan).sort(dim=1).values
     pixels = counted.sum(1)
     low = ordered.gather(1, ((pixels - 1) // 2).clamp(min=0)[:, None])
@@ -215,36 +214,28 @@ def masked_median(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def _pack(maps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather the masked pixels of each map, left-aligned in rows.
+    """Gather the masked pixels of maps (B, 1, h, w), left-aligned in rows.
 
     Velodyne covers a twentieth of an image, so everything after this costs a twentieth.
 
-    Args:
-        maps: (B, 1, h, w); mask: the same, bool.
-
     Returns:
-        (B, N) float64 with N the largest number of masked pixels, 1 where a row has fewer; and (B, N)
-        bool, which of them are pixels.
+        (B, N) float64, N the largest number of masked pixels, filled with 1; (B, N) bool, True for pixels.
     """
     flat = mask.flatten(1)
     pixels = flat.sum(1)
     longest = int(pixels.max()) if pixels.numel() else 0
     counted = torch.arange(longest, device=maps.device)[None] < pixels[:, None]
     packed = torch.ones(counted.shape, dtype=torch.float64, device=maps.device)
-    # Row-major on both sides: boolean indexing lists pixels image by image, as the rows take them.
+    # Both sides are row-major: boolean indexing lists pixels image by image, which is the order of the rows.
     packed[counted] = maps.flatten(1)[flat].double()
     return packed, counted
 
 
 def mean_metrics(values: Tensor, pixels: Tensor) -> dict[str, float]:
-    """Average per-image metrics over the images that have a counted pixel.
-
-    Args:
-        values: (N, 7) in the order of METRICS.
-        pixels: (N,) counted pixels of each image.
+    """Average metrics (N, 7) over the images that have a counted pixel; `pixels` (N,) counts them.
 
     Returns:
-        Metric name -> mean; NaN if no image has a counted pixel, or if a prediction was NaN.
+        Metric name -> mean; NaN if no image has a counted pixel, or if a prediction is NaN.
     """
     kept = values[pixels > 0]
     means = kept.mean(0) if len(kept) else torch.full((len(METRICS),), float("nan"))

@@ -1,4 +1,4 @@
-"""The work of `md2 eval`: choose protocol and scaling, measure, write the files that were asked for."""
+"""The work of `md2 eval`: choose protocol and scaling, measure, write files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from md2.data.batch import Batch
-from md2.evaluation.collectors import LEGEND, BenchmarkPngs, Collector, Direction, Disparities, WorstAndBest
+from md2.evaluation.collectors import BenchmarkPngs, Collector, Direction, Disparities, WorstAndBest
 from md2.evaluation.evaluate import (
     Evaluation,
     PredictDisparity,
@@ -34,13 +35,14 @@ from md2.evaluation.predictions import (
     keys_file,
     open_ground_truth,
     open_predictions,
+    truth_batches,
 )
 from md2.inference.inputs import Progress
 from md2.inference.predictor import Predictor
 from md2.model import Networks
 from md2.visualize import require_writable, write_file, write_npy, write_png
-from md2.zoo import zoo
-from shards.dataset import LocalDataset, open_dataset
+from md2.zoo import PUBLISHED
+from shards.dataset import open_dataset
 from shards.errors import UsageError
 
 
@@ -49,11 +51,11 @@ class EvalOptions:
     """Options of `md2 eval`; see its help.
 
     Attributes:
-        model: name of what is evaluated; None with `predictions`.
-        dataset: folder or URL of a packed dataset, or the official code's gt_depths.npz.
+        model: name of the model; None with `predictions`.
+        dataset: folder or URL of a packed dataset; with `predictions` also gt_depths.npz or a folder of depth PNGs.
         dataset_name: its name in the output; None: its URL.
-        order: sample key of each row of `predictions` (and of `save_predictions`). PREDICTIONS.keys.txt, if it
-            exists, overrides it.
+        order: sample key of each row of `predictions` and `save_predictions`. PREDICTIONS.keys.txt, if it exists,
+            overrides it.
     """
 
     model: str | None
@@ -89,7 +91,6 @@ class EvalReport:
         published: names of those rows that are the paper's.
         warnings: why the numbers may mislead.
         about: facts for the JSON file.
-        written: files and folders.
     """
 
     evaluation: Evaluation
@@ -97,37 +98,23 @@ class EvalReport:
     rows: dict[str, dict[str, float]]
     published: frozenset[str]
     warnings: list[str]
-    about: dict[str, Any] = field(default_factory=dict)
-    written: list[Path] = field(default_factory=list)
-    disparities: Disparities = field(default_factory=Disparities)
-    worst_and_best: WorstAndBest | None = None
-
-
-def run_eval(
-    options: EvalOptions, predictor: Predictor | None, progress: Progress = lambda done, total: None
-) -> EvalReport:
-    """Evaluate and write; `measure`, then `write_results`.
-
-    Raises:
-        Md2Error: as these two.
-    """
-    report = measure(options, predictor, progress)
-    write_results(options, report)
-    return report
+    about: dict[str, Any]
+    disparities: Disparities
+    worst_and_best: WorstAndBest
 
 
 def measure(
     options: EvalOptions, predictor: Predictor | None, progress: Progress = lambda done, total: None
 ) -> EvalReport:
-    """Evaluate a model (`predictor`), or `options.predictions`; only --save-png is written meanwhile.
+    """Evaluate a model (`predictor`) or `options.predictions`. Of the files, only --save-png is written meanwhile.
 
     Raises:
-        UsageError: options that exclude each other.
-        InputError: predictions cannot be read, assigned to images, or are NaN; a file cannot be written.
+        UsageError: options exclude each other.
+        InputError: predictions cannot be read, do not match the images, or are NaN; a file cannot be written.
         DatasetError: the dataset cannot be read or has no ground truth.
     """
     _check(options, predictor)
-    data = _open_truth(options, predictor) if is_ground_truth(options.dataset) else _open(options, predictor)
+    data = (_truth_alone if is_ground_truth(options.dataset) else _packed)(options, predictor)
     scaling, warnings = _scaling(options, predictor)
     warnings += data.warnings
     predict: PredictDisparity
@@ -137,8 +124,7 @@ def measure(
         assert options.predictions is not None
         predict = open_predictions(options.predictions, options.order or data.keys)
 
-    disparities, worst_and_best = Disparities(), WorstAndBest(data.protocol)
-    direction = Direction(data.protocol)
+    disparities, worst_and_best, direction = Disparities(), WorstAndBest(data.protocol), Direction()
     collectors: list[Collector] = [disparities] if options.save_predictions else []
     collectors += [worst_and_best] if options.sheet else []
     collectors += [direction] if predictor is None else []
@@ -146,21 +132,27 @@ def measure(
     collectors += [pngs] if pngs is not None else []
     passes = 1 + options.baselines * (1 if predictor is None else 2)
 
+    images = min(data.total, options.limit or data.total)
+
     def batches(number: int) -> Iterator[Batch]:
-        """The data once more, as pass `number` of all that the bar counts."""
-        return data.batches(lambda done, total: progress(number * total + done, passes * total))
+        """Read the data for pass `number`, and report progress over all passes."""
+        done = number * images
+        for batch in data.batches():
+            yield batch
+            done += batch.size
+            progress(done, passes * images)
 
     evaluation = evaluate(predict, batches(0), data.protocol, scaling, collectors)
 
     if direction.is_depth:
-        assert options.predictions is not None
+        pictures = options.predictions is not None and options.predictions.is_dir()
         warnings.append(
             "the PNGs fall as the true depth rises, so they look like disparities: depth (metres x 256) is needed"
-            if options.predictions.is_dir()
+            if pictures
             else "the predictions rise with the true depth, so they look like depth: disparities (1 / depth) are needed"
         )
     if pngs is not None and pngs.without:
-        warnings.append(f"{pngs.without} images have no ground truth, so no size and scale: no PNG of them")
+        warnings.append(f"{pngs.without} images have no ground truth, so no size and scale: no PNG is written for them")
     rows = {model_name(options.model or str(options.predictions)): evaluation.metrics}
     if options.baselines:
         rows["constant depth, median"] = evaluate(constant_disparity, batches(1), data.protocol, "median").metrics
@@ -168,11 +160,8 @@ def measure(
             fresh = network_disparity(_untrained(predictor))
             rows["untrained net, median"] = evaluate(fresh, batches(2), data.protocol, "median").metrics
     published = published_rows() if data.is_eigen else {}
-    rows |= published
-    how = "median scaling" if scaling == "median" else f"metric, {scaling:g} m per unit"
-    title = f"{options.dataset_name or data.name}: {len(evaluation.images)} images, crop {data.protocol.crop}, "
-    title += f"{data.protocol.min_depth:g}-{data.protocol.max_depth:g} m, {how}"
-    title += ", post-processed" * options.post_process
+    title = f"{options.dataset_name or data.name}: {'first ' * (images < data.total)}{images} images, "
+    title += _how(data.protocol, scaling) + ", post-processed" * options.post_process
     about = {
         "model": options.model,
         "predictions": str(options.predictions) if options.predictions else None,
@@ -180,55 +169,56 @@ def measure(
         "post_processed": options.post_process,
         "warnings": warnings,
     }
-    report = EvalReport(evaluation, title, rows, frozenset(published), warnings, about)
-    return replace(report, disparities=disparities, worst_and_best=worst_and_best)
+    return EvalReport(
+        evaluation, title, rows | published, frozenset(published), warnings, about, disparities, worst_and_best
+    )
+
+
+def _how(protocol: Protocol, scaling: Scaling) -> str:
+    how = "median scaling" if scaling == "median" else f"metric, {scaling:g} m per unit"
+    return f"crop {protocol.crop}, {protocol.min_depth:g}-{protocol.max_depth:g} m, {how}"
 
 
 @dataclass(frozen=True)
 class _Data:
-    """What is evaluated on; `batches` goes through it from the start each time."""
+    """The data to measure on, `total` images; each call of `batches` reads them from the start, up to --limit."""
 
     name: str
     protocol: Protocol
-    batches: Callable[[Progress], Iterator[Batch]]
-    warnings: list[str]
+    batches: Callable[[], Iterator[Batch]]
+    total: int
     about: dict[str, Any]
     is_eigen: bool
+    warnings: list[str] = field(default_factory=list)
     keys: Sequence[str] | None = None
 
 
-def _open(options: EvalOptions, predictor: Predictor | None) -> _Data:
-    """A packed dataset."""
+def _packed(options: EvalOptions, predictor: Predictor | None) -> _Data:
+    """Open a packed dataset."""
     dataset = open_dataset(options.dataset)
     manifest = dataset.manifest
     part = choose_part(manifest, options.part)
     protocol = choose_protocol(
         manifest, options.protocol, crop=options.crop, min_depth=options.min_depth, max_depth=options.max_depth
     )
-    about = {
-        "dataset": dataset.url,
-        "split": manifest.split.name,
-        "manifest_sha256": dataset.manifest_sha256,
-        "part": part,
-    }
-    batches = _batches_of(options, dataset, part, predictor)
-    warnings = dataset_warnings(manifest, protocol, predictor)
-    return _Data(f"{dataset.url} {part}", protocol, batches, warnings, about, manifest.split.name == "eigen")
+    return _Data(
+        f"{dataset.url} {part}",
+        protocol,
+        lambda: evaluation_batches(dataset, part, predictor, batch_size=options.batch_size, limit=options.limit),
+        manifest.samples(part),
+        {
+            "dataset": dataset.url,
+            "split": manifest.split.name,
+            "manifest_sha256": dataset.manifest_sha256,
+            "part": part,
+        },
+        manifest.split.name == "eigen",
+        dataset_warnings(manifest, protocol, predictor),
+    )
 
 
-def _batches_of(
-    options: EvalOptions, dataset: LocalDataset, part: str, predictor: Predictor | None
-) -> Callable[[Progress], Iterator[Batch]]:
-    def batches(progress: Progress) -> Iterator[Batch]:
-        total = dataset.manifest.samples(part)
-        found = evaluation_batches(dataset, part, predictor, batch_size=options.batch_size, limit=options.limit)
-        return _counted(found, min(total, options.limit or total), progress)
-
-    return batches
-
-
-def _open_truth(options: EvalOptions, predictor: Predictor | None) -> _Data:
-    """Ground truth without images (gt_depths.npz, a folder of PNGs), for predictions of the same names or order."""
+def _truth_alone(options: EvalOptions, predictor: Predictor | None) -> _Data:
+    """Open ground truth without images (gt_depths.npz, PNGs), for predictions of the same names or order."""
     if predictor is not None:
         raise UsageError(
             f"{options.dataset} holds ground truth without images: give --predictions FILE, or evaluate the model on a "
@@ -237,32 +227,25 @@ def _open_truth(options: EvalOptions, predictor: Predictor | None) -> _Data:
     if options.sheet is not None:
         raise UsageError(f"--sheet shows images, and {options.dataset} has none: leave it out")
     truth = open_ground_truth(Path(options.dataset), options.order)
-    given = {"crop": options.crop, "min_depth": options.min_depth, "max_depth": options.max_depth}
-    # 697 maps of raw velodyne, or 652 of improved depth.
-    name = options.protocol if options.protocol != "auto" else "eigen_benchmark" if len(truth.keys) == 652 else "eigen"
-    protocol = choose_protocol(None, name, **given)  # type: ignore[arg-type]
-
-    def batches(progress: Progress) -> Iterator[Batch]:
-        return _counted(truth.batches(options.batch_size, options.limit), len(truth.keys[: options.limit]), progress)
-
-    about = {"dataset": options.dataset, "split": None, "manifest_sha256": None, "part": None}
-    is_eigen = protocol == EIGEN and len(truth.keys) == 697
-    return _Data(options.dataset, protocol, batches, [], about, is_eigen, truth.keys)
-
-
-def _counted(batches: Iterator[Batch], total: int, progress: Progress) -> Iterator[Batch]:
-    done = 0
-    for batch in batches:
-        yield batch
-        done += batch.size
-        progress(done, total)
+    # 697 maps are raw velodyne, 652 are improved depth.
+    name = options.protocol if options.protocol != "auto" else "eigen_benchmark" if len(truth) == 652 else "eigen"
+    protocol = choose_protocol(None, name, crop=options.crop, min_depth=options.min_depth, max_depth=options.max_depth)
+    return _Data(
+        options.dataset,
+        protocol,
+        lambda: truth_batches(truth[: options.limit], options.batch_size),
+        len(truth),
+        {"dataset": options.dataset, "split": None, "manifest_sha256": None, "part": None},
+        protocol == EIGEN and len(truth) == 697,
+        keys=[key for key, _ in truth],
+    )
 
 
 def _check(options: EvalOptions, predictor: Predictor | None) -> None:
     if (predictor is None) == (options.predictions is None):
         raise UsageError("give a model to evaluate, or --predictions FILE; one of the two")
     if options.predictions is not None and options.post_process:
-        raise UsageError("--post-process runs the networks; saved predictions are taken as they are")
+        raise UsageError("--post-process runs the networks, and saved predictions come without: leave it out")
     for path in (options.json_file, options.csv_file, options.sheet, options.save_predictions):
         if path is not None:
             require_writable(path)
@@ -278,7 +261,7 @@ def _scaling(options: EvalOptions, predictor: Predictor | None) -> tuple[Scaling
         return ("median" if wanted == "median" else 1.0), []  # depth PNGs are in metres
     if wanted == "metric" and options.scale is None:
         return 1.0, ["predictions are taken as 1 / metres; for another unit give --scale METRES_PER_UNIT"]
-    # Nothing is known about the unit of predictions, so neither choice deserves a warning.
+    # The unit of predictions is unknown, so neither choice deserves a warning.
     return choose_scaling(None, "median" if wanted == "auto" and options.scale is None else wanted, options.scale)
 
 
@@ -301,55 +284,44 @@ def _untrained(predictor: Predictor) -> Predictor:
 
 
 def published_rows() -> dict[str, dict[str, float]]:
-    """The paper's main rows: M, S and MS at both sizes."""
-    main = {"mono": "M", "stereo": "S", "mono_stereo": "MS"}
-    wanted = {
-        f"monodepth2_resnet18_kitti_{mode}_{size}": f"published {letters} {size}"
+    """Return the paper's main rows: M, S and MS at both sizes."""
+    main = {"M": "mono", "S": "stereo", "MS": "mono_stereo"}
+    return {
+        f"published {letters} {size}": PUBLISHED[f"monodepth2_resnet18_kitti_{mode}_{size}"]
         for size in ("640x192", "1024x320")
-        for mode, letters in main.items()
+        for letters, mode in main.items()
     }
-    found = {recipe.name: recipe.published for recipe in zoo()}
-    return {label: found[name] for name, label in wanted.items()}
 
 
 # Files
 
 
-def write_results(options: EvalOptions, report: EvalReport) -> None:
-    """Write the files that `options` ask for; their paths go into `report.written`.
+def write_results(options: EvalOptions, report: EvalReport) -> list[Path]:
+    """Write the files that `options` name; returns all files and folders that the evaluation wrote.
 
     Raises:
         InputError: a file cannot be written.
     """
-    texts = {options.json_file: to_json(report.evaluation, **report.about), options.csv_file: to_csv(report.evaluation)}
-    for path, text in texts.items():
-        if path is not None:
-            write_file(path, text.encode())
-            report.written.append(path)
-    if options.sheet is not None and report.worst_and_best is not None:
-        name = next(iter(report.rows))
-        write_png(options.sheet, report.worst_and_best.picture(f"{name} on {report.title}", LEGEND))
-        report.written.append(options.sheet)
+    if options.json_file is not None:
+        write_file(options.json_file, to_json(report.evaluation, **report.about).encode())
+    if options.csv_file is not None:
+        write_file(options.csv_file, to_csv(report.evaluation).encode())
+    if options.sheet is not None:
+        write_png(options.sheet, report.worst_and_best.picture(f"{next(iter(report.rows))} on {report.title}"))
     if options.save_predictions is not None:
-        rows, keys = report.disparities.stacked(list(options.order) if options.order is not None else None)
-        write_npy(options.save_predictions, rows)
+        rows = report.disparities.rows
+        keys = [key for key in options.order or rows if key in rows]
+        write_npy(options.save_predictions, np.stack([rows[key] for key in keys]))
         write_file(keys_file(options.save_predictions), "".join(f"{key}\n" for key in keys).encode())
-        report.written.append(options.save_predictions)
-    if options.save_png is not None:
-        report.written.append(options.save_png)
+    named = (options.json_file, options.csv_file, options.sheet, options.save_predictions, options.save_png)
+    return [path for path in named if path is not None]
 
 
 def to_json(evaluation: Evaluation, **about: Any) -> str:
-    """Encode all but the per-image scores; `about` comes first. Numbers that are not finite become null."""
-    protocol = evaluation.protocol
+    """Encode all but the images' scores; `about` comes first. Numbers that are not finite become null."""
     tree = {
         **about,
-        "protocol": {
-            "crop": protocol.crop,
-            "min_depth": protocol.min_depth,
-            "max_depth": protocol.max_depth,
-            "cap_ground_truth": protocol.cap_ground_truth,
-        },
+        "protocol": asdict(evaluation.protocol),
         "scaling": evaluation.scaling,
         "images": len(evaluation.images),
         "images_without_ground_truth": len(evaluation.images) - len(evaluation.counted),
@@ -360,7 +332,7 @@ def to_json(evaluation: Evaluation, **about: Any) -> str:
 
 
 def to_csv(evaluation: Evaluation) -> str:
-    """Encode one line per image, sorted by key: the metrics, scale factor, counted pixels; empty where none counted."""
+    """Encode one line per image, sorted by key: metrics, scale factor, counted pixels; NaN becomes an empty cell."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["key", *METRICS, "scale_ratio", "pixels"])

@@ -1,10 +1,10 @@
-"""The work of `md2 odometry`: motions along a sequence, the error against ground truth, files."""
+"""The work of `md2 odometry`: predict the motions along a sequence, compare with ground truth, write files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -26,7 +26,7 @@ from md2.evaluation.odometry import (
     write_poses,
 )
 from md2.inference.images import decode_image, read_image
-from md2.inference.inputs import Progress, find_images, sort_inputs
+from md2.inference.inputs import Progress, find_inputs
 from md2.inference.predictor import Predictor
 from md2.visualize import require_writable, write_file
 from shards.dataset import LocalDataset, open_dataset
@@ -40,7 +40,7 @@ class OdometryOptions:
 
     Attributes:
         packed: whether `source` is a packed dataset; otherwise it is raw KITTI if `sequence` is given, else frames.
-        poses: true poses, (n, 3, 4) camera-to-world, metres; None: those beside the frames, if any.
+        poses: true poses, (n, 3, 4) camera-to-world, metres; None: those of the raw sequence, if it has any.
     """
 
     model: str
@@ -68,15 +68,15 @@ class RawSequence(Protocol):
 
 @dataclass(frozen=True)
 class OdometryReport:
-    """The result.
+    """The result of `md2 odometry`.
 
     Attributes:
-        name: of the sequence.
-        frames: their number.
-        unit: "metres" or "unknown", of the written trajectory.
-        error: on 5-frame snippets; None without ground truth.
+        name: name of the sequence.
+        frames: number of frames.
+        unit: "metres" or "unknown", the unit of the written trajectory.
+        error: the error on 5-frame snippets; None without ground truth.
         scale: factor that fits the whole predicted trajectory to the true one; None without ground truth.
-        written: files.
+        written: the files.
     """
 
     name: str
@@ -84,16 +84,7 @@ class OdometryReport:
     unit: str
     error: SnippetError | None
     scale: float | None
-    written: list[Path] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class FrameRefs:
-    """Images of a sequence, in order; `total` is 0 for a video that does not give it."""
-
-    name: str
-    images: Iterator[Image.Image]
-    total: int
+    written: list[Path]
 
 
 def run_odometry(
@@ -102,7 +93,7 @@ def run_odometry(
     open_raw: Callable[[str, str], RawSequence],
     progress: Progress = lambda done, total: None,
 ) -> OdometryReport:
-    """Predict a trajectory, compare it with ground truth if there is any, and write the files.
+    """Predict a trajectory, compare it with ground truth if present, and write the files.
 
     Args:
         open_raw: opens a sequence of raw KITTI, given its location and name.
@@ -113,64 +104,50 @@ def run_odometry(
     """
     require_writable(options.out, folder=True)
     if options.part is not None and not options.packed:
-        raise UsageError(f"{options.source}: --part names a part of a packed dataset, and this is none")
+        raise UsageError(f"{options.source}: --part names a part of a packed dataset, and this is not one")
     if options.packed and options.part is None and options.sequence is None:
         raise UsageError(f"{options.source} is a packed dataset: name a sequence with --sequence, or a --part")
-    raw = None
+    limit, size, poses = options.limit, options.batch_size, options.poses
     if options.packed:
         part = options.part or f"test_{options.sequence}"
         name = options.sequence or part
-        motions = dataset_motions(
-            predictor,
-            open_dataset(options.source),
-            part,
-            limit=options.limit,
-            batch_size=options.batch_size,
-            progress=progress,
-        )
+        dataset = open_dataset(options.source)
+        motions = dataset_motions(predictor, dataset, part, limit=limit, batch_size=size, progress=progress)
     else:
         if options.sequence is not None:
             raw = open_raw(options.source, options.sequence)
-            frames = decode_frames(options.sequence, raw.read(), len(raw.frames))
+            images: Iterator[Image.Image] = (decode_image(data, where) for where, data in raw.read())
+            name, total = options.sequence, len(raw.frames)
+            poses = raw.poses if poses is None else poses
         else:
-            frames = open_frames(options.source)
-        name = frames.name
-        motions = predict_motions(
-            predictor,
-            islice(frames.images, options.limit),
-            batch_size=options.batch_size,
-            total=min(frames.total, options.limit or frames.total),
-            progress=progress,
-        )
-    given = options.poses if options.poses is not None else raw.poses if raw is not None else None
-    poses = square(given)[: options.limit] if given is not None else None
-    return report_motions(motions, name, predictor.metres_per_unit, poses, options.out, options.model)
+            name, images, total = open_frames(options.source)
+        total = min(total, limit or total)
+        motions = predict_motions(predictor, islice(images, limit), batch_size=size, total=total, progress=progress)
+    true = square(poses)[:limit] if poses is not None else None
+    return report_motions(motions, name, predictor.metres_per_unit, true, options.out, options.model)
 
 
-def open_frames(source: str) -> FrameRefs:
-    """Open a folder, a glob or a video.
+def open_frames(source: str) -> tuple[str, Iterator[Image.Image], int]:
+    """Open a folder, a glob or a video as one sequence.
+
+    Returns:
+        Its name, its images in order, and their number (0: a video that does not state it).
 
     Raises:
         InputError: no frames there, or images in several folders (two cameras, two drives).
     """
-    given = sort_inputs([source])
+    given = find_inputs([source])
     if given.videos:
         video = open_video(given.videos[0])
-        return FrameRefs(given.videos[0].stem, iter(video), video.frames or 0)
-    images = find_images(given.images)
-    folders = sorted({str(image.path.parent) for image in images})
+        return given.videos[0].stem, iter(video), video.frames or 0
+    folders = sorted({str(image.path.parent) for image in given.images})
     if len(folders) > 1:
         raise InputError(
             f"{source}: frames in {len(folders)} folders ({folders[0]}, {folders[1]} ...); a sequence is the frames of "
             "one camera, in one folder"
         )
     name = Path(folders[0]).resolve().name if folders else source
-    return FrameRefs(name, (read_image(image.path) for image in images), len(images))
-
-
-def decode_frames(name: str, files: Iterable[tuple[str, bytes]], total: int) -> FrameRefs:
-    """Decode frames from named file contents."""
-    return FrameRefs(name, (decode_image(data, where) for where, data in files), total)
+    return name, (read_image(image.path) for image in given.images), len(given.images)
 
 
 def square(poses: Matrices) -> Matrices:
@@ -214,11 +191,11 @@ def dataset_motions(
 ) -> Matrices:
     """Predict the motions along packed samples of one sequence (`md2 prep --split odom`), in any order.
 
-    Each sample gives the motion to its next frame, or from the one before, so the first and last frames of a sequence,
-    which are no samples, are covered by their neighbours.
+    Each sample gives the motion to its next frame and from its previous one. So neighbours cover the first and last
+    frames of a sequence, which are not samples themselves.
 
     Args:
-        limit: number of frames at the start; all samples are read, since packed ones are in random order.
+        limit: number of frames at the start. All samples are read, since packed ones are in random order.
 
     Raises:
         DatasetError: the samples have no neighbouring frames, come from two sequences, or frames are missing.
@@ -255,7 +232,7 @@ def dataset_motions(
 def report_motions(
     motions: Matrices, name: str, metres_per_unit: float | None, poses: Matrices | None, out: Path, model: str
 ) -> OdometryReport:
-    """Compare with ground truth, if any, and write NAME_poses.txt, NAME.png and NAME.json.
+    """Compare motions with ground truth, if any, and write NAME_poses.txt, NAME.png and NAME.json.
 
     Args:
         motions: (n, 4, 4) in the model's unit.
@@ -270,22 +247,20 @@ def report_motions(
             f"sequence {name}: {len(motions) + 1} frames, but {len(poses)} true poses; they must agree "
             f"(--limit {fewer} takes the first of both)"
         )
-    true = motions_of(poses) if poses is not None else None
-    error = snippet_error(true, motions) if true is not None else None
+    metres = metres_per_unit is not None
     predicted = trajectory(motions, metres_per_unit or 1.0)
-    truth = trajectory(true) if true is not None else None
-    scale = trajectory_scale(truth, predicted) if truth is not None else None
-    unit = "unknown" if metres_per_unit is None else "metres"
+    shown, truth, error, scale, note = predicted, None, None, None, ""
+    title = f"sequence {name}: {len(motions) + 1} frames"
+    if poses is not None:
+        true = motions_of(poses)
+        truth, error = trajectory(true), snippet_error(true, motions)
+        scale = trajectory_scale(truth, predicted)
+        title += f"\nATE {error.mean:.3f} ± {error.std:.3f} m on {SNIPPET}-frame snippets, each scaled to fit"
+        if not metres:
+            shown, note = trajectory(motions, scale), f" (scaled by {scale:.3g} to fit)"
 
-    files = {suffix: out / f"{name.replace('/', '_')}{suffix}" for suffix in ("_poses.txt", ".png", ".json")}
-    write_poses(files["_poses.txt"], predicted)
-    shown, note = predicted, ""
-    if metres_per_unit is None and scale is not None:
-        shown, note = trajectory(motions, scale), f" (scaled by {scale:.3g} to fit)"
-    title = f"sequence {name}: {len(motions) + 1} frames" + (
-        f"\nATE {error.mean:.3f} ± {error.std:.3f} m on {SNIPPET}-frame snippets, each scaled to fit" if error else ""
-    )
-    write_file(files[".png"], trajectory_png(shown, truth, title, note, metres=unit == "metres" or truth is not None))
+    files = [out / f"{name.replace('/', '_')}{suffix}" for suffix in ("_poses.txt", ".png", ".json")]
+    unit = "metres" if metres else "unknown"
     summary = {
         "sequence": name,
         "model": model,
@@ -295,5 +270,7 @@ def report_motions(
         "ate_std": error.std if error else None,
         "trajectory_scale": scale,
     }
-    write_file(files[".json"], (json.dumps(summary, indent=1) + "\n").encode())
-    return OdometryReport(name, len(motions) + 1, unit, error, scale, list(files.values()))
+    write_poses(files[0], predicted)
+    write_file(files[1], trajectory_png(shown, truth, title, note, metres=metres or truth is not None))
+    write_file(files[2], (json.dumps(summary, indent=1) + "\n").encode())
+    return OdometryReport(name, len(motions) + 1, unit, error, scale, files)

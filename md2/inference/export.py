@@ -1,4 +1,4 @@
-"""Export the depth network for other runtimes, as ONNX or torch.export's PT2; each file is checked by running it.
+"""Exports the depth network for other runtimes, as ONNX or torch.export's PT2, and checks each file by running it.
 
 Input `image`: (B, 3, height, width) float32 RGB in [0, 1]. Outputs `depth` and `disparity` (1 / depth):
 (B, 1, height, width) float32, in metres if the unit is known. The ONNX file's metadata hold `unit`, `width`,
@@ -35,6 +35,7 @@ from shards.files import fsync_folder, replace, temporary
 TOLERANCE = 1e-4
 """Largest relative difference from PyTorch that a written file may have."""
 OPSET = 18
+Floats = NDArray[np.float32]
 
 
 class DepthNetwork(nn.Module):
@@ -55,7 +56,7 @@ class DepthNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Exported:
-    """A written file, and its largest relative difference from PyTorch (None: weights, which cannot be run)."""
+    """A written file and its largest relative difference from PyTorch; None for weights, which cannot be run."""
 
     path: Path
     difference: float | None
@@ -65,7 +66,7 @@ def export_onnx(predictor: Predictor, path: Path, *, dynamic_batch: bool = False
     """Write ONNX and run it on onnxruntime against PyTorch; the file appears only if they agree to 1e-4.
 
     Args:
-        dynamic_batch: any batch size; otherwise 1.
+        dynamic_batch: accept any batch size; otherwise 1.
 
     Raises:
         UsageError: onnx or onnxruntime is not installed.
@@ -78,13 +79,11 @@ def export_onnx(predictor: Predictor, path: Path, *, dynamic_batch: bool = False
     except ImportError as error:
         raise UsageError(f"ONNX export needs {error.name}: pip install 'md2[export]'") from error
     require_writable(path)
-    network, example = _prepare(predictor)
-    batches = (1, 3) if dynamic_batch else (1,)
-    dynamic = {"image": {0: torch.export.Dim("batch", min=1, max=1024)}} if dynamic_batch else None
+    network, batches, dynamic = _prepare(predictor, dynamic_batch)
     with _quiet():
         program = torch.onnx.export(
             network,
-            (example[: 2 if dynamic_batch else 1],),
+            (batches[-1],),
             dynamo=True,
             input_names=["image"],
             output_names=["depth", "disparity"],
@@ -101,18 +100,14 @@ def export_onnx(predictor: Predictor, path: Path, *, dynamic_batch: bool = False
     def write(beside: Path) -> None:
         beside.write_bytes(model.SerializeToString())
 
-    def run(beside: Path, image: Tensor) -> list[NDArray[np.float32]]:
-        return run_onnx(beside, image.numpy())
-
-    return write_checked(path, network, [example[:size] for size in batches], write, run)
+    return write_checked(path, network, batches, write, _run_onnx)
 
 
-def run_onnx(path: Path, image: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """Run an exported file on onnxruntime's CPU: depth and disparity."""
+def _run_onnx(path: Path, image: Tensor) -> Sequence[Floats]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    outputs: list[NDArray[np.float32]] = session.run(["depth", "disparity"], {"image": image})
+    outputs: list[Floats] = session.run(["depth", "disparity"], {"image": image.numpy()})
     return outputs
 
 
@@ -123,22 +118,20 @@ def export_torch(predictor: Predictor, path: Path, *, dynamic_batch: bool = Fals
         InputError: the file cannot be written, or does not agree.
     """
     require_writable(path)
-    network, example = _prepare(predictor)
-    batches = (1, 3) if dynamic_batch else (1,)
-    dynamic = {"image": {0: torch.export.Dim("batch", min=1, max=1024)}} if dynamic_batch else None
+    network, batches, dynamic = _prepare(predictor, dynamic_batch)
     with _quiet():
-        program = torch.export.export(network, (example[: 2 if dynamic_batch else 1],), dynamic_shapes=dynamic)
+        program = torch.export.export(network, (batches[-1],), dynamic_shapes=dynamic)
 
     def write(beside: Path) -> None:
         with beside.open("wb") as file:
             torch.export.save(program, file)
 
-    def run(beside: Path, image: Tensor) -> list[NDArray[np.float32]]:
-        with beside.open("rb") as file:
-            depth, disparity = torch.export.load(file).module()(image)
-        return [depth.numpy(), disparity.numpy()]
+    return write_checked(path, network, batches, write, _run_torch)
 
-    return write_checked(path, network, [example[:size] for size in batches], write, run)
+
+def _run_torch(path: Path, image: Tensor) -> Sequence[Floats]:
+    with path.open("rb") as file:
+        return [output.numpy() for output in torch.export.load(file).module()(image)]
 
 
 def export_monodepth2(model: str | Path, folder: Path) -> Exported:
@@ -167,18 +160,18 @@ def _check_official(config: Config, path: Path) -> None:
     if config.data.baseline != "paper":
         raise UsageError(
             f"{path} has depth in metres, but readers of Monodepth2 weights multiply stereo depth by 5.4: "
-            "export it with --to onnx or torch, or train with data.baseline=paper"
+            "export with --to onnx or torch, or train with data.baseline=paper"
         )
     standard = ModelConfig()
     if (config.model.min_depth, config.model.max_depth) != (standard.min_depth, standard.max_depth):
         raise UsageError(
             f"{path} has depth from {config.model.min_depth:g} to {config.model.max_depth:g}, but readers of "
-            "Monodepth2 weights assume 0.1 to 100: export it with --to onnx or torch"
+            "Monodepth2 weights assume 0.1 to 100: export with --to onnx or torch"
         )
 
 
 def metadata(predictor: Predictor) -> dict[str, Any]:
-    """Facts that a user of the file needs besides the shapes."""
+    """Return the facts that a user of the file needs besides the shapes."""
     return {
         "md2_version": __version__,
         "unit": predictor.unit,
@@ -189,11 +182,13 @@ def metadata(predictor: Predictor) -> dict[str, Any]:
     }
 
 
-def _prepare(predictor: Predictor) -> tuple[DepthNetwork, Tensor]:
-    """Return the network on the CPU, and three random images for the check."""
+def _prepare(predictor: Predictor, dynamic_batch: bool) -> tuple[DepthNetwork, list[Tensor], dict[str, Any] | None]:
+    """Return the network on the CPU, random batches for the check, and torch.export's form of a free batch size."""
     network = deepcopy(DepthNetwork(predictor)).cpu().eval()
     generator = torch.Generator().manual_seed(0)
-    return network, torch.rand(3, 3, predictor.height, predictor.width, generator=generator)
+    sizes = (1, 3) if dynamic_batch else (1,)
+    batches = [torch.rand(size, 3, predictor.height, predictor.width, generator=generator) for size in sizes]
+    return network, batches, {"image": {0: torch.export.Dim("batch", min=1, max=1024)}} if dynamic_batch else None
 
 
 def write_checked(
@@ -201,7 +196,7 @@ def write_checked(
     network: DepthNetwork,
     images: Sequence[Tensor],
     write: Callable[[Path], None],
-    run: Callable[[Path, Tensor], Sequence[NDArray[np.float32]]],
+    run: Callable[[Path, Tensor], Sequence[Floats]],
 ) -> Exported:
     """Write under a temporary name, run the file on each batch of images, and rename it only if it agrees.
 
@@ -212,7 +207,7 @@ def write_checked(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
-        # Python's max would pass over a NaN.
+        # Python's max would skip a NaN.
         difference = float(np.max([_difference(network, image, run(beside, image)) for image in images]))
         if not difference <= TOLERANCE:
             raise InputError(f"{path}: differs from PyTorch by {difference:.1e}, more than {TOLERANCE:g}; not written")
@@ -227,7 +222,7 @@ def write_checked(
 
 
 @torch.no_grad()
-def _difference(network: DepthNetwork, image: Tensor, found: Sequence[NDArray[np.float32]]) -> float:
+def _difference(network: DepthNetwork, image: Tensor, found: Sequence[Floats]) -> float:
     """Largest relative difference of depth and disparity."""
     expected = [output.numpy() for output in network(image)]
     return float(np.max([np.abs(a / b - 1).max() for a, b in zip(found, expected, strict=True)]))

@@ -1,4 +1,4 @@
-"""Images from files, arrays and tensors, as 8-bit RGB."""
+"""Reads images from files, arrays and tensors, as 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from shards.errors import InputError, first_line
 
 ImageLike = Image.Image | NDArray[Any] | Tensor
 MOST_BYTES = 2**29
-"""Size of the largest file that is read: more than Pillow's limit of 179 million pixels needs in any format."""
+"""Size of the largest file that is read. Pillow's limit of 179 million pixels fits into it in any format."""
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image file as RGB, turned upright as its EXIF data say.
+    """Read an image file as RGB, turned upright according to its EXIF data.
 
     Raises:
         InputError: missing, damaged, too large, or not an image.
@@ -53,7 +53,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         raise InputError(f"{where}: {reason}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = first_line(error)
-        raise InputError(f"{where}: cannot be read as an image ({reason}); it may be cut short") from error
+        raise InputError(f"{where}: cannot be read as an image ({reason}); it may be damaged") from error
 
 
 def to_pil(image: ImageLike) -> Image.Image:

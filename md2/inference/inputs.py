@@ -1,4 +1,4 @@
-"""What the words of a command line name: models, images, folders, globs, videos, cameras. Needs no PyTorch."""
+"""Resolves the words of a command line: models, images, folders, globs, videos, cameras. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from md2.config import recipes
 from shards.errors import InputError, UsageError
@@ -18,12 +18,14 @@ from shards.video import VIDEO_SUFFIXES
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 RESULT_SUFFIXES = ("_disparity", "_depth")
-"""Ends of the names of an image's results, before the file type (`md2.inference.predict.Output`)."""
+"""Ends of the names of an image's results, before the file type (`md2.inference.predict.FILE_ENDS`)."""
 
 Progress = Callable[[int, int], None]
-"""Called with how many images are done, and of how many (0: unknown)."""
+"""Called with the number of images done, and of all images (0: unknown)."""
+Intrinsics = tuple[float, float, float, float]
+"""fx, fy, cx, cy in pixels."""
 OutputKind = Literal["side_by_side", "disparity", "npy", "png16", "ply", "benchmark"]
-OUTPUT_KINDS: tuple[OutputKind, ...] = ("side_by_side", "disparity", "npy", "png16", "ply", "benchmark")
+OUTPUT_KINDS: tuple[OutputKind, ...] = get_args(OutputKind)
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,15 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs sorted by kind; cameras by index."""
+    """Inputs by kind; cameras by index."""
 
-    images: list[str]
+    images: list[ImageFile]
     videos: list[Path]
     cameras: list[int]
 
 
 def require_model(model: str) -> None:
-    """Refuse what cannot be a model, before PyTorch is imported.
+    """Refuse a path that cannot be a model, before PyTorch is imported.
 
     Raises:
         InputError: no such path, a recipe's name, an image, or a dataset.
@@ -58,61 +60,57 @@ def require_model(model: str) -> None:
             )
         raise InputError(f"{model}: no such run, checkpoint or folder of Monodepth2 weights")
     if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
-        raise InputError(f"{model} is an image or video, not a model: the model comes first, then what it is run on")
+        raise InputError(f"{model} is an image or video, not a model: the model comes first, then its inputs")
     if (path / MANIFEST).is_file():
-        raise InputError(f"{model} is a packed dataset, not a model: the model comes first, then what it is run on")
+        raise InputError(f"{model} is a packed dataset, not a model: the model comes first, then its inputs")
 
 
-def sort_inputs(inputs: Sequence[str]) -> Inputs:
-    """Sort inputs: a number that is no file is a camera, a video's suffix makes a video, the rest are images.
+def find_inputs(inputs: Sequence[str], out: Path | None = None) -> Inputs:
+    """Find images, videos and cameras.
+
+    A number that is not a file is a camera, and a path with a video's suffix is a video. Everything else is images: a
+    file, everything below a folder (links are followed), or the matches of a glob (`**` too). `._NAME` files, which
+    macOS writes beside others, are skipped. Names are in natural order, 2 before 10. Results keep the folders below a
+    given folder or below a glob's first mark. Names whose results could be the same file are numbered.
+
+    Args:
+        out: folder of the results. It is skipped when a folder above it is searched.
 
     Raises:
         UsageError: no input, or a camera (which never ends) together with anything else.
-        InputError: a glob that matches no video.
+        InputError: an image does not exist, a folder or glob has no match, or a folder cannot be listed.
     """
     if not inputs:
         raise UsageError("name at least one image, folder, glob, video or camera index")
     cameras = [text for text in inputs if text.isdecimal() and not Path(text).exists()]
-    films = [text for text in inputs if Path(text).suffix.lower() in VIDEO_SUFFIXES and not Path(text).is_dir()]
-    images = [text for text in inputs if text not in films and text not in cameras]
     if cameras and len(inputs) > 1:
         raise UsageError(f"camera {cameras[0]} never ends: give it alone")
-    videos = [path for text in films for path in _videos(text)]
-    return Inputs(images, videos, [int(text) for text in cameras])
-
-
-def find_images(inputs: Sequence[str], out: Path | None = None) -> list[ImageFile]:
-    """Find images: files as given, everything below folders (links are followed), matches of globs (`**` too).
-
-    Names are ordered as people count, 2 before 10. No two images get names whose results could be the same file:
-    results keep the folders below a given folder or below a glob's first mark, and equal names are numbered.
-    `._NAME` files, which macOS writes beside others, are no images.
-
-    Args:
-        out: folder of the results; what lies in it is skipped when a folder above it is searched.
-
-    Raises:
-        InputError: an input that does not exist, a folder or glob without images, or a folder that cannot be listed.
-    """
-    found: list[ImageFile] = []
-    for text in inputs:
+    images: list[ImageFile] = []
+    videos: list[Path] = []
+    for text in inputs if not cameras else ():
         path = Path(text)
+        base = Path(*takewhile(lambda part: not _is_glob(part), path.parent.parts))
         if path.is_dir():
-            found += _below(path, out)
+            images += _named(_below(path, out), path)
+        elif path.suffix.lower() in VIDEO_SUFFIXES:
+            videos += _matching(text, VIDEO_SUFFIXES, "video") if _is_glob(text) and not path.exists() else [path]
         elif path.is_file():
-            found.append(ImageFile(path, path.stem))
+            images.append(ImageFile(path, path.stem))
         else:
-            base = Path(*takewhile(lambda part: not _is_glob(part), path.parent.parts))
-            matches = _matching(text, IMAGE_SUFFIXES, "image")
-            found += [ImageFile(match, str(match.relative_to(base).with_suffix(""))) for match in matches]
-    names = unique_names([image.name for image in found])
-    return [ImageFile(image.path, name) for image, name in zip(found, names, strict=True)]
+            images += _named(_matching(text, IMAGE_SUFFIXES, "image"), base)
+    names = unique_names([image.name for image in images])
+    numbered = [ImageFile(image.path, name) for image, name in zip(images, names, strict=True)]
+    return Inputs(numbered, videos, [int(text) for text in cameras])
+
+
+def _named(paths: Sequence[Path], base: Path) -> list[ImageFile]:
+    return [ImageFile(path, str(path.relative_to(base).with_suffix(""))) for path in sorted(paths, key=by_number)]
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
     """Number names (`a`, `a_2`) whose results could be the same files.
 
-    `a` gives a.png, a_disparity.png and a_depth.png, and an image called `a_depth` would give the last one, too.
+    `a` gives a.png, a_disparity.png and a_depth.png; an image called `a_depth` would give the last one, too.
     """
     taken: set[str] = set()
     result = []
@@ -129,7 +127,7 @@ def parse_kinds(text: str) -> tuple[OutputKind, ...]:
     """Parse `side_by_side,npy`.
 
     Raises:
-        UsageError: an unknown kind, none at all, or two that write the same file.
+        UsageError: an unknown kind, no kind, or two that write the same file.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in OUTPUT_KINDS]
@@ -141,7 +139,7 @@ def parse_kinds(text: str) -> tuple[OutputKind, ...]:
     return tuple(kind for kind in OUTPUT_KINDS if kind in names)
 
 
-def parse_intrinsics(text: str) -> tuple[float, float, float, float]:
+def parse_intrinsics(text: str) -> Intrinsics:
     """Parse `721.5,721.5,609.6,172.9`: fx, fy, cx, cy in pixels.
 
     Raises:
@@ -154,11 +152,6 @@ def parse_intrinsics(text: str) -> tuple[float, float, float, float]:
     if not (0 < fx < 1e6 and 0 < fy < 1e6 and abs(cx) < 1e6 and abs(cy) < 1e6):
         raise UsageError(f"intrinsics {text!r}: focal lengths must be positive, and all numbers pixels")
     return fx, fy, cx, cy
-
-
-def _videos(text: str) -> list[Path]:
-    path = Path(text)
-    return _matching(text, VIDEO_SUFFIXES, "video") if _is_glob(text) and not path.exists() else [path]
 
 
 def _is_glob(text: str) -> bool:
@@ -175,11 +168,11 @@ def _matching(pattern: str, suffixes: frozenset[str], what: str) -> list[Path]:
     matches = {match for match in _glob(Path(path.anchor), parts) if _is_file(match, suffixes)}
     if not matches:
         raise InputError(f"{pattern}: no {what} matches")
-    return sorted(matches, key=_counting)
+    return sorted(matches, key=by_number)
 
 
 def _glob(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """As `Path.glob`, but `**` follows links (which Python does from 3.13 on)."""
+    """Yield what `Path.glob` yields, but let `**` follow links (which Python does from 3.13 on)."""
     if not parts:
         yield folder
         return
@@ -197,7 +190,7 @@ def _glob(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
 
 
 def _folders(top: Path) -> Iterator[Path]:
-    """A folder and all below it, through links; each once, so that links in a circle end."""
+    """Yield a folder and all below it, through links; each once, so that circles of links end."""
     seen: set[str] = set()
     for folder, names, _ in os.walk(top, followlinks=True, onerror=_unlisted):
         real = os.path.realpath(folder)
@@ -205,7 +198,7 @@ def _folders(top: Path) -> Iterator[Path]:
             names.clear()
             continue
         seen.add(real)
-        # Real folders first: what is linked to from beside it keeps its own name.
+        # Real folders come first, so that one that is linked to from beside it keeps its own name.
         names.sort(key=lambda name, at=folder: (Path(at, name).is_symlink(), name))  # type: ignore[misc]
         yield Path(folder)
 
@@ -226,20 +219,20 @@ def _is_file(path: Path, suffixes: frozenset[str]) -> bool:
     return path.suffix.lower() in suffixes and not path.name.startswith("._") and path.is_file()
 
 
-def _below(folder: Path, out: Path | None) -> list[ImageFile]:
-    results = out.resolve() if out is not None and out.resolve() != folder.resolve() else None
-    everything = [inner / name for inner in _folders(folder) for name in _names(inner)]
+def _below(folder: Path, out: Path | None) -> list[Path]:
+    everything = list(_glob(folder, ("**", "*")))
     files = [path for path in everything if _is_file(path, IMAGE_SUFFIXES)]
-    if results is not None and results.is_relative_to(folder.resolve()):
+    results = out.resolve() if out is not None else folder.resolve()
+    if folder.resolve() in results.parents:
         files = [path for path in files if not path.resolve().is_relative_to(results)]
     if not files:
         film = next((path for path in everything if _is_file(path, VIDEO_SUFFIXES)), None)
         hint = f"; it holds videos: give {folder}/*{film.suffix}" if film is not None else ""
         raise InputError(f"{folder}: no image in this folder (of {', '.join(sorted(IMAGE_SUFFIXES))}){hint}")
-    return [ImageFile(path, str(path.relative_to(folder).with_suffix(""))) for path in sorted(files, key=_counting)]
+    return files
 
 
-def _counting(path: Path) -> tuple[list[tuple[str, int]], str]:
-    """Sort key: by folder, and by the value of the numbers in names, frame2 before frame10."""
+def by_number(path: Path) -> tuple[list[tuple[str, int]], str]:
+    """Sort key for natural order: by folder, then by the value of the numbers in names, frame2 before frame10."""
     pieces = [piece for part in path.parts for piece in (*re.split(r"(\d+)", part), "/")]
     return [("", int(piece)) if piece.isdecimal() else (piece, -1) for piece in pieces], str(path)

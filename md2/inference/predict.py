@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -15,16 +15,7 @@ from PIL import Image
 
 from md2.inference.film import VideoWriter
 from md2.inference.images import read_image
-from md2.inference.inputs import (
-    ImageFile,
-    OutputKind,
-    Progress,
-    find_images,
-    parse_intrinsics,
-    parse_kinds,
-    sort_inputs,
-    unique_names,
-)
+from md2.inference.inputs import ImageFile, Inputs, Intrinsics, OutputKind, Progress, unique_names
 from md2.inference.predictor import DepthMap, Predictor
 from md2.visualize import (
     Map,
@@ -46,7 +37,7 @@ from shards.errors import InputError, UsageError
 from shards.video import DamagedVideoError, VideoSource, open_camera, open_video
 
 METRIC_KINDS: tuple[OutputKind, ...] = ("png16", "benchmark")
-"""Written only where the unit is known."""
+"""Written only if the unit is known."""
 FILM_KINDS: tuple[OutputKind, ...] = ("side_by_side", "disparity")
 """Become an MP4 for a video; the other kinds become files per frame."""
 IMAGE_KINDS: tuple[OutputKind, ...] = ("side_by_side", "disparity", "npy", "png16")
@@ -56,7 +47,7 @@ VIDEO_KINDS: tuple[OutputKind, ...] = ("side_by_side",)
 BENCHMARK_CAP = 80.0
 """Metres; the cap of the published evaluation."""
 WORKERS = 2
-"""Threads that decode ahead and write behind while the networks run."""
+"""Threads that decode the next batch and write the last one while the networks run."""
 STEADINESS = 0.9
 """Weight of the past in a film's colour scale."""
 FILE_ENDS: dict[OutputKind, str] = {
@@ -71,14 +62,26 @@ FILE_ENDS: dict[OutputKind, str] = {
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Options of `md2 predict`; see its help."""
+    """Options of `md2 predict`; see its help.
+
+    Attributes:
+        out: folder of the results.
+        kinds: kinds of results; None: IMAGE_KINDS for images, VIDEO_KINDS for videos.
+        flip: average with the prediction for the mirrored image.
+        cmap: matplotlib's name of the colour map.
+        scale: metres per unit of depth; None: the model's own.
+        intrinsics: camera for point clouds; None: KITTI's, nominally.
+        max_depth: a point cloud leaves farther points out; in depth's unit.
+        limit: predict the first frames of a video or camera only, this number.
+        batch_size: images in one pass; a camera's frames are predicted one by one.
+    """
 
     out: Path
-    save: str | None = None
+    kinds: tuple[OutputKind, ...] | None = None
     flip: bool = False
     cmap: str = "magma"
     scale: float | None = None
-    intrinsics: str | None = None
+    intrinsics: Intrinsics | None = None
     max_depth: float = 80.0
     limit: int | None = None
     batch_size: int = 8
@@ -86,142 +89,49 @@ class PredictOptions:
 
 @dataclass(frozen=True)
 class Predicted:
-    """The result of a prediction.
-
-    Attributes:
-        images: number of images predicted.
-        written: files, in order.
-        failed: inputs that could not be read to their end, with the reason.
-    """
+    """The result of a prediction: number of images, files in order, inputs that could not be read, with the reason."""
 
     images: int
-    written: list[Path] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Output:
-    """The files that each image gives, and their folder (`FILE_ENDS`).
-
-    Attributes:
-        cmap: matplotlib's name of the colour map.
-        max_depth: farther points are left out of a point cloud, in depth's unit.
-        intrinsics: fx, fy, cx, cy in pixels for point clouds; None: KITTI's, nominally.
-    """
-
-    folder: Path
-    kinds: Sequence[OutputKind] = IMAGE_KINDS
-    cmap: str = "magma"
-    max_depth: float = 80.0
-    intrinsics: tuple[float, float, float, float] | None = None
-
-    def write(self, name: str, result: DepthMap) -> list[Path]:
-        """Write one image's files.
-
-        Raises:
-            InputError: the folder cannot be written.
-        """
-        written = []
-        for kind in self.kinds:
-            path = self.path(kind, name)
-            if kind in METRIC_KINDS and not result.metric:
-                continue
-            if kind in FILM_KINDS:
-                write_png(path, self.picture(kind, result, color_ends(result.disparity)))
-            elif kind == "npy":
-                write_npy(path, result.depth)
-            elif kind == "ply":
-                write_file(path, self._cloud(result))
-            else:
-                cap = BENCHMARK_CAP if kind == "benchmark" else np.inf
-                write_png(path, depth_to_uint16(np.minimum(result.depth, cap)))
-            written.append(path)
-        return written
-
-    def path(self, kind: OutputKind, name: str) -> Path:
-        """Path of an image's file of this kind."""
-        return self.folder / f"{name}{FILE_ENDS[kind]}"
-
-    def films(self, name: str) -> dict[OutputKind, Path]:
-        """Paths of a video's MP4s."""
-        return {kind: self.path(kind, name).with_suffix(".mp4") for kind in FILM_KINDS if kind in self.kinds}
-
-    def picture(self, kind: OutputKind, result: DepthMap, ends: tuple[float, float]) -> Picture:
-        """Colour the disparity between the `ends` of the scale, alone or beside (below) the image."""
-        colours = colorize(result.disparity, cmap=self.cmap, low=ends[0], high=ends[1])
-        if kind == "disparity":
-            return colours
-        return side_by_side(result.image, colours, color_scale(self.cmap, ends, metric=result.metric))
-
-    def _cloud(self, result: DepthMap) -> bytes:
-        height, width = result.depth.shape
-        camera = self.intrinsics or nominal_intrinsics(width, height)
-        points, kept = point_cloud(result.depth, camera, self.max_depth)
-        unit = "metres" if result.metric else "unknown (right up to one factor)"
-        return ply_bytes(points, result.image[kept], f"unit {unit}; x right, y down, z forward")
+    written: list[Path]
+    failed: list[str]
 
 
 def run_predict(
     predictor: Predictor,
-    inputs: Sequence[str],
+    inputs: Inputs,
     options: PredictOptions,
     tracker: Callable[[str], Progress] = lambda name: lambda done, total: None,
 ) -> Predicted:
     """Predict all inputs.
 
     Args:
-        tracker: called with a label for each bar that is to be shown; returns what moves it.
+        tracker: called with the label of each progress bar; returns the function that moves it.
 
     Raises:
-        UsageError: options that contradict each other, or a result that would replace an input.
+        UsageError: options contradict each other, or a result would replace an input.
         InputError: an input or a colour map does not exist, or the folder cannot be written.
     """
-    given = sort_inputs(inputs)
     check_color_map(options.cmap)
-    kinds = parse_kinds(options.save) if options.save is not None else None
-    camera = parse_intrinsics(options.intrinsics) if options.intrinsics is not None else None
-    output = Output(options.out, kinds or IMAGE_KINDS, options.cmap, options.max_depth, camera)
-    films = replace(output, kinds=kinds or VIDEO_KINDS)
     if options.scale is not None:
         predictor = predictor.with_unit(options.scale)
-    if predictor.unit == "unknown" and kinds is not None and (metric := [k for k in kinds if k in METRIC_KINDS]):
+    if predictor.unit == "unknown" and (metric := [kind for kind in options.kinds or () if kind in METRIC_KINDS]):
         raise UsageError(
             f"--save {metric[0]} is in metres, and this model's scale is unknown (trained on one camera): give --scale "
             "METRES_PER_UNIT, or save npy"
         )
     require_writable(options.out, folder=True)
-    videos = list(zip(given.videos, unique_names([path.stem for path in given.videos]), strict=True))
-    refuse_overwriting(given.videos, (path for _, name in videos for path in films.films(name).values()))
-
-    def film(source: VideoSource, name: str, *, live: bool) -> Predicted:
-        with closing(source):
-            return predict_video(
-                predictor,
-                source,
-                name,
-                films,
-                batch_size=1 if live else options.batch_size,
-                flip=options.flip,
-                limit=options.limit,
-                endless=live,
-                progress=tracker(name),
-            )
-
+    videos = list(zip(inputs.videos, unique_names([path.stem for path in inputs.videos]), strict=True))
+    refuse_overwriting(inputs.videos, (film for _, name in videos for film in _films(name, options).values()))
     done: list[Predicted] = []
-    if given.images:
-        images = find_images(given.images, options.out)
-        done.append(
-            predict_images(
-                predictor,
-                images,
-                output,
-                batch_size=options.batch_size,
-                flip=options.flip,
-                progress=tracker("images"),
-            )
-        )
-    done += [film(open_video(path), name, live=False) for path, name in videos]
-    done += [film(open_camera(index), f"camera{index}", live=True) for index in given.cameras]
+    if inputs.images:
+        done.append(predict_images(predictor, inputs.images, options, tracker("images")))
+    for path, name in videos:
+        with closing(open_video(path)) as source:
+            done.append(predict_video(predictor, source, name, options, progress=tracker(name)))
+    for index in inputs.cameras:
+        with closing(open_camera(index)) as source:
+            name = f"camera{index}"
+            done.append(predict_video(predictor, source, name, options, endless=True, progress=tracker(name)))
     return Predicted(
         sum(part.images for part in done),
         [path for part in done for path in part.written],
@@ -232,31 +142,30 @@ def run_predict(
 def predict_images(
     predictor: Predictor,
     images: Sequence[ImageFile],
-    output: Output,
-    *,
-    batch_size: int = 8,
-    flip: bool = False,
+    options: PredictOptions,
     progress: Progress = lambda done, total: None,
 ) -> Predicted:
-    """Predict image files; one that cannot be read is listed in the result, and the rest are predicted.
+    """Predict image files. One that cannot be read is listed in the result, and the others are predicted.
 
     Raises:
         UsageError: a result would replace an input.
         InputError: every image is unreadable, or the folder cannot be written.
     """
-    targets = (output.path(kind, image.name) for image in images for kind in output.kinds)
+    kinds = options.kinds or IMAGE_KINDS
+    targets = (options.out / f"{image.name}{FILE_ENDS[kind]}" for image in images for kind in kinds)
     refuse_overwriting((image.path for image in images), targets)
     written: list[Path] = []
     failed: list[str] = []
     done = 0
     with ThreadPoolExecutor(WORKERS) as pool:
         writing: list[Future[list[Path]]] = []
-        for batch in _read_batches(images, batch_size, pool, failed):
-            results = predictor.predict_batch([picture for _, picture in batch], flip=flip)
+        for batch in _read_batches(images, options.batch_size, pool, failed):
+            results = predictor.predict_batch([picture for _, picture in batch], flip=options.flip)
             # One batch is written while the next is predicted, and no more, so memory stays bounded.
             written += [path for future in writing for path in future.result()]
             writing = [
-                pool.submit(output.write, image.name, result) for (image, _), result in zip(batch, results, strict=True)
+                pool.submit(_write, image.name, result, kinds, options)
+                for (image, _), result in zip(batch, results, strict=True)
             ]
             done += len(batch)
             progress(done + len(failed), len(images))
@@ -269,7 +178,7 @@ def predict_images(
 def _read_batches(
     images: Sequence[ImageFile], batch_size: int, pool: ThreadPoolExecutor, failed: list[str]
 ) -> Iterator[list[tuple[ImageFile, Image.Image]]]:
-    """Batches of decoded images, one batch ahead; the reasons of unreadable ones go into `failed`."""
+    """Yield batches of decoded images, while the next one is decoded; add to `failed` why an image is unreadable."""
     rest = iter(images)
     ahead = [(image, pool.submit(read_image, image.path)) for image in islice(rest, batch_size)]
     while ahead:
@@ -284,65 +193,43 @@ def _read_batches(
             yield batch
 
 
-class SteadyScale:
-    """Ends of a film's colour scale; they follow the scene slowly, since frame by frame they would flicker."""
-
-    def __init__(self) -> None:
-        self._ends: tuple[float, float] | None = None
-
-    def next(self, disparity: Map) -> tuple[float, float]:
-        """Minimum and 95th percentile, blended with those of the frames before."""
-        now = color_ends(disparity)
-        if self._ends is None:
-            self._ends = now
-        else:
-            low, high = (STEADINESS * old + (1 - STEADINESS) * new for old, new in zip(self._ends, now, strict=True))
-            self._ends = low, high
-        return self._ends
-
-
 def predict_video(
     predictor: Predictor,
     source: VideoSource,
     name: str,
-    output: Output,
+    options: PredictOptions,
     *,
-    batch_size: int = 8,
-    flip: bool = False,
-    limit: int | None = None,
     endless: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Predicted:
-    """Predict every frame of a video.
+    """Predict every frame of a video; frames keep their times.
 
-    Writes NAME.mp4 and NAME_disparity.mp4, and NAME/000000_depth.npy and so on, as `output.kinds` asks. Frames keep
-    their times.
+    Writes NAME.mp4 and NAME_disparity.mp4, and NAME/000000_depth.npy and so on, as `options.kinds` says.
 
     Args:
-        limit: stop after this number of frames.
-        endless: a camera: Ctrl-C is its end, and the film so far is finished. A file's film is left out then.
+        endless: True for a camera: Ctrl-C ends it, and the film so far is finished. A file's film is dropped then.
 
     Raises:
         InputError: no frame can be read, or the folder cannot be written. Data that are damaged after some frames
             are listed in the result, and the film ends there.
     """
-    films = output.films(name)
-    per_frame = replace(output, kinds=[kind for kind in output.kinds if kind not in FILM_KINDS])
+    films = _films(name, options)
+    per_frame = [kind for kind in options.kinds or VIDEO_KINDS if kind not in FILM_KINDS]
     written: list[Path] = []
     failed: list[str] = []
+    ends: tuple[float, float] | None = None
     done = 0
-    scale = SteadyScale()
     with ExitStack() as stack:
         writers = {kind: stack.enter_context(VideoWriter(path, source.rate)) for kind, path in films.items()}
         try:
-            for frames in _batches(source, batch_size, limit):
-                for frame, result in zip(frames, predictor.predict_batch(frames, flip=flip), strict=True):
-                    ends = scale.next(result.disparity)
+            for frames in _batches(source, 1 if endless else options.batch_size, options.limit):
+                for frame, result in zip(frames, predictor.predict_batch(frames, flip=options.flip), strict=True):
+                    ends = next_ends(ends, result.disparity)
                     for kind, writer in writers.items():
-                        writer.write(output.picture(kind, result, ends), frame.info.get("seconds"))
-                    written += per_frame.write(f"{name}/{done:06d}", result)
+                        writer.write(_picture(kind, result, ends, options.cmap), frame.info.get("seconds"))
+                    written += _write(f"{name}/{done:06d}", result, per_frame, options)
                     done += 1
-                progress(done, min(source.frames or 0, limit or source.frames or 0))
+                progress(done, min(source.frames or 0, options.limit or source.frames or 0))
         except KeyboardInterrupt:
             if not endless:
                 raise
@@ -356,27 +243,77 @@ def predict_video(
 
 
 def _batches(source: VideoSource, size: int, limit: int | None) -> Iterator[list[Image.Image]]:
-    """Batches of frames; those before damaged data are still given."""
-    frames = iter(source)
-    left = limit
-    while left is None or left > 0:
-        batch: list[Image.Image] = []
-        problem: DamagedVideoError | None = None
-        try:
-            batch.extend(islice(frames, size if left is None else min(size, left)))
-        except DamagedVideoError as error:
-            problem = error
+    """Yield batches of frames, also those before damaged data."""
+    batch: list[Image.Image] = []
+    try:
+        for frame in islice(source, limit):
+            batch.append(frame)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except DamagedVideoError:
         if batch:
             yield batch
-        if problem is not None:
-            raise problem
-        if not batch:
-            return
-        left = None if left is None else left - len(batch)
+        raise
+    if batch:
+        yield batch
+
+
+def next_ends(ends: tuple[float, float] | None, disparity: Map) -> tuple[float, float]:
+    """Ends of a film's colour scale, given those of the frame before.
+
+    They follow the scene slowly: `color_ends` of each frame alone would flicker.
+    """
+    now = color_ends(disparity)
+    low, high = (STEADINESS * old + (1 - STEADINESS) * new for old, new in zip(ends or now, now, strict=True))
+    return low, high
+
+
+def _films(name: str, options: PredictOptions) -> dict[OutputKind, Path]:
+    """Paths of a video's MP4s."""
+    kinds = [kind for kind in options.kinds or VIDEO_KINDS if kind in FILM_KINDS]
+    return {kind: (options.out / f"{name}{FILE_ENDS[kind]}").with_suffix(".mp4") for kind in kinds}
+
+
+def _write(name: str, result: DepthMap, kinds: Iterable[OutputKind], options: PredictOptions) -> list[Path]:
+    """Write one image's files; those in metres only if the unit is known."""
+    written = []
+    for kind in kinds:
+        path = options.out / f"{name}{FILE_ENDS[kind]}"
+        if kind in METRIC_KINDS and not result.metric:
+            continue
+        if kind in FILM_KINDS:
+            write_png(path, _picture(kind, result, color_ends(result.disparity), options.cmap))
+        elif kind == "npy":
+            write_npy(path, result.depth)
+        elif kind == "ply":
+            write_file(path, _cloud(result, options))
+        else:
+            cap = BENCHMARK_CAP if kind == "benchmark" else np.inf
+            write_png(path, depth_to_uint16(np.minimum(result.depth, cap)))
+        written.append(path)
+    return written
+
+
+def _picture(kind: OutputKind, result: DepthMap, ends: tuple[float, float], cmap: str) -> Picture:
+    """Colour the disparity between the `ends` of the scale, alone or beside (below) the image."""
+    colours = colorize(result.disparity, cmap=cmap, low=ends[0], high=ends[1])
+    if kind == "disparity":
+        return colours
+    return side_by_side(result.image, colours, color_scale(cmap, ends, metric=result.metric))
+
+
+def _cloud(result: DepthMap, options: PredictOptions) -> bytes:
+    height, width = result.depth.shape
+    # KITTI's camera as the published code approximates it: 0.58 and 1.92 of the size, centred.
+    camera = options.intrinsics or (0.58 * width, 1.92 * height, 0.5 * width, 0.5 * height)
+    points, kept = point_cloud(result.depth, camera, options.max_depth)
+    unit = "metres" if result.metric else "unknown (right up to one factor)"
+    return ply_bytes(points, result.image[kept], f"unit {unit}; x right, y down, z forward")
 
 
 def refuse_overwriting(inputs: Iterable[Path], results: Iterable[Path]) -> None:
-    """Refuse results that would replace what they are predicted from.
+    """Refuse results that would replace their inputs.
 
     Raises:
         UsageError: a result would have the path of an input.
@@ -385,8 +322,3 @@ def refuse_overwriting(inputs: Iterable[Path], results: Iterable[Path]) -> None:
     for path in results:
         if path.exists() and os.path.realpath(path) in sources:
             raise UsageError(f"{path} is an input, and its result would replace it: name another folder with --out")
-
-
-def nominal_intrinsics(width: int, height: int) -> tuple[float, float, float, float]:
-    """KITTI's camera as the published code approximates it: 0.58 and 1.92 of the size, centred."""
-    return 0.58 * width, 1.92 * height, 0.5 * width, 0.5 * height

@@ -1,4 +1,4 @@
-"""Depth from single images.
+"""Predicts depth from single images.
 
     import md2
     model = md2.load("runs/mono")                # a run, a checkpoint, or a folder of Monodepth2 weights
@@ -6,7 +6,7 @@
     result.depth                                 # (H, W) float32, at the image's size
     result.unit                                  # "metres", or "unknown" (trained on one camera alone)
 
-A model trained on a single camera knows depth up to one unknown factor; `unit` says so.
+A model that was trained on one camera predicts depth up to an unknown factor; `unit` is then "unknown".
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DepthMap:
     Attributes:
         image: (H, W, 3) uint8, the image itself.
         depth: (H, W) float32 along the camera's z, in `unit`.
-        unit: "metres", or "unknown": depth is right up to one factor per model.
+        unit: "metres", or "unknown": depth is right up to one factor, the same for all images of a model.
     """
 
     image: NDArray[np.uint8]
@@ -62,7 +62,7 @@ class DepthMap:
 
 
 class Predictor:
-    """Networks in inference mode, with the size and the unit that they were trained with.
+    """Runs trained networks, at the size and in the unit of their training.
 
     Attributes:
         networks: on `device`, in eval mode, without gradients.
@@ -85,7 +85,7 @@ class Predictor:
         return f"Predictor({self.config.model.encoder}, {self.width}x{self.height}, {unit}, on {self.device})"
 
     def with_unit(self, metres_per_unit: float) -> Predictor:
-        """Return the same networks with their unit set by hand.
+        """Return a predictor with the same networks and this unit.
 
         Raises:
             UsageError: not a positive number.
@@ -124,7 +124,7 @@ class Predictor:
         Args:
             image: PIL image; (H, W, 3) or (H, W) array; or (3, H, W) tensor. Integers are 0..255, floats
                 0..1.
-            flip: average with the prediction for the mirrored image: twice the time, slightly better.
+            flip: average with the prediction for the mirrored image, which takes twice the time and is slightly better.
 
         Raises:
             InputError: not an image of 8 bits or of floats in 0..1.
@@ -158,7 +158,7 @@ def load(path: str | Path, device: DeviceChoice = "auto") -> Predictor:
 
     Raises:
         InputError: no model there, a damaged file, or weights that do not fit (by name).
-        UsageError: `gpu` is asked for and there is none that works.
+        UsageError: `gpu` is chosen, but no GPU works.
     """
     place = pick_device(device)
     if is_monodepth2(path):
@@ -175,12 +175,12 @@ def load(path: str | Path, device: DeviceChoice = "auto") -> Predictor:
 def post_process(disparity: Tensor, flipped: Tensor) -> Tensor:
     """Merge the disparities of an image and of its mirror image, which removes artefacts at the sides.
 
-    The left 5 % come from the mirrored image, the right 5 % from the image; over the next 5 % they blend into the
-    mean of both, which is the rest.
+    The left 5 % come from the mirrored image, the right 5 % from the image. Over the next 5 % they blend into the mean
+    of both, which fills the rest.
 
     Args:
         disparity: (B, 1, H, W) of the image.
-        flipped: (B, 1, H, W) of the mirrored image, as the network gives it (still mirrored).
+        flipped: (B, 1, H, W) of the mirrored image, as predicted (still mirrored).
 
     Source:
         Godard et al., CVPR 2017, section 3.4 ("post-processing").
@@ -194,7 +194,7 @@ def post_process(disparity: Tensor, flipped: Tensor) -> Tensor:
 
 
 def _depth_at(disparity: Tensor, height: int, width: int, factor: float) -> NDArray[np.float32]:
-    """(1, h, w) disparity -> (height, width) depth. Disparity is interpolated, not depth."""
+    """Convert disparity (1, h, w) to depth (height, width); disparity is interpolated, not depth."""
     resized = interpolate(disparity[None], size=(height, width), mode="bilinear", align_corners=False)
     depth: NDArray[np.float32] = (factor / resized[0, 0]).cpu().numpy()
     return depth

@@ -1,9 +1,9 @@
-"""A run as one HTML page that needs nothing else: no network, no other file.
+"""Writes a run as one HTML page that needs no network and no other file.
 
     write_report(Path("runs/mono"), Path("runs/mono/report.html"))
 
-It holds the numbers beside the published ones, curves, panels of target / warped / disparity / mask, the worst and
-best images, the configuration and the dataset's card. `page.html` beside this module is its template.
+The page shows the numbers beside the published ones, curves, panels of target / warped / disparity / mask, the worst
+and best images, the configuration and the dataset's card. `page.html` beside this module is its template.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import base64
 import io
 import json
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,9 @@ from PIL import Image
 
 from md2.checkpoint import resolve
 from md2.config import Config, load_config
-from md2.evaluation.collectors import WorstAndBest
-from md2.evaluation.evaluate import (
-    Evaluation,
-    choose_part,
-    choose_protocol,
-    choose_scaling,
-    dataset_warnings,
-    evaluate,
-    evaluation_batches,
-    network_disparity,
-)
+from md2.evaluation.evaluate import choose_part
 from md2.evaluation.metrics import METRICS
-from md2.evaluation.run import published_rows
+from md2.evaluation.run import EvalOptions, EvalReport, measure, published_rows
 from md2.inference.inputs import Progress
 from md2.inference.predictor import DeviceChoice, load
 from md2.training.curves import Curve, curves_of, draw
@@ -46,33 +36,19 @@ from shards.manifest import CARD
 
 LOWER_IS_BETTER = ("abs_rel", "sq_rel", "rmse", "rmse_log")
 MOST_BYTES = 16 << 20
-"""Size up to which a dataset's card and a run's environment are shown."""
+"""Largest dataset card or environment file that is shown."""
 PANEL_WIDTH = 1600
 """Wider panels are scaled down."""
-PANELS_SHOWN = 3
-"""First, middle and last of each kind."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A JPEG with its size and caption; `columns` are the headings of its equally wide columns."""
+    """A JPEG with its size and caption."""
 
     jpeg: bytes
     width: int
     height: int
     caption: str
-    columns: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The evaluation of a report, with its picture."""
-
-    evaluation: Evaluation
-    where: str
-    comparable: bool
-    warnings: list[str]
-    sheet: Picture
 
 
 def write_report(
@@ -82,7 +58,7 @@ def write_report(
     dataset: str | None = None,
     part: str | None = None,
     limit: int | None = 100,
-    measure: bool = True,
+    evaluate: bool = True,
     device: DeviceChoice = "auto",
     progress: Progress = lambda done, total: None,
 ) -> list[str]:
@@ -92,10 +68,10 @@ def write_report(
         dataset: dataset to measure on; None: the run's own.
         part: its part; None: `test`, else `val`.
         limit: measure on the first images only, this number; None: on all.
-        measure: False: show only what the run has logged.
+        evaluate: False shows only the figures that the run has logged.
 
     Returns:
-        What is missing from the page, and why; the page says so too.
+        Notes on missing parts of the page, with the reasons; the page shows them too.
 
     Raises:
         InputError: no run there, or the page cannot be written.
@@ -107,11 +83,16 @@ def write_report(
     lines = read_metrics(run)
     notes: list[str] = []
     opened: LocalDataset | None = None
-    measured: Measured | None = None
+    measured: EvalReport | None = None
+    url = dataset or config.data.url
     try:
-        opened = open_dataset(dataset or config.data.url)
-        if measure:
-            measured = _measure(run, opened, part, limit, device, progress)
+        opened = open_dataset(url)
+        if evaluate:
+            chosen = choose_part(opened.manifest, part)
+            name = f"{opened.manifest.split.name} {chosen}"
+            # The sheet of worst and best images becomes a part of the page.
+            options = EvalOptions(str(run), url, name, chosen, limit=limit, sheet=out)
+            measured = measure(options, load(resolve(run), device), progress)
     except Md2Error as error:
         notes.append(f"not measured: {error}" if opened is not None else f"the dataset cannot be shown: {error}")
     page = _render(
@@ -121,10 +102,10 @@ def write_report(
         metrics=METRICS,
         lower_is_better=LOWER_IS_BETTER,
         table=_table(lines, measured),
-        table_note=_table_note(measured),
+        table_note=_table_note(opened, measured),
         curves=[(curve, _svg(curve)) for curve in curves_of(lines)],
-        panels=_panels(run, _columns(config), notes),
-        extremes=_figure(measured.sheet, f"Measured on {measured.where}.") if measured is not None else None,
+        panels=_panels(run, notes),
+        extremes=_figure(measured.worst_and_best.picture(), f"{measured.title}.") if measured is not None else None,
         settings=_settings(config),
         card=_card(opened),
         environment=_environment(run),
@@ -135,7 +116,7 @@ def write_report(
 
 
 def _render(**parts: Any) -> str:
-    """Fill the template; every text is escaped, and its unseen characters are written out."""
+    """Fill the template; every text is escaped, and its invisible characters are spelled out."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup, escape
 
@@ -152,7 +133,7 @@ def _render(**parts: Any) -> str:
 
 
 def _markdown(text: str) -> str:
-    """A card as HTML. It comes from whoever packed the dataset: tags are shown as text, links not followed."""
+    """Render a card as HTML. It may come from a stranger, so tags become text, and links are not followed."""
     from markdown_it import MarkdownIt
 
     plain = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink", "image"])
@@ -169,7 +150,7 @@ def _plain(value: Any) -> str:
 
 
 def _svg(curve: Curve) -> bytes:
-    """Draw one plot. As an image of its own, its element ids cannot clash with another's."""
+    """Draw a plot as an image of its own, whose element ids cannot clash with another's."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
@@ -185,39 +166,6 @@ def _svg(curve: Curve) -> bytes:
     return buffer.getvalue()
 
 
-def _measure(
-    run: Path, dataset: LocalDataset, part: str | None, limit: int | None, device: DeviceChoice, progress: Progress
-) -> Measured:
-    predictor = load(resolve(run), device)
-    chosen = choose_part(dataset.manifest, part)
-    protocol = choose_protocol(dataset.manifest)
-    scaling, warnings = choose_scaling(predictor.metres_per_unit)
-    collected = WorstAndBest(protocol)
-    total = dataset.manifest.samples(chosen)
-    total = min(total, limit or total)
-    done = 0
-
-    def batches() -> Any:
-        nonlocal done
-        for batch in evaluation_batches(dataset, chosen, predictor, limit=limit):
-            yield batch
-            done += batch.size
-            progress(done, total)
-
-    evaluation = evaluate(network_disparity(predictor), batches(), protocol, scaling, [collected])
-    how = "median scaling" if scaling == "median" else f"metric, {scaling:g} m per unit"
-    cut = f"first {total} images" if total < dataset.manifest.samples(chosen) else f"{total} images"
-    where = f"{dataset.manifest.split.name} {chosen}, {cut}, crop {protocol.crop}, {how}"
-    whole = not dataset.manifest.skipped and total == dataset.manifest.samples(chosen)
-    return Measured(
-        evaluation,
-        where,
-        comparable=dataset.manifest.split.name == "eigen" and whole,
-        warnings=[*warnings, *dataset_warnings(dataset.manifest, protocol, predictor)],
-        sheet=collected.picture(""),
-    )
-
-
 def _subtitle(config: Config, lines: list[dict[str, Any]]) -> str:
     modes = [*(["mono"] if config.data.temporal else []), *(["stereo"] if config.data.stereo else [])]
     step = max((line["step"] for line in lines), default=0)
@@ -227,85 +175,78 @@ def _subtitle(config: Config, lines: list[dict[str, Any]]) -> str:
 
 def _facts(config: Config, lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """The few numbers that a reader looks for first."""
+
+    def logged(name: str) -> list[float]:
+        return [line[name] for line in lines if line.get("kind") == "train" and line.get(name) is not None]
+
     found = []
-    scored = [line for line in _of(lines, "val") if line.get("abs_rel") is not None]
-    if scored:
-        best = min(scored, key=lambda line: line["abs_rel"])
-        found.append(("best validation abs_rel", f"{best['abs_rel']:.3f}"))
-        found.append(("reached at step", f"{best['step']:,}"))
-    trained = _of(lines, "train")
-    losses = [line["loss"] for line in trained if isinstance(line.get("loss"), int | float)]
-    if losses:
+    if (best := _best(lines)) is not None:
+        found += [("best validation abs_rel", f"{best['abs_rel']:.3f}"), ("reached at step", f"{best['step']:,}")]
+    if losses := logged("loss"):
         found.append(("last training loss", f"{losses[-1]:.4f}"))
-    if trained:
-        rates = [line["images_per_second"] for line in trained if line.get("images_per_second") is not None]
-        waits = [line["data_wait"] for line in trained if line.get("data_wait") is not None]
-        if rates:
-            found.append(("images / s, median", f"{np.median(rates):.1f}"))
-        if waits:
-            found.append(("waiting for data", f"{100 * float(np.median(waits)):.1f} %"))
+    if rates := logged("images_per_second"):
+        found.append(("images / s, median", f"{np.median(rates):.1f}"))
+    if waits := logged("data_wait"):
+        found.append(("waiting for data", f"{100 * float(np.median(waits)):.1f} %"))
     unit = config.metres_per_unit
     found.append(("one unit of depth is", "unknown (one camera)" if unit is None else f"{unit:g} m"))
     return found
 
 
-def _table(lines: list[dict[str, Any]], measured: Measured | None) -> list[tuple[str, dict[str, float], bool]]:
+def _best(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The validation with the lowest abs_rel, of those with all metrics."""
+    scored = (line for line in lines if line.get("kind") == "val")
+    whole = [line for line in scored if all(line.get(name) is not None for name in METRICS)]
+    return min(whole, key=lambda line: float(line["abs_rel"]), default=None)
+
+
+def _table(lines: list[dict[str, Any]], measured: EvalReport | None) -> list[tuple[str, dict[str, float], bool]]:
     """Rows (name, metrics, published): the measurement, the run's own best validation, the paper."""
     rows: list[tuple[str, dict[str, float], bool]] = []
     if measured is not None:
-        rows.append((f"this run, {measured.where}", measured.evaluation.metrics, False))
-    scored = [line for line in _of(lines, "val") if all(line.get(name) is not None for name in METRICS)]
-    if scored:
-        best = min(scored, key=lambda line: float(line["abs_rel"]))
-        rows.append(
-            (f"this run, best validation (step {best['step']:,})", {name: best[name] for name in METRICS}, False)
-        )
+        rows.append((f"this run, {measured.title}", measured.evaluation.metrics, False))
+    if (best := _best(lines)) is not None:
+        name = f"this run, best validation (step {best['step']:,})"
+        rows.append((name, {metric: best[metric] for metric in METRICS}, False))
     return [*rows, *((name, metrics, True) for name, metrics in published_rows().items())]
 
 
-def _table_note(measured: Measured | None) -> str:
-    if measured is not None and measured.comparable:
+def _table_note(dataset: LocalDataset | None, measured: EvalReport | None) -> str:
+    if (
+        dataset is not None
+        and measured is not None
+        and measured.published
+        and not dataset.manifest.skipped
+        and len(measured.evaluation.images) == dataset.manifest.samples(measured.about["part"])
+    ):
         return "Measured on all of Eigen's test images, as the published rows were."
     return (
-        "The published rows (Godard et al., ICCV 2019, table 1) are over Eigen's 697 test images; this run's are over "
-        "other images, so compare orders of magnitude and not digits."
+        "The published rows (Godard et al., ICCV 2019, table 1) are over Eigen's 697 test images. This run's are over "
+        "other images, so compare orders of magnitude, not digits."
     )
 
 
-def _of(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [line for line in lines if line.get("kind") == kind]
-
-
-def _columns(config: Config) -> list[str]:
-    """Headings of a panel's columns (`md2.training.panels.panel`)."""
-    sources = [f"frame {offset:+d}" for offset in config.data.temporal] + ["other camera"] * config.data.stereo
-    masks = [] if config.loss.disable_automasking else ["auto-mask"]
-    if config.loss.predictive_mask:
-        masks = [f"mask of {source}" for source in sources]
-    return ["target", *(f"{source}, warped" for source in sources), "disparity", *masks]
-
-
-def _panels(run: Path, columns: list[str], notes: list[str]) -> list[Figure]:
-    """First, middle and last panel of validation and of training, latest first; unreadable ones go into `notes`."""
+def _panels(run: Path, notes: list[str]) -> list[Figure]:
+    """First, middle and last panel of validation and of training, latest first; `notes` gets unreadable ones."""
     figures = []
     for kind, label in (("val", "Validation"), ("train", "Training")):
         files = sorted(path for path in (run / "panels").glob(f"{kind}-*.png") if path.is_file())
-        places = sorted({0, len(files) // 2, len(files) - 1})[-PANELS_SHOWN:] if files else []
+        places = sorted({0, len(files) // 2, len(files) - 1}) if files else []
         for place in reversed(places):
             step = files[place].stem.rpartition("-")[2]
             try:
                 with Image.open(files[place]) as image:
                     picture: Picture = np.asarray(image.convert("RGB"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                notes.append(f"{files[place].name} is left out: it cannot be read ({first_line(error)})")
+                notes.append(f"{files[place].name} is not shown: it cannot be read ({first_line(error)})")
                 continue
             shown = f"{int(step):,}" if step.isdecimal() else step
-            figures.append(replace(_figure(picture, f"{label}, step {shown}"), columns=columns))
+            figures.append(_figure(picture, f"{label}, step {shown}"))
     return figures
 
 
 def _figure(picture: Picture, caption: str) -> Figure:
-    """As JPEG, no wider than a page."""
+    """Encode as JPEG, no wider than a page."""
     image = Image.fromarray(picture)
     if image.width > PANEL_WIDTH:
         height = round(image.height * PANEL_WIDTH / image.width)

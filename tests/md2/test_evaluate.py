@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation_data import HEIGHT, WIDTH, constant, documented, pack_truth, run_lines, tiny_checkpoint, tiny_config
+from evaluation_data import (
+    HEIGHT,
+    WIDTH,
+    constant,
+    documented,
+    measured,
+    pack_truth,
+    run_lines,
+    save_disparities,
+    tiny_checkpoint,
+    tiny_config,
+)
 from PIL import Image
 
 from md2.evaluation.evaluate import (
@@ -24,8 +35,7 @@ from md2.evaluation.evaluate import (
     evaluation_batches,
 )
 from md2.evaluation.metrics import EIGEN, EIGEN_BENCHMARK, METRICS, Protocol
-from md2.evaluation.predictions import keys_file
-from md2.evaluation.run import EvalOptions, EvalReport, model_name, run_eval, to_latex
+from md2.evaluation.run import EvalOptions, measure, model_name, to_latex
 from md2.inference.predictor import load
 from md2.visualize import Tile, depth_to_uint16, sheet
 from shards.dataset import open_dataset
@@ -53,24 +63,9 @@ def stereo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "stereo.pt", tiny_config(stereo=True))
 
 
-def save(path: Path, depths: list[float], keys: list[str] | None = None) -> Path:
-    """Disparities of constant depth, with the keys beside them."""
-    np.save(path, np.stack([np.full((8, 24), 1 / depth, np.float32) for depth in depths]))
-    names = keys if keys is not None else [f"drive_{number:03d}" for number in range(len(depths))]
-    keys_file(path).write_text("\n".join(names))
-    return path
-
-
-def run(dataset: Path, **options: Any) -> EvalReport:
-    model = options.get("model")
-    return run_eval(
-        EvalOptions(dataset=str(dataset), **{"model": None, **options}), load(model, "cpu") if model else None
-    )
-
-
 def test_saved_disparities_by_hand(packed: Path, tmp_path: Path) -> None:
     """Depths 2, 10, 40 for true 4, 10, 20, with 1 m per unit: errors 1/2, 0, 1 of the truth."""
-    report = run(packed, predictions=save(tmp_path / "d.npy", [2, 10, 40]), scale=1.0)
+    report = measured(packed, predictions=save_disparities(tmp_path / "d.npy", [2, 10, 40]), scale=1.0)
     assert report.evaluation.metrics == pytest.approx(
         {
             "abs_rel": (0.5 + 0 + 1) / 3,
@@ -88,7 +83,7 @@ def test_saved_disparities_by_hand(packed: Path, tmp_path: Path) -> None:
 
 def test_median_scaling_and_the_spread_of_its_factors(packed: Path, tmp_path: Path) -> None:
     """Factors 2, 1, 0.5: median 1, standard deviation of (2, 1, 0.5) about their mean 7/6."""
-    report = run(packed, predictions=save(tmp_path / "d.npy", [2, 10, 40]))
+    report = measured(packed, predictions=save_disparities(tmp_path / "d.npy", [2, 10, 40]))
     assert report.evaluation.metrics["abs_rel"] == pytest.approx(0, abs=1e-6)
     assert report.evaluation.ratio_median == pytest.approx(1)
     mean = 3.5 / 3
@@ -96,65 +91,9 @@ def test_median_scaling_and_the_spread_of_its_factors(packed: Path, tmp_path: Pa
     assert report.evaluation.ratio_spread == pytest.approx(math.sqrt(deviations))
 
 
-def test_predictions_are_found_by_key_and_not_by_place(packed: Path, tmp_path: Path) -> None:
-    """Rows in another order than the shards', and more of them: Eigen's 697 serve the 652."""
-    names = ["drive_002", "elsewhere_000", "drive_000", "drive_001"]
-    predictions = save(tmp_path / "d.npy", [20, 1, 4, 10], names)
-    assert run(packed, predictions=predictions, scale=1.0).evaluation.metrics["abs_rel"] == pytest.approx(0, abs=1e-6)
-    listed = run(packed, predictions=predictions, scale=1.0, order=names)
-    assert listed.evaluation.metrics["a1"] == 1
-    # Keys that were saved beside the file are believed before a split that says otherwise.
-    assert run(packed, predictions=predictions, scale=1.0, order=names[::-1]).evaluation.metrics["a1"] == 1
-    keys_file(predictions).unlink()
-    assert run(packed, predictions=predictions, scale=1.0, order=names).evaluation.metrics["a1"] == 1
-    with pytest.raises(InputError, match="4 predictions for 3 images"):
-        run(packed, predictions=predictions, order=names[:3])
-    with pytest.raises(InputError, match="drive_001 is not in the list"):
-        run(packed, predictions=save(tmp_path / "less.npy", [20, 4], ["drive_002", "drive_000"]))
-
-
-def test_predictions_without_keys_ask_for_the_split(packed: Path, tmp_path: Path) -> None:
-    predictions = save(tmp_path / "d.npy", [4, 10, 20])
-    keys_file(predictions).unlink()
-    with pytest.raises(InputError, match="--split"):
-        run(packed, predictions=predictions)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (np.ones((3, 4), np.float32), r"\(N, H, W\) is needed"),
-        (np.ones((3, 4, 5), np.int32), "floating-point"),
-        (np.array([np.ones((2, 2)), np.ones((3, 3)), None], dtype=object), "plain numbers"),
-    ],
-)
-def test_predictions_of_another_shape_or_kind_are_refused(
-    packed: Path, tmp_path: Path, content: np.ndarray[Any, Any], message: str
-) -> None:
-    np.save(tmp_path / "d.npy", content, allow_pickle=True)
-    with pytest.raises(InputError, match=message):
-        run(packed, predictions=tmp_path / "d.npy", order=["drive_000", "drive_001", "drive_002"])
-
-
-def test_nan_predictions_are_named(packed: Path, tmp_path: Path) -> None:
-    predictions = save(tmp_path / "d.npy", [4, float("nan"), 20])
-    with pytest.raises(InputError, match=r"drive_001.*NaN"):
-        run(packed, predictions=predictions)
-
-
-def test_predictions_that_are_mostly_infinitely_far_have_no_scale(packed: Path, tmp_path: Path) -> None:
-    """Their median depth is infinite; in metres they are merely wrong, 80 m for 4 m."""
-    predictions = save(tmp_path / "d.npy", [math.inf, 10, 20])
-    with pytest.raises(InputError, match=r"drive_000: half .* no scale"):
-        run(packed, predictions=predictions)
-    assert run(packed, predictions=predictions, scale=1.0).evaluation.images[0].values[0] == pytest.approx(19)
-    with pytest.raises(UsageError, match="positive"):
-        run(packed, predictions=predictions, scale=0.0)
-
-
 def test_the_network_is_measured_in_its_own_unit(packed: Path, stereo: Path) -> None:
     """abs_rel of the paper's unit, 5.4 m, recomputed from the network's output image by image."""
-    report = run(packed, model=str(stereo), batch_size=2)
+    report = measured(packed, model=str(stereo), batch_size=2)
     predictor = load(stereo, "cpu")
     errors = []
     for number, true in enumerate(TRUTH):
@@ -198,24 +137,24 @@ def test_wrong_combinations_are_warned_of_with_the_reason() -> None:
 
 def test_camera_z_for_eigen_and_raw_points_for_the_benchmark_are_warned_of(tmp_path: Path, mono: Path) -> None:
     camera = pack_truth(tmp_path / "camera", [constant(5)], convention="camera_z")
-    assert "lidar" in run(camera, model=str(mono)).warnings[0]
+    assert "lidar" in measured(camera, model=str(mono)).warnings[0]
     improved = pack_truth(tmp_path / "improved", [constant(5)], split="eigen_benchmark", source="improved")
-    report = run(improved, model=str(mono))
+    report = measured(improved, model=str(mono))
     assert report.evaluation.protocol == EIGEN_BENCHMARK
     assert report.warnings == []
     assert report.evaluation.images[0].pixels == 40 * 120
-    assert "no crop" in run(improved, model=str(mono), crop="garg").warnings[0]
+    assert "no crop" in measured(improved, model=str(mono), crop="garg").warnings[0]
 
 
 def test_images_stored_smaller_than_the_networks_input_are_warned_of(packed: Path, tmp_path: Path) -> None:
     larger = tiny_config(data={"width": WIDTH + 32})
-    report = run(packed, model=str(tiny_checkpoint(tmp_path / "large.pt", larger)))
+    report = measured(packed, model=str(tiny_checkpoint(tmp_path / "large.pt", larger)))
     assert report.warnings == [
         "the images are stored at 96x64 and enlarged to the networks' 128x64, which costs accuracy: pack them with "
         "--size 128x64"
     ]
     smaller = tiny_config(data={"width": WIDTH - 32})
-    assert run(packed, model=str(tiny_checkpoint(tmp_path / "small.pt", smaller))).warnings == []
+    assert measured(packed, model=str(tiny_checkpoint(tmp_path / "small.pt", smaller))).warnings == []
 
 
 def test_protocol_of_the_ground_truth_with_options_on_top() -> None:
@@ -231,29 +170,29 @@ def test_depth_beyond_the_cap_does_not_count(tmp_path: Path, mono: Path) -> None
     mixed = constant(60)
     mixed[:, :60] = 30 * 256
     packed = pack_truth(tmp_path / "mixed", [mixed])
-    half = run(packed, model=str(mono), crop="none", max_depth=50.0)
+    half = measured(packed, model=str(mono), crop="none", max_depth=50.0)
     assert half.evaluation.images[0].pixels == 40 * 60
     # Of improved ground truth every measurement counts.
-    whole = run(packed, model=str(mono), protocol="eigen_benchmark", max_depth=50.0)
+    whole = measured(packed, model=str(mono), protocol="eigen_benchmark", max_depth=50.0)
     assert whole.evaluation.images[0].pixels == 40 * 120
 
 
 def test_images_without_ground_truth_are_counted_and_left_out(tmp_path: Path, mono: Path) -> None:
     packed = pack_truth(tmp_path / "some", [constant(5), None, np.zeros((40, 120), np.uint16)])
-    evaluation = run(packed, model=str(mono)).evaluation
+    evaluation = measured(packed, model=str(mono)).evaluation
     assert [image.pixels > 0 for image in evaluation.images] == [True, False, False]
     assert evaluation.metrics["abs_rel"] == pytest.approx(evaluation.images[0].values[0])
-    report = run(packed, model=str(mono), save_png=tmp_path / "png")
+    report = measured(packed, model=str(mono), save_png=tmp_path / "png")
     assert [path.name for path in (tmp_path / "png").iterdir()] == ["drive_000.png"]
     assert "2 images have no ground truth" in report.warnings[-1]
     empty = pack_truth(tmp_path / "none", [np.zeros((40, 120), np.uint16)])
     with pytest.raises(DatasetError, match="no measurement counts in any of 1 images"):
-        run(empty, model=str(mono))
+        measured(empty, model=str(mono))
 
 
 def test_post_processing_changes_the_result_of_an_asymmetric_network(packed: Path, mono: Path) -> None:
-    plain = run(packed, model=str(mono)).evaluation
-    merged = run(packed, model=str(mono), post_process=True).evaluation
+    plain = measured(packed, model=str(mono)).evaluation
+    merged = measured(packed, model=str(mono), post_process=True).evaluation
     assert merged.metrics["abs_rel"] != plain.metrics["abs_rel"]
     predictor = load(mono, "cpu")
     image = _image(packed, 0)
@@ -265,14 +204,14 @@ def test_post_processing_changes_the_result_of_an_asymmetric_network(packed: Pat
 
 
 def test_saved_predictions_evaluate_to_the_same_numbers(packed: Path, mono: Path, tmp_path: Path) -> None:
-    first = run(packed, model=str(mono), save_predictions=tmp_path / "out.npy")
-    again = run(packed, predictions=tmp_path / "out.npy")
+    first = measured(packed, model=str(mono), save_predictions=tmp_path / "out.npy")
+    again = measured(packed, predictions=tmp_path / "out.npy")
     assert again.evaluation.metrics == pytest.approx(first.evaluation.metrics, rel=1e-6)
     assert np.load(tmp_path / "out.npy").shape == (3, HEIGHT, WIDTH)
 
 
 def test_files_hold_what_the_table_says(packed: Path, stereo: Path, tmp_path: Path) -> None:
-    report = run(
+    report = measured(
         packed,
         model=str(stereo),
         json_file=tmp_path / "e.json",
@@ -302,7 +241,7 @@ def test_baselines_stand_beside_the_model(packed: Path, mono: Path) -> None:
     """True depth is constant in each image, so the constant guess, median-scaled, is exact."""
     counted: list[tuple[int, int]] = []
     options = EvalOptions(model=str(mono), dataset=str(packed), baselines=True, batch_size=2)
-    rows = run_eval(options, load(mono, "cpu"), lambda done, total: counted.append((done, total))).rows
+    rows = measure(options, load(mono, "cpu"), lambda done, total: counted.append((done, total))).rows
     # Three passes of three images, two at a time.
     assert counted == [(done, 9) for done in (2, 3, 5, 6, 8, 9)]
     assert rows["constant depth, median"]["abs_rel"] == pytest.approx(0, abs=1e-9)
@@ -311,10 +250,10 @@ def test_baselines_stand_beside_the_model(packed: Path, mono: Path) -> None:
 
 
 def test_limit_and_batch_size_do_not_change_an_images_score(packed: Path, mono: Path) -> None:
-    whole = run(packed, model=str(mono), batch_size=3).evaluation.images
+    whole = measured(packed, model=str(mono), batch_size=3).evaluation.images
     for alone in (
-        run(packed, model=str(mono), batch_size=1).evaluation.images,
-        run(packed, model=str(mono), batch_size=2, limit=2).evaluation.images,
+        measured(packed, model=str(mono), batch_size=1).evaluation.images,
+        measured(packed, model=str(mono), batch_size=2, limit=2).evaluation.images,
     ):
         # The second image is the smallest: in a batch it is padded, and its crop is still of its own size.
         assert len(alone) == (3 if alone[-1].key == whole[-1].key else 2)
@@ -330,10 +269,10 @@ def test_limit_and_batch_size_do_not_change_an_images_score(packed: Path, mono: 
 def test_parts_and_missing_ground_truth(tmp_path: Path, mono: Path) -> None:
     train = pack_truth(tmp_path / "train", [constant(5)], part="train", split="own")
     with pytest.raises(UsageError, match="--part"):
-        run(train, model=str(mono))
-    assert len(run(train, model=str(mono), part="train").evaluation.images) == 1
+        measured(train, model=str(mono))
+    assert len(measured(train, model=str(mono), part="train").evaluation.images) == 1
     with pytest.raises(DatasetError, match="no part 'val'"):
-        run(train, model=str(mono), part="val")
+        measured(train, model=str(mono), part="val")
     shards = [Shard.model_construct(name=f"{part}/000000.tar") for part in ("train", "val", "test")]
     for count, part in ((3, "test"), (2, "val")):
         assert choose_part(Manifest.model_construct(shards=shards[:count]), None) == part
@@ -341,9 +280,9 @@ def test_parts_and_missing_ground_truth(tmp_path: Path, mono: Path) -> None:
 
 def test_options_that_exclude_each_other(packed: Path, mono: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="one of the two"):
-        run(packed)
+        measured(packed)
     with pytest.raises(UsageError, match="saved predictions"):
-        run(packed, predictions=tmp_path / "d.npy", post_process=True)
+        measured(packed, predictions=tmp_path / "d.npy", post_process=True)
 
 
 def test_names_of_models_in_tables() -> None:
@@ -368,7 +307,7 @@ def test_the_names_in_an_index_are_no_paths(mono: Path, tmp_path: Path) -> None:
     manifest.write_text(json.dumps(data))
     options = EvalOptions(model="mono", dataset=str(folder), save_png=tmp_path / "pngs")
     with pytest.raises(DatasetError, match=r"000000\.idx: .*elsewhere"):
-        run_eval(options, load(mono, "cpu"))
+        measure(options, load(mono, "cpu"))
     assert not (tmp_path / "elsewhere.png").exists()
 
 
@@ -381,7 +320,7 @@ def test_the_sheet_shows_each_image_once(packed: Path, tmp_path: Path, monkeypat
         return sheet(title, tiles, **options)
 
     monkeypatch.setattr("md2.evaluation.collectors.sheet", keep)
-    run(packed, predictions=save(tmp_path / "d.npy", [2, 10, 40]), scale=1.0, sheet=tmp_path / "s.png")
+    measured(packed, predictions=save_disparities(tmp_path / "d.npy", [2, 10, 40]), scale=1.0, sheet=tmp_path / "s.png")
     shown = [caption.split("   ")[0] for caption in captions]
     assert shown == ["worst 1:  drive_002", "worst 2:  drive_000", "best 1:  drive_001"]
 
@@ -393,7 +332,7 @@ def test_the_documented_lines_measure_what_the_command_measures(packed: Path, mo
     (tmp_path / "kitti_shards").mkdir()
     (tmp_path / "kitti_shards" / "eigen").symlink_to(packed)
     abs_rel, spread, worst = run_lines(documented("evaluation.md"), tmp_path).split()
-    evaluation = run(packed, model=str(mono)).evaluation
+    evaluation = measured(packed, model=str(mono)).evaluation
     assert float(abs_rel) == pytest.approx(evaluation.metrics["abs_rel"], rel=1e-6)
     assert float(spread) == pytest.approx(evaluation.ratio_spread, rel=1e-6)
     assert worst == evaluation.ranked()[0].key
@@ -412,161 +351,15 @@ def test_sixteen_bit_depth_keeps_zero_for_no_depth() -> None:
     assert depth_to_uint16(depth).tolist() == [[256, 1, 65535, 0, 0, 0]]
 
 
-# Files of other projects
-
-
-def ramp(low: float, high: float) -> np.ndarray[Any, Any]:
-    """16-bit ground truth that rises from left to right."""
-    return np.broadcast_to((np.linspace(low, high, 120) * 256).astype(np.uint16), (40, 120)).copy()
-
-
-def test_depth_that_was_saved_instead_of_disparity_is_noticed(tmp_path: Path) -> None:
-    truth = [ramp(4, 30), ramp(10, 50)]
-    packed = pack_truth(tmp_path / "eigen", truth)
-    depth = np.stack(truth).astype(np.float32) / 256
-
-    def warned(rows: np.ndarray[Any, Any]) -> bool:
-        np.save(tmp_path / "p.npy", rows.astype(np.float32))
-        keys_file(tmp_path / "p.npy").write_text("drive_000 drive_001")
-        return any("look like depth" in warning for warning in run(packed, predictions=tmp_path / "p.npy").warnings)
-
-    assert warned(depth)
-    assert not warned(1 / depth)
-    rng = np.random.default_rng(0)
-    # A bad disparity, noise of a factor two in both directions; and one that says nothing at all.
-    assert not warned(np.exp(rng.uniform(-0.7, 0.7, depth.shape)) / depth)
-    assert not warned(np.ones_like(depth))
-
-
-def save_ground_truth(path: Path, maps: list[np.ndarray[Any, Any]]) -> Path:
-    """As the official export does: maps of several sizes become an array of objects."""
-    ragged = np.empty(len(maps), dtype=object)
-    for place, depth in enumerate(maps):
-        ragged[place] = depth
-    np.savez_compressed(path, data=ragged)
-    return path
-
-
-def test_the_official_codes_ground_truth_serves_predictions(tmp_path: Path) -> None:
-    """The numbers of `test_saved_disparities_by_hand`, without a dataset."""
-    maps = [
-        np.full(size, depth, np.float32) for size, depth in (((40, 120), 4.0), ((36, 110), 10.0), ((40, 120), 20.0))
-    ]
-    truth = save_ground_truth(tmp_path / "gt_depths.npz", maps)
-    np.save(tmp_path / "d.npy", np.stack([np.full((8, 24), 1 / depth, np.float32) for depth in (2, 10, 40)]))
-    report = run(truth, predictions=tmp_path / "d.npy", scale=1.0, csv_file=tmp_path / "e.csv")
-    assert report.evaluation.metrics["abs_rel"] == pytest.approx((0.5 + 0 + 1) / 3, rel=1e-5)
-    assert report.evaluation.metrics["sq_rel"] == pytest.approx((4 / 4 + 0 + 400 / 20) / 3, rel=1e-5)
-    assert [row["key"] for row in csv.DictReader((tmp_path / "e.csv").read_text().splitlines())] == [
-        "000000",
-        "000001",
-        "000002",
-    ]
-    assert report.evaluation.protocol == EIGEN
-    equal = save_ground_truth(tmp_path / "equal.npz", [])
-    np.savez(equal, data=np.stack([maps[0], maps[2]]))
-    np.save(tmp_path / "two.npy", np.load(tmp_path / "d.npy")[[0, 2]])
-    assert run(equal, predictions=tmp_path / "two.npy", scale=1.0).evaluation.metrics["rmse"] == pytest.approx(11)
-    with pytest.raises(InputError, match="3 predictions for 2 images"):
-        run(equal, predictions=tmp_path / "d.npy")
-    with pytest.raises(UsageError, match="--sheet shows images"):
-        run(truth, predictions=tmp_path / "d.npy", sheet=tmp_path / "s.png")
-
-
-def test_a_folder_of_pngs_is_ground_truth(tmp_path: Path) -> None:
-    """True 4, 10, 20 and predicted 2, 10, 40 metres; PNGs in the order of their numbers, or by the split's keys."""
-    np.save(tmp_path / "d.npy", np.stack([np.full((8, 24), 1 / depth, np.float32) for depth in (2, 10, 40)]))
-    order = [f"drive_00{n}" for n in range(3)]
-    for folder, names in (("numbers", ["1", "9", "10"]), ("keys", order)):
-        (tmp_path / folder).mkdir()
-        for name, metres, size in zip(names, (4, 10, 20), ((40, 120), (36, 110), (40, 120)), strict=True):
-            Image.fromarray(constant(metres, *size)).save(tmp_path / folder / f"{name}.png")
-    for folder, given in (
-        ("numbers", None),
-        ("numbers", order),
-        ("keys", None),
-        ("keys", ["drive_000", "x", "drive_002"]),
-    ):
-        report = run(tmp_path / folder, predictions=tmp_path / "d.npy", scale=1.0, order=given)
-        errors = (0.5, 1) if given and "x" in given else (0.5, 0, 1)  # key x has a prediction, and no ground truth
-        assert report.evaluation.metrics["abs_rel"] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
-    first = run(tmp_path / "numbers", predictions=tmp_path / "d.npy", scale=1.0, limit=2)
-    assert first.evaluation.metrics["abs_rel"] == pytest.approx(0.25, rel=1e-5)
-    same = run(tmp_path / "keys", predictions=tmp_path / "keys")
-    assert same.evaluation.metrics["abs_rel"] == pytest.approx(0, abs=1e-5)
-    with pytest.raises(InputError, match="3 depth maps for 2 lines"):
-        run(tmp_path / "numbers", predictions=tmp_path / "d.npy", order=["a", "b"])
-
-
-def test_disparities_where_depth_pngs_are_expected_are_noticed(tmp_path: Path) -> None:
-    truth = [ramp(4, 30), ramp(10, 50)]
-    packed = pack_truth(tmp_path / "eigen", truth)
-    for name, values in (("depth", truth), ("disparity", [(256 * 256 * 8 / one).astype(np.uint16) for one in truth])):
-        (tmp_path / name).mkdir()
-        for number, value in enumerate(values):
-            Image.fromarray(value).save(tmp_path / name / f"drive_00{number}.png")
-        said = run(packed, predictions=tmp_path / name).warnings
-        assert any("look like disparities: depth (metres x 256)" in one for one in said) == (name == "disparity")
-
-
-class Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (Path("/tmp/md2_hostile_ground_truth"),)
-
-
-def test_ground_truth_cannot_run_code_and_broken_files_are_one_line(tmp_path: Path) -> None:
-    marker = Path("/tmp/md2_hostile_ground_truth")
-    marker.unlink(missing_ok=True)
-    np.save(tmp_path / "d.npy", np.ones((1, 4, 4), np.float32))
-    hostile = save_ground_truth(tmp_path / "hostile.npz", [Hostile()])  # type: ignore[list-item]
-    with pytest.raises(InputError, match=r"cannot be read \(it holds .*, which is no array\)"):
-        run(hostile, predictions=tmp_path / "d.npy")
-    assert not marker.exists()
-    good = save_ground_truth(tmp_path / "good.npz", [np.ones((4, 4), np.float32)]).read_bytes()
-    (tmp_path / "cut.npz").write_bytes(good[: len(good) // 2])
-    (tmp_path / "text.npz").write_text("no archive")
-    np.savez(tmp_path / "other.npz", depths=np.ones((1, 4, 4)))
-    save_ground_truth(tmp_path / "flat.npz", [np.ones(4, np.float32)])
-    for name, message in (
-        ("cut", "not an .npz archive"),
-        ("text", "not an .npz archive"),
-        ("other", "no array 'data'"),
-        ("flat", "entry 0 is not a floating-point depth map"),
-        ("absent", "no such file"),
-    ):
-        with pytest.raises(InputError, match=message):
-            run(tmp_path / f"{name}.npz", predictions=tmp_path / "d.npy")
-
-
-def test_a_folder_of_depth_pngs_is_a_prediction(packed: Path, tmp_path: Path) -> None:
-    """Metres x 256 for true 4, 10, 20: predicted 2, 10, 40, by key, or in the split's order under other names."""
-    for folder, names in (("keys", [f"drive_00{n}" for n in range(3)]), ("numbers", ["1", "9", "10"])):
-        (tmp_path / folder).mkdir()
-        for name, metres in zip(names, (2, 10, 40), strict=True):
-            Image.fromarray(constant(metres, 30, 90)).save(tmp_path / folder / f"{name}.png")
-    by_key = run(packed, predictions=tmp_path / "keys").evaluation
-    assert by_key.scaling == 1.0
-    assert by_key.metrics["abs_rel"] == pytest.approx((0.5 + 0 + 1) / 3, rel=1e-4)
-    order = [f"drive_00{n}" for n in range(3)]
-    assert run(packed, predictions=tmp_path / "numbers", order=order).evaluation.metrics == by_key.metrics
-    with pytest.raises(InputError, match=r"no drive_000\.png.*--split"):
-        run(packed, predictions=tmp_path / "numbers")
-    with pytest.raises(InputError, match="3 PNGs for 2 lines"):
-        run(packed, predictions=tmp_path / "numbers", order=order[:2])
-    Image.new("RGB", (9, 9)).save(tmp_path / "keys" / "drive_001.png")
-    with pytest.raises(InputError, match="16-bit grey"):
-        run(packed, predictions=tmp_path / "keys")
-
-
 def test_files_that_cannot_be_written_are_found_before_the_work(packed: Path, mono: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     worked = []
     for option in ("json_file", "csv_file", "sheet", "save_predictions", "save_png"):
         with pytest.raises(InputError, match="cannot write"):
             options = EvalOptions(model="m", dataset=str(packed), **{option: tmp_path / "file" / "x"})
-            run_eval(options, load(mono, "cpu"), lambda done, total: worked.append(done))
+            measure(options, load(mono, "cpu"), lambda done, total: worked.append(done))
     with pytest.raises(InputError, match="it is a folder"):
-        run(packed, model=str(mono), csv_file=tmp_path)
+        measured(packed, model=str(mono), csv_file=tmp_path)
     assert not worked
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -574,4 +367,4 @@ def test_files_that_cannot_be_written_are_found_before_the_work(packed: Path, mo
 def test_images_without_any_ground_truth_say_so(tmp_path: Path, mono: Path) -> None:
     packed = pack_truth(tmp_path / "late", [None, None, constant(5)])
     with pytest.raises(DatasetError, match="none of the 2 images has ground truth"):
-        run(packed, model=str(mono), limit=2)
+        measured(packed, model=str(mono), limit=2)

@@ -174,9 +174,9 @@ def test_frames_are_one_folders_in_the_order_of_their_numbers(tmp_path: Path, pi
         for camera in ("image_02", "image_03"):
             (tmp_path / "drive" / camera).mkdir(parents=True, exist_ok=True)
             picture.save(tmp_path / "drive" / camera / f"{(10, 2, 1)[number]}.png")
-    found = open_frames(str(tmp_path / "drive" / "image_02" / "*.png"))
-    assert (found.name, found.total) == ("image_02", 3)
-    for image, picture in zip(found.images, reversed(pictures[:3]), strict=True):
+    name, images, total = open_frames(str(tmp_path / "drive" / "image_02" / "*.png"))
+    assert (name, total) == ("image_02", 3)
+    for image, picture in zip(images, reversed(pictures[:3]), strict=True):
         np.testing.assert_array_equal(np.asarray(image), np.asarray(picture))
     with pytest.raises(InputError, match=r"frames in 2 folders .*image_02.*image_03"):
         open_frames(str(tmp_path / "drive"))

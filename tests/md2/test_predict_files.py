@@ -15,10 +15,10 @@ from PIL import Image
 from pipeline_data import smooth
 
 from md2.inference.film import VideoWriter
-from md2.inference.inputs import find_images, sort_inputs
-from md2.inference.predict import Output, PredictOptions, SteadyScale, predict_video, run_predict
+from md2.inference.inputs import ImageFile, find_inputs, parse_kinds
+from md2.inference.predict import Predicted, PredictOptions, next_ends, predict_video, run_predict
 from md2.inference.predictor import Predictor, load
-from md2.visualize import color_disparity, colorize, point_cloud
+from md2.visualize import colorize, point_cloud
 from shards.errors import InputError, UsageError
 from shards.video import _open, open_camera, open_video
 
@@ -45,9 +45,19 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def predict(model: Predictor, inputs: list[str], out: Path, save: str | None = None, **options: Any) -> Predicted:
+    """What the command does."""
+    kinds = parse_kinds(save) if save is not None else None
+    return run_predict(model, find_inputs(inputs, out), PredictOptions(out, kinds, **options))
+
+
+def find_images(inputs: list[str]) -> list[ImageFile]:
+    return find_inputs(inputs).images
+
+
 def test_default_files_of_a_metric_model(tmp_path: Path, stereo: Predictor) -> None:
     image = save_image(tmp_path / "in" / "a.png")
-    found = run_predict(stereo, [str(image)], PredictOptions(tmp_path / "out"))
+    found = predict(stereo, [str(image)], tmp_path / "out")
     assert names(tmp_path / "out") == ["a.png", "a_depth.npy", "a_depth.png", "a_disparity.png"]
     assert sorted(path.name for path in found.written) == names(tmp_path / "out")
     expected = stereo.predict(Image.open(image))
@@ -55,7 +65,7 @@ def test_default_files_of_a_metric_model(tmp_path: Path, stereo: Predictor) -> N
     stored = np.asarray(Image.open(tmp_path / "out" / "a_depth.png")).astype(float) / 256
     assert np.abs(stored - expected.depth).max() <= 0.5 / 256 + 1e-4
     colours = np.asarray(Image.open(tmp_path / "out" / "a_disparity.png"))
-    np.testing.assert_array_equal(colours, color_disparity(expected.disparity))
+    np.testing.assert_array_equal(colours, colorize(expected.disparity))
     both = np.asarray(Image.open(tmp_path / "out" / "a.png"))
     np.testing.assert_array_equal(both[:40], expected.image)
     np.testing.assert_array_equal(both[-40:], colours)
@@ -63,11 +73,11 @@ def test_default_files_of_a_metric_model(tmp_path: Path, stereo: Predictor) -> N
 
 def test_a_mono_model_writes_nothing_in_metres(tmp_path: Path, mono: Predictor) -> None:
     image = save_image(tmp_path / "a.png")
-    run_predict(mono, [str(image)], PredictOptions(tmp_path / "out"))
+    predict(mono, [str(image)], tmp_path / "out")
     assert names(tmp_path / "out") == ["a.png", "a_depth.npy", "a_disparity.png"]
     with pytest.raises(UsageError, match="scale is unknown"):
-        run_predict(mono, [str(image)], PredictOptions(tmp_path / "out", save="npy,png16"))
-    run_predict(mono, [str(image)], PredictOptions(tmp_path / "scaled", save="npy,benchmark", scale=2.0))
+        predict(mono, [str(image)], tmp_path / "out", save="npy,png16")
+    predict(mono, [str(image)], tmp_path / "scaled", save="npy,benchmark", scale=2.0)
     assert names(tmp_path / "scaled") == ["a.png", "a_depth.npy"]
     unscaled = np.load(tmp_path / "out" / "a_depth.npy")
     np.testing.assert_allclose(np.load(tmp_path / "scaled" / "a_depth.npy"), 2 * unscaled, rtol=1e-6)
@@ -79,8 +89,7 @@ def test_folders_keep_their_structure_and_globs_match(tmp_path: Path, mono: Pred
     for name in ("b/1.png", "a/1.jpg", "a/2.PNG"):
         save_image(tmp_path / "in" / name)
     (tmp_path / "in" / "notes.txt").write_text("no image")
-    options = PredictOptions(tmp_path / "out", save="npy", batch_size=2)
-    assert run_predict(mono, [str(tmp_path / "in")], options).images == 3
+    assert predict(mono, [str(tmp_path / "in")], tmp_path / "out", save="npy", batch_size=2).images == 3
     assert names(tmp_path / "out") == ["a/1_depth.npy", "a/2_depth.npy", "b/1_depth.npy"]
     assert [image.name for image in find_images([str(tmp_path / "in" / "*" / "1.*")])] == ["a/1", "b/1"]
     # Two images of one name: neither is lost.
@@ -100,7 +109,7 @@ def test_results_of_different_images_are_different_files(tmp_path: Path, mono: P
     for name in ("in/a.png", "in/a_disparity.png", "in/a.jpg", "other/a.png"):
         save_image(tmp_path / name)
     inputs = [str(tmp_path / "in"), str(tmp_path / "other" / "a.png")]
-    found = run_predict(mono, inputs, PredictOptions(tmp_path / "out"))
+    found = predict(mono, inputs, tmp_path / "out")
     assert found.images == 4
     assert len(found.written) == 4 * 3
     assert sorted(str(path.relative_to(tmp_path / "out")) for path in found.written) == names(tmp_path / "out")
@@ -112,13 +121,13 @@ def test_results_never_replace_their_inputs(tmp_path: Path, mono: Predictor) -> 
     before = image.read_bytes()
     for out in (tmp_path / "in", tmp_path / "link"):
         with pytest.raises(UsageError, match=r"a\.png is an input.*--out"):
-            run_predict(mono, [str(tmp_path / "in")], PredictOptions(out))
+            predict(mono, [str(tmp_path / "in")], out)
     assert image.read_bytes() == before
     # Beside their inputs under other names they may lie; and what lies in the folder of results is no input.
-    run_predict(mono, [str(tmp_path / "in")], PredictOptions(tmp_path / "in", save="npy"))
-    inside = PredictOptions(tmp_path / "in" / "depth", save="disparity")
+    predict(mono, [str(tmp_path / "in")], tmp_path / "in", save="npy")
+    inside = tmp_path / "in" / "depth"
     for _ in range(2):
-        assert run_predict(mono, [str(tmp_path / "in")], inside).images == 1
+        assert predict(mono, [str(tmp_path / "in")], inside, save="disparity").images == 1
     assert names(tmp_path / "in") == ["a.png", "a_depth.npy", "depth/a_disparity.png"]
 
 
@@ -147,7 +156,7 @@ def test_what_macos_writes_beside_files_is_no_image(tmp_path: Path, mono: Predic
     (tmp_path / "in" / "._a.png").write_bytes(b"\0\5\26\7")
     for given in (tmp_path / "in", tmp_path / "in" / "*.png"):
         assert [found.path for found in find_images([str(given)])] == [image]
-    found = run_predict(mono, [str(tmp_path / "in")], PredictOptions(tmp_path / "out", save="npy"))
+    found = predict(mono, [str(tmp_path / "in")], tmp_path / "out", save="npy")
     assert (found.images, found.failed) == (1, [])
 
 
@@ -158,25 +167,25 @@ def test_advice_names_what_the_command_takes(tmp_path: Path) -> None:
         find_images([str(tmp_path / "films")])
     with pytest.raises(InputError, match="from files, not from URLs"):
         find_images(["rtsp://camera/1"])
-    assert sort_inputs(["a.flv", "b.wmv", "c.3gp"]).videos == [Path("a.flv"), Path("b.wmv"), Path("c.3gp")]
+    assert find_inputs(["a.flv", "b.wmv", "c.3gp"]).videos == [Path("a.flv"), Path("b.wmv"), Path("c.3gp")]
 
 
 def test_a_broken_image_is_listed_and_the_others_go_on(tmp_path: Path, mono: Predictor) -> None:
     good = save_image(tmp_path / "good.png")
     bad = tmp_path / "bad.png"
     bad.write_bytes(good.read_bytes()[:900])
-    found = run_predict(mono, [str(bad), str(good)], PredictOptions(tmp_path / "out", save="npy", batch_size=1))
+    found = predict(mono, [str(bad), str(good)], tmp_path / "out", save="npy", batch_size=1)
     assert (found.images, len(found.failed)) == (1, 1)
     assert "bad.png" in found.failed[0]
     with pytest.raises(InputError, match=r"bad\.png"):
-        run_predict(mono, [str(bad)], PredictOptions(tmp_path / "out"))
+        predict(mono, [str(bad)], tmp_path / "out")
 
 
 def test_unwritable_folder_is_one_line(tmp_path: Path, mono: Predictor) -> None:
     image = save_image(tmp_path / "a.png")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
-        run_predict(mono, [str(image)], PredictOptions(tmp_path / "file" / "out"))
+        predict(mono, [str(image)], tmp_path / "file" / "out")
 
 
 def test_point_cloud_by_hand() -> None:
@@ -189,8 +198,7 @@ def test_point_cloud_by_hand() -> None:
 
 def test_ply_reads_back(tmp_path: Path, stereo: Predictor) -> None:
     image = save_image(tmp_path / "a.png")
-    options = PredictOptions(tmp_path / "out", save="ply", intrinsics="60,60,44.5,19.5", max_depth=50)
-    run_predict(stereo, [str(image)], options)
+    predict(stereo, [str(image)], tmp_path / "out", save="ply", intrinsics=(60, 60, 44.5, 19.5), max_depth=50)
     data = (tmp_path / "out" / "a.ply").read_bytes()
     header, _, body = data.partition(b"end_header\n")
     lines = header.decode().splitlines()
@@ -212,26 +220,26 @@ def test_colours_run_from_the_minimum_to_the_95th_percentile() -> None:
 
     magma = (np.array(matplotlib.colormaps["magma"](np.linspace(0, 1, 256)))[:, :3] * 255).round().astype(int)
     ramp = np.arange(101, dtype=np.float32)[None]
-    colours = color_disparity(ramp).astype(int)
+    colours = colorize(ramp).astype(int)
     assert colours[0, 0].tolist() == magma[0].tolist()
     assert colours[0, 95].tolist() == colours[0, 100].tolist() == magma[255].tolist()
     assert colours[0, 19].tolist() == magma[round(255 * 19 / 95)].tolist()
     assert colorize(np.array([[np.nan, 1.0, 2.0]])).tolist()[0][0] == [0, 0, 0]
     assert colorize(np.full((2, 2), 3.0)).shape == (2, 2, 3)
     with pytest.raises(InputError, match="no such colour map"):
-        color_disparity(ramp, "mauve")
+        colorize(ramp, cmap="mauve")
 
 
 def test_what_is_saved_is_checked(tmp_path: Path, mono: Predictor) -> None:
     image = str(save_image(tmp_path / "a.png"))
     for wrong, message in (("jpeg", "choose from"), ("", "no output named"), ("benchmark,side_by_side", "both write")):
         with pytest.raises(UsageError, match=message):
-            run_predict(mono, [image], PredictOptions(tmp_path / "out", save=wrong))
+            predict(mono, [image], tmp_path / "out", save=wrong)
     with pytest.raises(InputError, match="no such colour map"):
-        run_predict(mono, [image], PredictOptions(tmp_path / "out", cmap="mauve"))
+        predict(mono, [image], tmp_path / "out", cmap="mauve")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="positive"):
-        run_predict(mono, [image], PredictOptions(tmp_path, scale=-1))
+        predict(mono, [image], tmp_path, scale=-1)
 
 
 # Video
@@ -262,7 +270,7 @@ def test_a_film_reads_back_as_written(tmp_path: Path, pictures: list[Array]) -> 
 
 def test_a_video_becomes_a_film_of_the_same_length(tmp_path: Path, stereo: Predictor, pictures: list[Array]) -> None:
     film(tmp_path / "drive.mp4", pictures)
-    found = run_predict(stereo, [str(tmp_path / "drive.mp4")], PredictOptions(tmp_path / "out", batch_size=3))
+    found = predict(stereo, [str(tmp_path / "drive.mp4")], tmp_path / "out", batch_size=3)
     assert found.images == 7
     assert names(tmp_path / "out") == ["drive.mp4"]
     result = open_video(tmp_path / "out" / "drive.mp4")
@@ -281,21 +289,21 @@ def test_films_of_one_name_are_different_films(tmp_path: Path, stereo: Predictor
     for place in ("a/drive.mp4", "b/drive.mp4"):
         (tmp_path / place).parent.mkdir()
         film(tmp_path / place, pictures[:2])
-    found = run_predict(stereo, [str(tmp_path / "*" / "drive.mp4")], PredictOptions(tmp_path / "out"))
+    found = predict(stereo, [str(tmp_path / "*" / "drive.mp4")], tmp_path / "out")
     assert found.images == 4
     assert names(tmp_path / "out") == ["drive.mp4", "drive_2.mp4"]
     before = (tmp_path / "a" / "drive.mp4").read_bytes()
     with pytest.raises(UsageError, match=r"drive\.mp4 is an input"):
-        run_predict(stereo, [str(tmp_path / "a" / "drive.mp4")], PredictOptions(tmp_path / "a"))
+        predict(stereo, [str(tmp_path / "a" / "drive.mp4")], tmp_path / "a")
     assert (tmp_path / "a" / "drive.mp4").read_bytes() == before
     with pytest.raises(InputError, match="no video matches"):
-        run_predict(stereo, [str(tmp_path / "*" / "night*.mp4")], PredictOptions(tmp_path / "out"))
+        predict(stereo, [str(tmp_path / "*" / "night*.mp4")], tmp_path / "out")
 
 
 def test_a_videos_depth_files_are_per_frame(tmp_path: Path, stereo: Predictor, pictures: list[Array]) -> None:
     film(tmp_path / "drive.mp4", pictures[:3])
-    options = PredictOptions(tmp_path / "out", save="disparity,npy", limit=2)
-    assert run_predict(stereo, [str(tmp_path / "drive.mp4")], options).images == 2
+    found = predict(stereo, [str(tmp_path / "drive.mp4")], tmp_path / "out", save="disparity,npy", limit=2)
+    assert found.images == 2
     assert names(tmp_path / "out") == ["drive/000000_depth.npy", "drive/000001_depth.npy", "drive_disparity.mp4"]
 
 
@@ -306,7 +314,7 @@ def test_a_cut_video_gives_its_frames_and_says_where_it_ends(
     whole = film(tmp_path / "whole.mp4", pictures * 6).read_bytes()
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole[: len(whole) // 2])
-    found = run_predict(stereo, [str(cut)], PredictOptions(tmp_path / "out"))
+    found = predict(stereo, [str(cut)], tmp_path / "out")
     assert 0 < found.images < 42
     assert len(found.failed) == 1
     assert f"after {found.images} " in found.failed[0]
@@ -315,7 +323,7 @@ def test_a_cut_video_gives_its_frames_and_says_where_it_ends(
     kept.close()
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(InputError, match=r"text\.mp4: cannot be opened"):
-        run_predict(stereo, [str(tmp_path / "text.mp4")], PredictOptions(tmp_path / "none"))
+        predict(stereo, [str(tmp_path / "text.mp4")], tmp_path / "none")
     assert not (tmp_path / "none").exists()
     # Playlists would show any file of this machine that they name.
     (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{tmp_path / 'whole.mp4'}\n#EXT-X-ENDLIST\n")
@@ -340,7 +348,7 @@ def test_a_film_whose_size_changes_ends_there(tmp_path: Path, stereo: Predictor,
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             container.mux(stream.encode())
     (tmp_path / "change.ts").write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
-    found = run_predict(stereo, [str(tmp_path / "change.ts")], PredictOptions(tmp_path / "out"))
+    found = predict(stereo, [str(tmp_path / "change.ts")], tmp_path / "out")
     (failure,) = found.failed
     assert f"after {found.images} frames the size changes from 96x64 to 128x64" in failure
     assert 4 <= found.images <= 6
@@ -359,7 +367,7 @@ def test_frames_keep_their_times(tmp_path: Path, stereo: Predictor, pictures: li
         source = open_video(path)
         assert [frame.info["seconds"] for frame in source] == pytest.approx(times, abs=1e-3)
         source.close()
-        run_predict(stereo, [str(tmp_path / "uneven.mp4")], PredictOptions(tmp_path / "out"))
+        predict(stereo, [str(tmp_path / "uneven.mp4")], tmp_path / "out")
 
 
 def test_times_that_run_backwards_or_are_missing_still_make_a_film(tmp_path: Path, pictures: list[Array]) -> None:
@@ -376,7 +384,7 @@ def test_times_that_run_backwards_or_are_missing_still_make_a_film(tmp_path: Pat
 
 def test_pictures_carry_a_scale_in_metres_where_there_is_room(tmp_path: Path, stereo: Predictor) -> None:
     image = save_image(tmp_path / "a.png", width=300, height=100)
-    run_predict(stereo, [str(image)], PredictOptions(tmp_path / "out", save="side_by_side,disparity"))
+    predict(stereo, [str(image)], tmp_path / "out", save="side_by_side,disparity")
     both = np.asarray(Image.open(tmp_path / "out" / "a.png"))
     colours = np.asarray(Image.open(tmp_path / "out" / "a_disparity.png"))
     assert both.shape == (100 + 4 + 100 + 22, 300, 3)
@@ -415,9 +423,9 @@ def test_a_film_that_fails_leaves_nothing(tmp_path: Path, pictures: list[Array])
 
 
 def test_the_colour_scale_follows_slowly() -> None:
-    scale = SteadyScale()
-    assert scale.next(np.full((4, 4), 1.0)) == (1.0, 1.0)
-    assert scale.next(np.full((4, 4), 2.0)) == pytest.approx((1.1, 1.1))
+    first = next_ends(None, np.full((4, 4), 1.0))
+    assert first == pytest.approx((1.0, 1.0))
+    assert next_ends(first, np.full((4, 4), 2.0)) == pytest.approx((1.1, 1.1))
 
 
 def test_a_camera_that_is_not_there_is_one_line() -> None:
@@ -431,9 +439,7 @@ def test_a_live_source_is_taken_until_the_limit(tmp_path: Path, stereo: Predicto
     """FFmpeg's own test picture generator has no end, as a camera has none."""
     source = _open("testsrc=size=96x64:rate=5", "lavfi", "camera")
     assert source.frames is None
-    found = predict_video(
-        stereo, source, "camera0", Output(tmp_path, ("side_by_side",)), batch_size=1, limit=3, endless=True
-    )
+    found = predict_video(stereo, source, "camera0", PredictOptions(tmp_path, limit=3), endless=True)
     source.close()
     assert found.images == 3
     written = open_video(tmp_path / "camera0.mp4")
@@ -446,13 +452,11 @@ def test_ctrl_c_ends_a_camera_and_keeps_what_was_filmed(tmp_path: Path, stereo: 
         if done == 2:
             raise KeyboardInterrupt
 
-    output = Output(tmp_path, ("side_by_side",))
+    options = PredictOptions(tmp_path, batch_size=1)
     for endless in (True, False):
         source = _open("testsrc=size=96x64:rate=5", "lavfi", "camera")
         try:
-            found = predict_video(
-                stereo, source, f"film{endless}", output, batch_size=1, endless=endless, progress=stop
-            )
+            found = predict_video(stereo, source, f"film{endless}", options, endless=endless, progress=stop)
             assert found.images == 2
         except KeyboardInterrupt:
             assert not endless
@@ -461,10 +465,11 @@ def test_ctrl_c_ends_a_camera_and_keeps_what_was_filmed(tmp_path: Path, stereo: 
 
 
 def test_inputs_are_told_apart(tmp_path: Path) -> None:
-    found = sort_inputs(["a.mp4", "b.png", "c/*.jpg", "d.MOV"])
-    assert (found.videos, found.images) == ([Path("a.mp4"), Path("d.MOV")], ["b.png", "c/*.jpg"])
-    assert sort_inputs(["0"]).cameras == [0]
+    image = save_image(tmp_path / "b.png")
+    found = find_inputs(["a.mp4", str(image), str(tmp_path / "*.png"), "d.MOV"])
+    assert (found.videos, [one.name for one in found.images]) == ([Path("a.mp4"), Path("d.MOV")], ["b", "b_2"])
+    assert find_inputs(["0"]).cameras == [0]
     with pytest.raises(UsageError, match="never ends"):
-        sort_inputs(["0", "a.png"])
+        find_inputs(["0", "a.png"])
     with pytest.raises(UsageError, match="at least one"):
-        sort_inputs([])
+        find_inputs([])

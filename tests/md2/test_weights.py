@@ -301,8 +301,8 @@ def damage(folder: Path, case: str) -> None:
         ("flat", r"no disparity outputs"),
         ("list", r"depth\.pth: holds a list"),
         ("pickle", r"depth\.pth: damaged or not a file of weights"),
-        ("encoder", r"blocks \(2, 2, 2, 1\) are not those"),
-        ("foreign", r"no ResNet \(downsample_layers\.0\.weight, …\); only ResNet-18.*Lite-Mono"),
+        ("encoder", r"not a ResNet-18, 34, 50, 101 or 152"),
+        ("foreign", r"not a ResNet-18.*first weights: downsample_layers\.0\.weight"),
     ],
 )
 def test_damaged_official_folder_is_explained(case: str, message: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,9 @@ from pipeline_data import encode, smooth
 from bench.write_dataset import write_dataset
 from md2.checkpoint import Checkpoint, save_checkpoint
 from md2.config import Config
+from md2.evaluation.predictions import keys_file
+from md2.evaluation.run import EvalOptions, EvalReport, measure, write_results
+from md2.inference.predictor import Predictor, load
 from md2.model import Networks
 from shards.manifest import DepthInfo, Split
 from shards.sample import Sample
@@ -37,8 +41,9 @@ def pack_truth(
     split: str = "eigen",
     source: Literal["velodyne", "improved", "dense"] = "velodyne",
     convention: Literal["camera_z", "lidar_x"] = "lidar_x",
+    keys: Sequence[str] | None = None,
 ) -> Path:
-    """Samples `drive_000` ... with random 96x64 images and these 16-bit depth maps."""
+    """Samples with random 96x64 images and these 16-bit depth maps; keys None: `drive_000` ..."""
     rng = np.random.default_rng(1)
     samples = []
     for number, depth in enumerate(truth):
@@ -49,7 +54,7 @@ def pack_truth(
         }
         if depth is not None:
             parts["depth.png"] = encode(depth, "png")
-        samples.append(Sample(f"drive_{number:03d}", parts))
+        samples.append(Sample(keys[number] if keys else f"drive_{number:03d}", parts))
     write_dataset(
         folder,
         {part: samples},
@@ -99,3 +104,25 @@ def run_lines(lines: Sequence[str], folder: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@lru_cache(maxsize=2)
+def _loaded(model: str) -> Predictor:
+    return load(model, "cpu")
+
+
+def measured(dataset: Path, **options: Any) -> EvalReport:
+    """What `md2 eval` measures with these options, its files written."""
+    model = options.get("model")
+    chosen = EvalOptions(dataset=str(dataset), **{"model": None, **options})
+    report = measure(chosen, _loaded(model) if model else None)
+    assert all(path.exists() for path in write_results(chosen, report))
+    return report
+
+
+def save_disparities(path: Path, depths: Sequence[float], keys: Sequence[str] | None = None) -> Path:
+    """Disparities of constant depth, with the keys beside them (None: those of `pack_truth`)."""
+    np.save(path, np.stack([np.full((8, 24), 1 / depth, np.float32) for depth in depths]))
+    names = keys if keys is not None else [f"drive_{number:03d}" for number in range(len(depths))]
+    keys_file(path).write_text("\n".join(names))
+    return path
