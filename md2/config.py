@@ -1,13 +1,13 @@
 """The training configuration: YAML -> pydantic models, `key.sub=value` overrides, helpful errors.
 
-The message for an unknown key names the nearest known one, that for an impossible combination its reason.
+The message for an unknown key names the nearest known one; that for an impossible combination gives the reason.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -36,45 +36,45 @@ class DataConfig(Section):
     stereo: bool = False
     """Use the stereo partner as a source frame."""
     width: int = Field(640, ge=64, multiple_of=32)
-    """Width of the images in pixels; stored images of another size are resized."""
+    """Width of the networks' input in pixels; stored images of another size are resized."""
     height: int = Field(192, ge=64, multiple_of=32)
-    """Height of the images in pixels."""
+    """Height of the networks' input in pixels."""
     intrinsics: Literal["calibrated", "nominal"] = "calibrated"
-    """Camera matrices: each drive's own, or `nominal` (the published numbers): fx 0.58 w, fy 1.92 h, cx w/2, cy h/2."""
+    """Camera matrices: `calibrated` is each drive's own, `nominal` the paper's one for all images.
+
+    Nominal: fx = 0.58 width, fy = 1.92 height, the centre at width / 2, height / 2."""
     baseline: Literal["paper", "metres"] = "paper"
-    """Unit of the stereo translation: the paper's (0.1 for 0.54 m) or metres."""
+    """Unit of the stereo translation, and so of depth: `paper` is 5.4 m (a baseline of 0.1 for 0.54 m)."""
     flip: bool = True
     """Flip each sample left-right with probability 0.5."""
     color_jitter: bool = True
     """Jitter brightness, contrast, saturation and hue of the networks' inputs with probability 0.5."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where images are decoded; `auto` is the GPU if the model trains on one."""
+    """Where images are decoded; `auto` is the GPU if the networks train on one."""
     threads: int | None = Field(None, gt=0)
-    """Decoding threads; None: one per available core, at most 8 where the GPU decodes."""
+    """Decoding threads; None: one per available core, at most 8 if the GPU decodes."""
     prefetch: int = Field(2, gt=0)
     """Batches that DALI prepares ahead."""
     shuffle: Literal["window", "global"] = "window"
-    """`window`: shards in random order, samples shuffled over 8 of them; `global`: over the whole part."""
+    """`window`: random order of shards, samples shuffled over 8 shards at a time; `global`: over the whole part."""
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_earlier_versions_had(cls, values: Any) -> Any:
-        """Configurations and run folders of earlier versions have `shuffle_buffer`, which no longer has an effect."""
+    def _drop_former_key(cls, values: Any) -> Any:
+        """Accept `shuffle_buffer`, which earlier run folders have and which no longer has an effect."""
         if isinstance(values, dict) and "shuffle_buffer" in values:
             values = {name: value for name, value in values.items() if name != "shuffle_buffer"}
-            logging.getLogger(__name__).warning("data.shuffle_buffer is ignored: data.shuffle says what is shuffled")
+            logging.getLogger(__name__).warning("data.shuffle_buffer is ignored: data.shuffle sets the shuffling")
         return values
 
     @model_validator(mode="after")
     def _check_frames(self) -> Self:
-        if 0 not in self.frames or self.frames[0] != 0:
+        if self.frames[:1] != [0]:
             raise ValueError(f"frames {self.frames}: the target frame 0 comes first, e.g. [0, -1, 1]")
         if len(set(self.frames)) != len(self.frames):
             raise ValueError(f"frames {self.frames}: an offset appears twice")
         if self.frames == [0] and not self.stereo:
-            raise ValueError(
-                "frames [0] without stereo leaves no source image to reproject: add offsets or stereo=true"
-            )
+            raise ValueError("frames [0] without stereo leaves no source image to warp: add offsets or stereo=true")
         return self
 
     @property
@@ -87,44 +87,46 @@ class ModelConfig(Section):
     """The networks."""
 
     encoder: Encoder = "resnet18"
-    """ResNet of the depth network, and of a `separate_resnet` pose network."""
+    """ResNet of the depth network and of a `separate_resnet` pose network."""
     weights: str = "imagenet"
-    """`imagenet`, `scratch`, a torchvision ResNet file, or a run, checkpoint or folder to start from."""
+    """Weights at the start: `imagenet`, `scratch`, a torchvision ResNet file, a run, a checkpoint, or a folder of
+    official Monodepth2 weights."""
     scales: list[int] = [0, 1, 2, 3]
-    """Scales with a disparity output; 0 is full resolution."""
+    """Scales of the disparity outputs; scale s has 1 / 2^s of the resolution."""
     min_depth: float = Field(0.1, gt=0)
     """Depth at disparity 1, in the unit of depth."""
     max_depth: float = Field(100.0, gt=0)
     """Depth at disparity 0."""
     pose_network: Literal["separate_resnet", "shared", "posecnn"] = "separate_resnet"
-    """Network of the camera's motion: a ResNet of its own, the depth encoder's features, or a small plain one."""
+    """Network that predicts the camera's motion: with a ResNet of its own, from the depth encoder's features, or a
+    small plain one."""
     pose_input: Literal["pairs", "all"] = "pairs"
     """Frames that the pose network sees at once: target and one source, or all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if 0 not in self.scales or len(set(self.scales)) != len(self.scales) or not set(self.scales) <= {0, 1, 2, 3}:
-            raise ValueError(f"scales {self.scales}: some of 0, 1, 2, 3, each once; 0, which evaluation reads, always")
+            raise ValueError(f"scales {self.scales}: some of 0, 1, 2, 3, each once, with 0, which evaluation reads")
         if self.min_depth >= self.max_depth:
             raise ValueError(f"min_depth {self.min_depth} must be below max_depth {self.max_depth}")
         return self
 
 
 class LossConfig(Section):
-    """The reprojection loss; names as in the paper and its official implementation."""
+    """The reprojection loss; keys have the names of the official implementation's options."""
 
     v1_multiscale: bool = False
     """Warp at each scale's own resolution instead of at full resolution."""
     avg_reprojection: bool = False
-    """Average the error over the sources instead of taking the minimum."""
+    """Average the error over the source frames instead of taking the minimum."""
     disable_automasking: bool = False
-    """Count every pixel, also where an unwarped source fits better than all warped ones."""
+    """Count every pixel, also those whose identity error is below the reprojection error."""
     predictive_mask: bool = False
-    """Learn a mask instead of auto-masking (Zhou et al.); needs disable_automasking."""
+    """Learn a mask instead of auto-masking (Zhou et al., CVPR 2017); needs disable_automasking."""
     no_ssim: bool = False
-    """Photometric error without SSIM: L1 alone."""
+    """Use L1 alone as photometric error, without SSIM."""
     disparity_smoothness: float = Field(1e-3, ge=0)
-    """Weight of edge-aware smoothness; divided by 2 at each smaller scale."""
+    """Weight of the edge-aware smoothness; halved at each smaller scale."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -134,50 +136,58 @@ class LossConfig(Section):
 
 
 class TrainConfig(Section):
-    """The loop."""
+    """The training loop."""
 
     epochs: int = Field(20, gt=0)
-    """Passes over the train part."""
+    """Passes over the `train` part."""
     batch_size: int = Field(12, gt=0)
-    """Samples per step and rank."""
+    """Samples that a rank processes at once."""
     accumulate: int = Field(1, gt=0)
-    """Batches whose gradients are averaged into one step."""
+    """Gradient accumulation: batches whose gradients are averaged into one step."""
     learning_rate: float = Field(1e-4, gt=0)
     """Adam's learning rate at the start."""
     lr_step_epochs: int = Field(15, gt=0)
-    """Epochs after which the learning rate is multiplied by lr_gamma, again and again."""
+    """Number of epochs after which, each time, the learning rate is multiplied by lr_gamma."""
     lr_gamma: float = Field(0.1, gt=0)
-    """Factor on the learning rate."""
+    """Factor of the learning rate's steps."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of random weights, order, augmentation and noise."""
+    """Seed of random weights, sample order, augmentation and noise."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to train; `auto` is a GPU if the machine has one."""
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
-    """Autocast of the networks; loss and geometry stay float32.
+    """Precision of the networks' arithmetic; loss and geometry stay float32.
 
-    `auto`: float32 on a CPU; on a GPU bf16, or what older GPUs compute in natively. `float32` on a GPU uses TF32 in
-    convolutions, as PyTorch does by default."""
+    `auto`: float32 on a CPU; on a GPU bf16, or the precision that an older GPU supports natively. `float32` on a GPU
+    uses TF32 in convolutions, as PyTorch does by default."""
     channels_last: Literal["auto"] | bool = "auto"
     """Memory format of the networks; `auto` is channels_last."""
     compile: Literal["auto", "graphs"] | bool = "auto"
-    """torch.compile of the networks.
+    """Compile the networks with torch.compile.
 
-    `auto`: on a GPU with Triton, and without compiling if that fails. `graphs`: replayed as CUDA graphs, for GPUs that
-    wait for the host's launches."""
+    `auto`: on a GPU with Triton; if compiling fails, training continues without it. `graphs`: also replay them as CUDA
+    graphs, for GPUs that wait for the host's launches."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """On a NaN or infinite loss or gradient: stop the run, or skip the step and report it."""
+    """What to do at a NaN or infinite loss or gradient: stop the run, or skip the step and report it."""
     max_steps: int | None = Field(None, gt=0)
-    """Optimiser steps after which the run ends, whatever `epochs` is."""
+    """Steps after which the run ends, even if `epochs` are not complete."""
     checkpoint_every: int = Field(1000, gt=0)
-    """Steps between checkpoints; one is written at each epoch's end as well."""
+    """Steps between checkpoints; each epoch's end also writes one."""
     log_every: int = Field(50, gt=0)
-    """Steps between logged scalars."""
+    """Steps between logged rows of metrics."""
     image_every: int = Field(500, gt=0)
-    """Steps between image panels in TensorBoard."""
-    sinks: list[Literal["wandb", "mlflow"]] = []
-    """Loggers that get the scalars as well; each needs its own package and reads its settings from the environment."""
+    """Steps between panels, the pictures of a training batch."""
+    loggers: list[Literal["wandb", "mlflow"]] = []
+    """Further loggers of the metrics; each needs its own package and reads its settings from the environment."""
     val_batches: int | None = Field(None, gt=0)
-    """Batches to validate on; None: the whole val part."""
+    """Batches to validate on; None: the whole `val` part."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_former_key(cls, values: Any) -> Any:
+        """Accept `sinks`, the former name of `loggers`, which earlier run folders have."""
+        if isinstance(values, dict) and "sinks" in values:
+            values = {"loggers": values["sinks"], **{key: value for key, value in values.items() if key != "sinks"}}
+        return values
 
 
 class Config(Section):
@@ -200,43 +210,42 @@ class Config(Section):
 
     @property
     def metres_per_unit(self) -> float | None:
-        """Metres in one unit of predicted depth: 5.4 (paper's stereo unit), 1 (metres), None (mono: unknown)."""
+        """Metres in one unit of predicted depth: 5.4 (the paper's stereo unit), 1 (metres), or None (mono: unknown)."""
         if not self.data.stereo:
             return None
         return PAPER_METRES_PER_UNIT if self.data.baseline == "paper" else 1.0
 
     def to_yaml(self) -> str:
-        """The resolved configuration; loads back to an equal one."""
+        """Return the resolved configuration as YAML, which loads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 PAPER_METRES_PER_UNIT = 5.4
-"""The paper's models are trained with a stereo baseline of 0.1 for KITTI's 0.54 m (its released code)."""
+"""The paper's models are trained with a stereo baseline of 0.1 for KITTI's 0.54 m (see its released code)."""
 
 
 def load_config(source: str | Path | None, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file (or a published recipe by name), merge `key.sub=value` overrides, validate.
+    """Read a YAML file or a published recipe, merge `key.sub=value` overrides, validate.
 
     Args:
         source: path of a YAML file, name of a recipe in `md2/configs/`, or None for the defaults.
-        overrides: values are parsed as YAML (`data.frames=[0,-1,1]`, `train.learning_rate=1e-4`), but for keys that
-            hold text, such as `data.url`, whose value is taken as it is.
+        overrides: values are parsed as YAML (`data.frames=[0,-1,1]`, `train.learning_rate=1e-4`), except those of keys
+            that hold text, such as `data.url`.
 
     Raises:
         UsageError: no such file or recipe, not YAML, unknown key (names the nearest), wrong value,
             impossible combination (gives the reason).
     """
-    where = "defaults" if source is None else str(source)
-    tree = {} if source is None else _read_yaml(*_find(source))
+    tree = {} if source is None else _read_yaml(str(source), _find(source))
     merge_overrides(tree, overrides)
-    return config_from_dict(tree, where)
+    return config_from_dict(tree, "defaults" if source is None else str(source))
 
 
 def load_source(source: str | None, overrides: Iterable[str] = ()) -> Config:
-    """`load_config` of the configuration that a command names.
+    """Load the configuration that a command names, as `load_config` does.
 
     Raises:
-        UsageError: none is named, or as `load_config`.
+        UsageError: the command names none; or as `load_config`.
     """
     if source is None:
         raise UsageError("give a configuration: a YAML file or a recipe name (md2 zoo lists them), or --resume RUN")
@@ -250,7 +259,21 @@ def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
         UsageError: not of that form, or the value is not YAML.
     """
     for override in overrides:
-        _merge(tree, override)
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UsageError(f"override {override!r} is not of the form key.sub=value, e.g. train.batch_size=8")
+        try:
+            # As YAML, a folder named 2024-11-28 would be a date, and # in a name would begin a comment.
+            value = text if text and known_keys().get(key) is str else yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UsageError(f"override {override!r}: the value is not YAML") from error
+        *sections, last = key.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise UsageError(f"override {override!r}: {section!r} is not a section")
+        inner[last] = value
 
 
 def config_from_dict(tree: dict[str, Any], where: str) -> Config:
@@ -266,29 +289,28 @@ def config_from_dict(tree: dict[str, Any], where: str) -> Config:
 
 
 def recipes() -> dict[str, str]:
-    """Published recipes: name -> YAML text."""
-    folder = files("md2.configs")
-    found = (entry for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    """Return the published recipes: name -> YAML text."""
+    found = (entry for entry in files("md2.configs").iterdir() if entry.name.endswith(".yaml"))
     return {entry.name.removesuffix(".yaml"): entry.read_text("utf-8") for entry in sorted(found, key=lambda e: e.name)}
 
 
-def _find(source: str | Path) -> tuple[str, str]:
-    path = Path(source)
+def _find(source: str | Path) -> str:
+    """Return the YAML text of a file or recipe."""
+    path, name, known = Path(source), str(source), recipes()
     if path.is_file():
-        return str(path), _text(path)
-    known = recipes()
-    if str(source) in known:
-        return str(source), known[str(source)]
-    part = [name for name in known if str(source) and str(source) in name]
-    near = part or difflib.get_close_matches(str(source), known, n=1, cutoff=0.5)
+        return _text(path)
+    if name in known:
+        return known[name]
+    part = [recipe for recipe in known if name and name in recipe]
+    near = part or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean the recipe {near[0]}?" if near else "; `md2 zoo` lists the recipes"
     if len(part) > 1:
         hint = f"; {len(part)} recipes have it in their name, such as {part[0]}: `md2 zoo` lists them"
-    raise UsageError(f"no configuration file or recipe {str(source)!r}{hint}")
+    raise UsageError(f"no configuration file or recipe {name!r}{hint}")
 
 
 def read_config_tree(path: Path) -> dict[str, Any]:
-    """A configuration file as nested dictionaries, not yet checked.
+    """Read a configuration file as nested dictionaries, not yet checked.
 
     Raises:
         UsageError: it cannot be read or is not YAML.
@@ -310,50 +332,21 @@ def _read_yaml(name: str, text: str) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
         raise UsageError(f"{name}{where}: not YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2011-09-31, which is no date, is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2011-09-31, which is not a date, is a ValueError
         raise UsageError(f"{name}: not YAML: {first_line(error)}") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
+    if tree is not None and not isinstance(tree, dict):
         raise UsageError(f"{name}: expected sections (data, model, loss, train), found {type(tree).__name__}")
-    return {section: {} if values is None else values for section, values in tree.items()}
+    return {section: {} if values is None else values for section, values in (tree or {}).items()}
 
 
-def _merge(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UsageError(f"override {override!r} is not of the form key.sub=value, e.g. train.batch_size=8")
-    try:
-        # A folder named 2024-11-28 is no date, and one with # in its name has no comment.
-        value = text if text and key in _text_keys() else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"override {override!r}: the value is not YAML") from error
-    *sections, last = key.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise UsageError(f"override {override!r}: {section!r} is not a section")
-    tree[last] = value
-
-
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """All dotted keys, sections included."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from known_keys(field.annotation, f"{prefix}{name}.")
-
-
-def _text_keys() -> set[str]:
-    """Dotted keys whose values are any text."""
-    sections = {name: field.annotation for name, field in Config.model_fields.items()}
-    return {
-        f"{section}.{name}"
-        for section, model in sections.items()
-        if isinstance(model, type) and issubclass(model, BaseModel)
-        for name, field in model.model_fields.items()
-        if field.annotation is str
-    }
+def known_keys() -> dict[str, Any]:
+    """Return all dotted keys, sections included, with the types of their values."""
+    found: dict[str, Any] = {}
+    for section, keys in Config.model_fields.items():
+        assert isinstance(keys.annotation, type) and issubclass(keys.annotation, BaseModel)
+        fields = keys.annotation.model_fields.items()
+        found |= {section: keys.annotation, **{f"{section}.{name}": field.annotation for name, field in fields}}
+    return found
 
 
 def _explain(error: ValidationError) -> str:
@@ -369,7 +362,6 @@ def _explain(error: ValidationError) -> str:
 
 
 def _nearest(key: str) -> str:
-    keys = list(known_keys())
-    same_leaf = [known for known in keys if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    near = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    same_leaf = [known for known in known_keys() if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = same_leaf or difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; sections are {', '.join(Config.model_fields)}"

@@ -50,7 +50,7 @@ CHANGEABLE = (
     "train.checkpoint_every",
     "train.val_batches",
     "train.on_nan",
-    "train.sinks",
+    "train.loggers",
 )
 """Keys that may change on resume: none alters the numbers of a step while batch_size x accumulate x ranks stays."""
 

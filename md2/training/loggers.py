@@ -81,7 +81,7 @@ def open_loggers(names: Sequence[str], run: Path, config: dict[str, Any]) -> lis
         except UsageError:
             raise
         except Exception as error:  # each package has its own
-            raise UsageError(f"train.sinks: {name} does not start: {first_line(error)}") from error
+            raise UsageError(f"train.loggers: {name} does not start: {first_line(error)}") from error
     return loggers
 
 
@@ -90,5 +90,5 @@ def _package(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise UsageError(
-            f"train.sinks has {name}, which is not installed: pip install {name}, or leave it out"
+            f"train.loggers has {name}, which is not installed: pip install {name}, or leave it out"
         ) from error

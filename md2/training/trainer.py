@@ -98,7 +98,7 @@ class Trainer:
         resume: Checkpoint | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        check_loggers(config.train.sinks)
+        check_loggers(config.train.loggers)
         self.config, self.dataset, self.run, self.ranks = config, dataset, run, ranks
         self.reporter, self.should_stop = reporter, should_stop
         self.step = self.epoch = 0
@@ -183,7 +183,7 @@ class Trainer:
             DatasetError: the dataset is broken.
         """
         if self.ranks.main:
-            loggers = open_loggers(self.config.train.sinks, self.run, self.config.model_dump(mode="json"))
+            loggers = open_loggers(self.config.train.loggers, self.run, self.config.model_dump(mode="json"))
             self.log = RunLog(self.run, self.step, loggers, self.reporter.message, measured=self.measured)
             ranks = f", {self.ranks.world_size} ranks" if self.ranks.world_size > 1 else ""
             self.reporter.message(f"training on {describe(self.ranks.device)}{ranks}")

@@ -233,7 +233,7 @@ def test_resume_of_nothing(tmp_path: Path) -> None:
     ("recipe", "mistake", "kind", "message"),
     [
         ("stereo", "train.batch_size=5000", TrainingError, "samples, one step needs 5000 "),
-        ("stereo", "train.sinks=[wandb]", UsageError, r"train\.sinks has wandb, which is not installed"),
+        ("stereo", "train.loggers=[wandb]", UsageError, r"train\.loggers has wandb, which is not installed"),
         ("stereo", "model.weights=/dev/null/nothing", InputError, "no such file or folder"),
         ("mono", "data.frames=[0,-3,3]", UsageError, r"not every sample has m3\.\w+, p3\.\w+"),
     ],
