@@ -11,12 +11,12 @@ from torch.nn.functional import interpolate
 from md2.data.batch import Batch, Offset
 from md2.loss import LossOutput
 from md2.model import Prediction
-from md2.visualize import Picture, color_disparity
+from md2.visualize import Picture, colorize
 
 SHOWN = 4
 """Samples per picture."""
 HEADER = 14
-"""Height of the labels' row, in pixels."""
+"""Least height of the labels' row, in pixels; it grows with the images, since large panels are shown scaled down."""
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def panel(batch: Batch, prediction: Prediction, losses: LossOutput, shown: int =
     """One row per sample under a row of labels.
 
     Columns: the target, each warped source, disparity, then the auto-mask (white: the pixel counts) or each source's
-    predictive mask. Needs losses computed with `panels=True`. Returns (HEADER + rows H, columns W, 3) uint8.
+    predictive mask. Needs losses computed with `panels=True`. Returns (header + rows H, columns W, 3) uint8.
     """
     looks = losses.panels[0]
     height, width = batch.images[0].shape[2:]
@@ -36,7 +36,7 @@ def panel(batch: Batch, prediction: Prediction, losses: LossOutput, shown: int =
     for index in range(min(shown, batch.size)):
         cells = [_rgb(batch.images[0][index])]
         cells += [_rgb(_fit(warped, height, width)[index]) for warped in looks.warped.values()]
-        cells.append(color_disparity(_fit(prediction.disparities[0].float(), height, width)[index, 0].cpu().numpy()))
+        cells.append(colorize(_fit(prediction.disparities[0].float(), height, width)[index, 0].cpu().numpy()))
         if looks.automask is not None:
             cells.append(_rgb(_fit(looks.automask.float(), height, width)[index].expand(3, -1, -1)))
         if looks.mask is not None:
@@ -51,10 +51,11 @@ def _name(source: Offset) -> str:
 
 def _header(labels: list[str], width: int) -> Picture:
     """White labels on black, each cut to its column."""
-    font = ImageFont.load_default(HEADER - 3)
+    height = max(HEADER, width // 16)
+    font = ImageFont.load_default(height - 3)
     cells = []
     for label in labels:
-        cell = Image.new("RGB", (width, HEADER))
+        cell = Image.new("RGB", (width, height))
         ImageDraw.Draw(cell).text((2, 0), label, "white", font)
         cells.append(np.asarray(cell))
     return np.concatenate(cells, axis=1)

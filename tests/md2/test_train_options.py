@@ -21,7 +21,6 @@ from md2.data.batch import Offset
 from md2.distributed import Ranks
 from md2.loss import LossOutput
 from md2.model import Prediction
-from md2.report.build import _columns
 from md2.train import resume_run
 from md2.training.amp import AmpSettings
 from md2.training.panels import HEADER, panel
@@ -301,15 +300,15 @@ def test_predictive_masks_are_shown_one_per_source(dataset: Path, tmp_path: Path
     one = trainer(dataset, tmp_path / "run", masked, "mono")
     batch = next(iter(one.loader))
     prediction, losses = one._forward(batch, 0)
-    picture = panel(batch, prediction, losses)
-    picture = picture[HEADER:]
+    drawn = panel(batch, prediction, losses)
+    header, picture = drawn[:HEADER], drawn[HEADER:]
     assert picture.shape == (64, 6 * 96, 3), "target, two warped sources, disparity, two masks"
     masks = prediction.masks[0][0].detach().numpy()
     for place, mask in enumerate(masks):
         cell = picture[:, (4 + place) * 96 : (5 + place) * 96]
         assert (np.abs(cell / 255 - mask[..., None]) < 0.003).all()
+        assert (header[:, (4 + place) * 96 : (5 + place) * 96] > 128).any(), "labelled"
     assert not np.array_equal(masks[0], masks[1])
-    assert _columns(one.config)[-2:] == ["mask of frame -1", "mask of frame +1"]
 
 
 def test_every_so_many_steps(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +387,7 @@ class FakeLogger(ModuleType):
     log_metrics = log
 
     def log_dict(self, config: dict[str, Any], name: str) -> None:
-        assert config["train"]["sinks"] == ["wandb", "mlflow"]
+        assert config["train"]["loggers"] == ["wandb", "mlflow"]
 
     def finish(self) -> None:
         self.logged.append((-1, {}))
@@ -402,7 +401,7 @@ def test_loggers_get_the_scalars_and_a_resumed_run_is_the_same_one_there(
     fakes = [FakeLogger("wandb"), FakeLogger("mlflow")]
     for fake in fakes:
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    train(dataset, tmp_path / "run", "stereo", ["train.max_steps=2", "train.sinks=[wandb, mlflow]"])
+    train(dataset, tmp_path / "run", "stereo", ["train.max_steps=2", "train.loggers=[wandb, mlflow]"])
     resume_run(tmp_path / "run", ["train.max_steps=3"], Silent())
     lines = read_metrics(tmp_path / "run")
     for fake in fakes:
@@ -427,13 +426,13 @@ def test_a_logger_that_fails_does_not_end_the_run(
     wandb = FakeLogger("wandb")
     monkeypatch.setattr(wandb, "log", fail)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    extra = ["train.max_steps=2", "train.sinks=[wandb]"]
+    extra = ["train.max_steps=2", "train.loggers=[wandb]"]
     outcome, reporter = train(dataset, tmp_path / "run", "stereo", extra)
     assert outcome.stopped.step == 2
     (warning,) = (message for message in reporter.messages if "Wandb" in message)
     assert warning.startswith("warning: ") and "Wandb failed and gets no more scalars: no server" in warning
     monkeypatch.setattr(wandb, "init", fail)
-    with pytest.raises(UsageError, match=r"^train\.sinks: wandb does not start: no server$"):
+    with pytest.raises(UsageError, match=r"^train\.loggers: wandb does not start: no server$"):
         train(dataset, tmp_path / "other", "stereo", extra)
 
 
