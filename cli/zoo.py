@@ -9,10 +9,12 @@ import typer
 from cli.console import console
 
 SHOWN = ("abs_rel", "rmse", "a1")
+NAMES = 56
+"""Width of the names' column, so that the table is 80 characters wide; figures after a longer name get a new line."""
 
 
 def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full.")] = None) -> None:
-    """List the published recipes, their figures (the paper's), and the commands that train them."""
+    """List the published recipes with the paper's figures; they are configurations, not trained weights."""
     from md2.config import recipes
     from md2.zoo import zoo as list_recipes
     from prep.packing.encode import ImageFormat
@@ -21,16 +23,20 @@ def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full
 
     found = list_recipes()
     if name is None:
-        width = max(len(recipe.train_command) for recipe in found)
-        console.print(f"{'':{width}}  " + "  ".join(f"{key:>7}" for key in SHOWN), style="bold", soft_wrap=True)
+        console.print(f"{'recipe':{NAMES}}" + "".join(f"{key:>8}" for key in SHOWN), style="bold", soft_wrap=True)
         for recipe in found:
-            figures = "  ".join(f"{recipe.published[key]:7.3f}" for key in SHOWN if recipe.published)
-            told = figures or recipe.note
-            console.print(f"{recipe.train_command:{width}}  {told}".rstrip(), highlight=False, soft_wrap=True)
+            figures = "".join(f"{recipe.published[key]:8.3f}" for key in SHOWN if recipe.published)
+            text = f"{recipe.name:{NAMES}}{figures}".rstrip()
+            if figures and len(recipe.name) > NAMES:
+                text = f"{recipe.name}\n{'':{NAMES}}{figures}"
+            if recipe.note:
+                text += f"\n    {recipe.note}"
+            console.print(text, highlight=False, soft_wrap=True)
         console.print(
-            "\nFigures are the paper's (ICCV 2019 and its supplement). md2 zoo NAME shows one recipe with all of its "
-            "figures, and how its data are packed.",
-            soft_wrap=True,
+            "\nmd2 train NAME trains a recipe; md2 zoo NAME shows all of its figures and how to pack its data. The "
+            "figures are the paper's (ICCV 2019 and its supplement). There are no trained weights of md2 yet; "
+            "docs/prediction.md says where the official ones are.",
+            highlight=False,
         )
         return
     chosen = next((recipe for recipe in found if recipe.name == name), None)

@@ -145,9 +145,12 @@ def test_the_zoos_commands_pack_what_its_recipes_read() -> None:
 
 def test_zoo_gives_figures_and_commands() -> None:
     name = "monodepth2_resnet18_kitti_stereo_1024x320"
-    listed = md2("zoo").stdout
-    assert name in listed
-    assert "0.017 ± 0.008 m" in next(line for line in listed.splitlines() if "odometry_mono_640x192" in line)
+    listed = md2("zoo").stdout.splitlines()
+    assert max(map(len, listed)) <= 80
+    assert f"{name:56}   0.107   4.764   0.874" in listed
+    long = listed.index("monodepth2_resnet18_kitti_mono_baseline_full_resolution_multiscale_640x192")
+    assert listed[long + 1].split() == ["0.124", "5.249", "0.865"]
+    assert "0.017 ± 0.008 m" in listed[listed.index("monodepth2_resnet18_kitti_odometry_mono_640x192") + 1]
     shown = md2("zoo", name).stdout
     # The paper's Table 1, row S 1024x320.
     assert "abs_rel 0.107  sq_rel 0.849  rmse 4.764  rmse_log 0.201  a1 0.874  a2 0.953  a3 0.977" in shown
