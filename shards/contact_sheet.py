@@ -37,8 +37,10 @@ _Picture = NDArray[np.uint8]
 def read_some(url: str, part: str | None = None, count: int = 6) -> tuple[Manifest, list[Sample]]:
     """Return the manifest, and `count` samples evenly spread over a part; only their own bytes are fetched.
 
+    If only some samples of the dataset have depth, and none of those, the last one is replaced by one that has it.
+
     Args:
-        part: None: the first that the dataset has of train, val, test.
+        part: None: the first that the dataset has of train, val, test; the sample with depth may be of another part.
 
     Raises:
         DatasetError: no dataset, no such part, or a broken index.
@@ -46,17 +48,27 @@ def read_some(url: str, part: str | None = None, count: int = 6) -> tuple[Manife
     """
     storage = open_storage(url)
     manifest = require_manifest(storage).manifest
-    part = part or next((p for p in ("train", "val", "test") if p in manifest.parts), manifest.parts[0])
-    shards, total = manifest.part(part), manifest.samples(part)
+    shown = part or next((p for p in ("train", "val", "test") if p in manifest.parts), manifest.parts[0])
+    total = manifest.samples(shown)
     wanted = sorted({int((i + 0.5) * total / count) for i in range(min(count, total))})
-    samples, first = [], 0
-    for shard in shards:
+    chosen: list[tuple[Shard, list[IndexEntry]]] = []
+    first = 0
+    for shard in manifest.part(shown):
         here = [number - first for number in wanted if first <= number < first + shard.samples]
         if here:
             index = read_index(storage, shard)
-            samples += [_read_sample(storage, shard, index[number]) for number in here]
+            chosen += [(shard, index[number]) for number in here]
         first += shard.samples
-    return manifest, samples
+    if DEPTH in manifest.optional_components and not any(map(_has_depth, chosen)):
+        parts = [part] if part else sorted(manifest.parts, key=lambda name: name == "train")  # the smaller parts first
+        shards = (shard for name in parts for shard in manifest.part(name))
+        found = ((shard, entries) for shard in shards for entries in read_index(storage, shard))
+        chosen[-1] = next(filter(_has_depth, found), chosen[-1])
+    return manifest, [_read_sample(storage, shard, entries) for shard, entries in chosen]
+
+
+def _has_depth(place: tuple[Shard, list[IndexEntry]]) -> bool:
+    return any(entry.component == DEPTH for entry in place[1])
 
 
 def _read_sample(storage: Storage, shard: Shard, entries: list[IndexEntry]) -> Sample:
@@ -125,9 +137,9 @@ def _caption(sample: Sample) -> str:
     if len(sample.components.get(STEREO_TRANSLATION, b"")) == 4:
         words.append(f"baseline {struct.unpack('<f', sample.components[STEREO_TRANSLATION])[0]:+.3f} m")
     try:
-        meta = json.loads(sample.components.get(META, b"{}"))
-        words += [visible(str(meta[name]))[:_LONGEST_WORD] for name in ("drive", "frame", "side") if name in meta]
-    except (ValueError, TypeError, RecursionError) as error:
+        drive = visible(str(json.loads(sample.components.get(META, b"{}")).get("drive", "")))[:_LONGEST_WORD]
+        words += [drive] if drive.rpartition("/")[2] not in sample.key else []
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DatasetError(f"sample {sample.key}: {META} is not JSON ({error})") from error
     return "   ".join(words)
 

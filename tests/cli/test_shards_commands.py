@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pipeline_data import encode
 from storage_data import SIZE, all_samples, make_dataset, make_samples
 from storage_fixtures import Packed, RunShards, files, one_server
 from storage_servers import Bucket, Fault, Proxy
@@ -26,7 +27,7 @@ from shards.contact_sheet import CELL, FAR, NEAR, contact_sheet, depth_colours, 
 from shards.dataset import open_dataset
 from shards.errors import DatasetError
 from shards.manifest import DepthInfo, Split
-from shards.sample import Codec, Sample
+from shards.sample import DEPTH, Codec, Sample
 
 
 def test_push_ls_show_verify_pull(md2: RunShards, bucket: Bucket, packed: Packed, tmp_path: Path) -> None:
@@ -300,6 +301,23 @@ def test_the_contact_sheet_shows_each_image_in_its_column(tmp_path: Path, codec:
     assert [bool((cell == 255).all(2).any()) for cell in cells] == [False, True], "says that there is no depth"
     assert near[0] > near[2], "near is red"
     assert far[2] > far[0], "far is blue"
+
+
+def test_a_contact_sheet_shows_depth_if_any_sample_has_it(tmp_path: Path) -> None:
+    """Only the last of 40 samples, and only in val: an even choice of six would miss it."""
+    plain = [{"0.png": solid((9, 9, 9), "png")} for _ in range(40)]
+    deep = plain[-1] | {"depth.png": encode(np.full((4, 6), 2560, np.uint16), "png")}
+    parts = {"train": plain, "val": [*plain[:-1], deep]}
+    named = {part: [Sample(f"{part}{n:02d}", one) for n, one in enumerate(found)] for part, found in parts.items()}
+    write_dataset(
+        tmp_path, named,
+        split=Split(name="x", sha256="0" * 64), frames=[0], stereo=False, size=SIZE, codec="png", quality=None, seed=0,
+        depth=DepthInfo(source="dense", convention="camera_z"),
+    )  # fmt: skip
+    for part in (None, "val"):
+        samples = read_some(str(tmp_path), part)[1]
+        assert [DEPTH in sample.components for sample in samples] == [False] * 5 + [True]
+    assert not any(DEPTH in sample.components for sample in read_some(str(tmp_path), "train")[1])
 
 
 @one_server
