@@ -195,3 +195,5 @@ def _print(report: EvalReport) -> None:
         say(f"scale factors: median {evaluation.ratio_median:.3f}, std / median {evaluation.ratio_spread:.3f}")
     if missing:
         say(f"{missing} image{'s' * (missing > 1)} not counted: no measurement inside the crop and the range of depths")
+    if report.overlap is not None and not report.overlap.seen:
+        say(str(report.overlap))

@@ -30,6 +30,7 @@ from md2.evaluation.evaluate import (
     network_disparity,
 )
 from md2.evaluation.metrics import EIGEN, METRICS, Crop, Protocol
+from md2.evaluation.overlap import Overlap, training_overlap
 from md2.evaluation.predictions import (
     is_ground_truth,
     keys_file,
@@ -86,6 +87,7 @@ class EvalReport:
     """The result of an evaluation.
 
     Attributes:
+        overlap: how many of the images the model was trained on; None: unknown.
         title: which data, protocol and scaling.
         rows: name -> metrics, the evaluated one first; then baselines and published rows, if any.
         published: names of those rows that are the paper's.
@@ -94,6 +96,7 @@ class EvalReport:
     """
 
     evaluation: Evaluation
+    overlap: Overlap | None
     title: str
     rows: dict[str, dict[str, float]]
     published: frozenset[str]
@@ -159,6 +162,11 @@ def measure(
         if predictor is not None:
             fresh = network_disparity(_untrained(predictor))
             rows["untrained net, median"] = evaluate(fresh, batches(2), data.protocol, "median").metrics
+    overlap = None
+    if predictor is not None:
+        overlap = training_overlap((image.key for image in evaluation.images), predictor.config.data)
+        if overlap is not None and overlap.seen:
+            warnings.append(f"{overlap}: the numbers are not those of unseen images")
     published = published_rows() if data.is_eigen else {}
     title = f"{options.dataset_name or data.name}: {'first ' * (images < data.total)}{images} images, "
     title += _how(data.protocol, scaling) + ", post-processed" * options.post_process
@@ -167,10 +175,11 @@ def measure(
         "predictions": str(options.predictions) if options.predictions else None,
         **data.about,
         "post_processed": options.post_process,
+        "training_overlap": asdict(overlap) if overlap is not None else None,
         "warnings": warnings,
     }
     return EvalReport(
-        evaluation, title, rows | published, frozenset(published), warnings, about, disparities, worst_and_best
+        evaluation, overlap, title, rows | published, frozenset(published), warnings, about, disparities, worst_and_best
     )
 
 
