@@ -30,7 +30,7 @@ def evaluate(
     ],
     split: Annotated[
         str | None,
-        typer.Option(help="Lines to take of raw KITTI, or that --predictions follow: eigen ..., a file, a folder."),
+        typer.Option(help="Split to take of raw KITTI, or that orders --predictions: eigen ..., a file, a folder."),
     ] = None,
     splits: Annotated[Path | None, typer.Option(help="Folder that holds splits by name.")] = None,
     raw: Annotated[
@@ -69,7 +69,8 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Write 16-bit depth PNGs, as for KITTI's benchmark, to DIR.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers but the images' as JSON.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write all numbers as JSON, without those of each image."),
     ] = None,
     csv_file: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write the metrics of each image as CSV.")
@@ -85,7 +86,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N images only.")] = None,
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
 ) -> None:
-    """Evaluate depth as published: a table of the seven metrics."""
+    """Evaluate depth with the published protocols; prints a table of the seven metrics."""
     from md2.inference.inputs import require_model
     from prep.evaluation import EvaluationData, evaluation_part, find_evaluation_data, line_keys
     from prep.raw.splits import read_split

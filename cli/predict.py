@@ -40,7 +40,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images in one pass; a camera's go singly.")] = 8,
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
 ) -> None:
-    """Predict depth, and write pictures, films and depth files. Ctrl-C stops a camera and finishes its film."""
+    """Predict depth, and write pictures, videos and depth files. Ctrl-C stops a camera and completes its video."""
     from md2.inference.inputs import find_inputs, parse_intrinsics, parse_kinds, require_model
 
     # Mistakes in the words are reported before PyTorch is imported.

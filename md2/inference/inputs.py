@@ -71,7 +71,7 @@ def find_inputs(inputs: Sequence[str], out: Path | None = None) -> Inputs:
     A number that is not a file is a camera, and a path with a video's suffix is a video. Everything else is images: a
     file, everything below a folder (links are followed), or the matches of a glob (`**` too). `._NAME` files, which
     macOS writes beside others, are skipped. Names are in natural order, 2 before 10. Results keep the folders below a
-    given folder or below a glob's first mark. Names whose results could be the same file are numbered.
+    given folder or below a glob's first wildcard. Names whose results could be the same file are numbered.
 
     Args:
         out: folder of the results. It is skipped when a folder above it is searched.
@@ -226,8 +226,8 @@ def _below(folder: Path, out: Path | None) -> list[Path]:
     if folder.resolve() in results.parents:
         files = [path for path in files if not path.resolve().is_relative_to(results)]
     if not files:
-        film = next((path for path in everything if _is_file(path, VIDEO_SUFFIXES)), None)
-        hint = f"; it holds videos: give {folder}/*{film.suffix}" if film is not None else ""
+        video = next((path for path in everything if _is_file(path, VIDEO_SUFFIXES)), None)
+        hint = f"; it holds videos: give {folder}/*{video.suffix}" if video is not None else ""
         raise InputError(f"{folder}: no image in this folder (of {', '.join(sorted(IMAGE_SUFFIXES))}){hint}")
     return files
 

@@ -1,4 +1,4 @@
-"""The work of `md2 predict`: images, videos and cameras in; pictures, films and depth files out."""
+"""The work of `md2 predict`: images, videos and cameras in; pictures, videos and depth files out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from shards.video import DamagedVideoError, VideoSource, open_camera, open_video
 
 METRIC_KINDS: tuple[OutputKind, ...] = ("png16", "benchmark")
 """Written only if the unit is known."""
-FILM_KINDS: tuple[OutputKind, ...] = ("side_by_side", "disparity")
+MP4_KINDS: tuple[OutputKind, ...] = ("side_by_side", "disparity")
 """Become an MP4 for a video; the other kinds become files per frame."""
 IMAGE_KINDS: tuple[OutputKind, ...] = ("side_by_side", "disparity", "npy", "png16")
 """Default for images."""
@@ -49,7 +49,7 @@ BENCHMARK_CAP = 80.0
 WORKERS = 2
 """Threads that decode the next batch and write the last one while the networks run."""
 STEADINESS = 0.9
-"""Weight of the past in a film's colour scale."""
+"""Weight of the past in a video's colour scale."""
 FILE_ENDS: dict[OutputKind, str] = {
     "side_by_side": ".png",
     "disparity": "_disparity.png",
@@ -121,7 +121,7 @@ def run_predict(
         )
     require_writable(options.out, folder=True)
     videos = list(zip(inputs.videos, unique_names([path.stem for path in inputs.videos]), strict=True))
-    refuse_overwriting(inputs.videos, (film for _, name in videos for film in _films(name, options).values()))
+    refuse_overwriting(inputs.videos, (out for _, name in videos for out in _mp4s(name, options).values()))
     done: list[Predicted] = []
     if inputs.images:
         done.append(predict_images(predictor, inputs.images, options, tracker("images")))
@@ -207,20 +207,20 @@ def predict_video(
     Writes NAME.mp4 and NAME_disparity.mp4, and NAME/000000_depth.npy and so on, as `options.kinds` says.
 
     Args:
-        endless: True for a camera: Ctrl-C ends it, and the film so far is finished. A file's film is dropped then.
+        endless: True for a camera: Ctrl-C ends it, and the MP4 so far is completed. A file's MP4 is dropped then.
 
     Raises:
         InputError: no frame can be read, or the folder cannot be written. Data that are damaged after some frames
-            are listed in the result, and the film ends there.
+            are listed in the result, and the MP4 ends there.
     """
-    films = _films(name, options)
-    per_frame = [kind for kind in options.kinds or VIDEO_KINDS if kind not in FILM_KINDS]
+    mp4s = _mp4s(name, options)
+    per_frame = [kind for kind in options.kinds or VIDEO_KINDS if kind not in MP4_KINDS]
     written: list[Path] = []
     failed: list[str] = []
     ends: tuple[float, float] | None = None
     done = 0
     with ExitStack() as stack:
-        writers = {kind: stack.enter_context(VideoWriter(path, source.rate)) for kind, path in films.items()}
+        writers = {kind: stack.enter_context(VideoWriter(path, source.rate)) for kind, path in mp4s.items()}
         try:
             for frames in _batches(source, 1 if endless else options.batch_size, options.limit):
                 for frame, result in zip(frames, predictor.predict_batch(frames, flip=options.flip), strict=True):
@@ -239,7 +239,7 @@ def predict_video(
             failed.append(str(error))
     if not done:
         raise InputError(f"{source.name}: not one frame in it")
-    return Predicted(done, [*films.values(), *written], failed)
+    return Predicted(done, [*mp4s.values(), *written], failed)
 
 
 def _batches(source: VideoSource, size: int, limit: int | None) -> Iterator[list[Image.Image]]:
@@ -260,7 +260,7 @@ def _batches(source: VideoSource, size: int, limit: int | None) -> Iterator[list
 
 
 def next_ends(ends: tuple[float, float] | None, disparity: Map) -> tuple[float, float]:
-    """Ends of a film's colour scale, given those of the frame before.
+    """Ends of a video's colour scale, given those of the frame before.
 
     They follow the scene slowly: `color_ends` of each frame alone would flicker.
     """
@@ -269,9 +269,9 @@ def next_ends(ends: tuple[float, float] | None, disparity: Map) -> tuple[float, 
     return low, high
 
 
-def _films(name: str, options: PredictOptions) -> dict[OutputKind, Path]:
+def _mp4s(name: str, options: PredictOptions) -> dict[OutputKind, Path]:
     """Paths of a video's MP4s."""
-    kinds = [kind for kind in options.kinds or VIDEO_KINDS if kind in FILM_KINDS]
+    kinds = [kind for kind in options.kinds or VIDEO_KINDS if kind in MP4_KINDS]
     return {kind: (options.out / f"{name}{FILE_ENDS[kind]}").with_suffix(".mp4") for kind in kinds}
 
 
@@ -282,7 +282,7 @@ def _write(name: str, result: DepthMap, kinds: Iterable[OutputKind], options: Pr
         path = options.out / f"{name}{FILE_ENDS[kind]}"
         if kind in METRIC_KINDS and not result.metric:
             continue
-        if kind in FILM_KINDS:
+        if kind in MP4_KINDS:
             write_png(path, _picture(kind, result, color_ends(result.disparity), options.cmap))
         elif kind == "npy":
             write_npy(path, result.depth)
