@@ -86,7 +86,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: Path | None = N
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(cause, "strerror", None) or first_line(cause)
         raise InputError(
-            f"cannot write checkpoint {path}: {reason}; free space there, or choose another --run"
+            f"cannot write checkpoint {path}: {reason}; free some space there, or choose another --run"
         ) from error
 
 
