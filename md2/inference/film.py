@@ -1,4 +1,4 @@
-"""Films: frames as MP4 (by PyAV, FFmpeg's libraries; `pip install 'md2[video]'`)."""
+"""Writes frames as MP4 (by PyAV, FFmpeg's libraries; `pip install 'md2[video]'`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shards.files import replace, temporary
 from shards.video import import_av
 
 TICKS = 90_000
-"""Units of time in a second of the films that are written."""
+"""Units of time in a second of a written video."""
 
 
 class VideoWriter:
@@ -46,11 +46,11 @@ class VideoWriter:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
 
     def write(self, picture: Picture, seconds: float | None = None) -> None:
-        """Add a frame; all are of one size. An odd last row or column is left out (4:2:0 needs pairs).
+        """Add a frame. All frames have one size; an odd last row or column is dropped (4:2:0 needs pairs).
 
         Args:
             picture: (H, W, 3) uint8.
-            seconds: when it is shown, from any origin; None, or not after the one before: 1 / rate later.
+            seconds: its time, from any origin. If None or not after the last frame's, it is shown 1 / rate later.
 
         Raises:
             InputError: another size than the first frame's, or the disk is full.
