@@ -228,11 +228,11 @@ class Tile:
     pictures: Sequence[Picture]
 
 
-def sheet(title: str, tiles: Sequence[Tile], width: int = 480, legend: str = "") -> Picture:
-    """Draw rows of captioned pictures, each scaled to `width`; the `legend` under the title explains the columns."""
+def sheet(title: str, tiles: Sequence[Tile], width: int = 480, legend: Sequence[str] = ()) -> Picture:
+    """Draw rows of captioned pictures, each scaled to `width`, under the columns' headings (`legend`)."""
     full = width * max((len(tile.pictures) for tile in tiles), default=1)
     rows = [_caption(title, full, bold=True)] if title else []
-    rows += [_caption(legend, full)] if legend else []
+    rows += [np.concatenate([_caption(heading, width) for heading in legend], axis=1)] if legend else []
     for tile in tiles:
         scaled = [_scale_to(picture, width) for picture in tile.pictures]
         height = max(picture.shape[0] for picture in scaled)

@@ -21,10 +21,8 @@ Collector = Callable[[Batch, Tensor, BatchMetrics], None]
 """Called with every batch, its disparity (B, 1, H, W) as predicted, and its metrics."""
 ERROR_SHOWN = 0.5
 """Relative error at the end of the colour scale."""
-LEGEND = (
-    "image; disparity, bright is near (with the depths at both ends of its colours); relative error at the measured "
-    "points, blue 0 to red 0.5 or more"
-)
+LEGEND = ("image", "disparity, bright is near", "relative error at the measured points, blue 0 to red 0.5 or more")
+"""Headings of the columns; the captions give the depths of the brightest and the darkest colour."""
 
 
 @dataclass
@@ -82,7 +80,7 @@ class WorstAndBest:
             for half, tiles in halves.items()
             for number, tile in enumerate(tiles, start=1)
         ]
-        return sheet(title, rows, legend=LEGEND if title else "")
+        return sheet(title, rows, legend=LEGEND)
 
 
 @dataclass

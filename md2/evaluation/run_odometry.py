@@ -250,12 +250,15 @@ def report_motions(
     metres = metres_per_unit is not None
     predicted = trajectory(motions, metres_per_unit or 1.0)
     shown, truth, error, scale, note = predicted, None, None, None, ""
-    title = f"sequence {name}: {len(motions) + 1} frames"
+    title = f"sequence {name}: {len(motions) + 1} frames, seen from above"
     if poses is not None:
         true = motions_of(poses)
         truth, error = trajectory(true), snippet_error(true, motions)
         scale = trajectory_scale(truth, predicted)
-        title += f"\nATE {error.mean:.3f} ± {error.std:.3f} m on {SNIPPET}-frame snippets, each scaled to fit"
+        title += (
+            f"\nATE {error.mean:.3f} ± {error.std:.3f} m: absolute trajectory error on {SNIPPET}-frame snippets, each "
+            "scaled\nto fit; not the distance between the curves below"
+        )
         if not metres:
             shown, note = trajectory(motions, scale), f" (scaled by {scale:.3g} to fit)"
 

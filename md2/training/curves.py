@@ -53,7 +53,7 @@ def draw(axes: Any, curve: Curve) -> None:
     for label, points in curve.series.items():
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, linewidth=1.6, marker="o" if len(points) < 25 else "", markersize=3, label=label)
-    axes.set_title(curve.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_title(curve.title, loc="left", fontsize=9.5, fontweight="bold")
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))

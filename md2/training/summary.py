@@ -41,7 +41,8 @@ def run_figure(run: Path) -> Path | None:
     for row, (name, picture) in enumerate(panels, start=1):
         axes = figure.add_subplot(grid[row, :])
         axes.imshow(picture)
-        axes.set_title(name, fontsize=9, loc="left")
+        kind, _, step = name.replace("val", "validation").replace("train", "training").partition("-")
+        axes.set_title(f"{kind}, step {step.lstrip('0')}", fontsize=9, loc="left")
         axes.axis("off")
     figure.suptitle(f"{run.name}, step {lines[-1]['step']}", fontsize=11)
     beside = run / (SUMMARY + ".tmp")
