@@ -154,6 +154,14 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, message: str
         load_config(write(tmp_path, text))
 
 
+def test_former_keys_of_run_folders_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, "data:\n  shuffle_buffer: 9\ntrain:\n  sinks: [wandb]\n")
+    assert load_config(path).train.loggers == ["wandb"]
+    assert "data.shuffle_buffer is ignored" in caplog.text
+    assert load_config(path, ["train.loggers=[mlflow]"]).train.loggers == ["mlflow"], "the new name wins"
+    assert "sinks" not in load_config(path).to_yaml()
+
+
 def test_an_empty_section_is_the_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, "data:\ntrain:\n  epochs: 3\n")
     config = load_config(path, ["data.url=here"])
