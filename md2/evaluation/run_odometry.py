@@ -256,8 +256,8 @@ def report_motions(
         truth, error = trajectory(true), snippet_error(true, motions)
         scale = trajectory_scale(truth, predicted)
         title += (
-            f"\nATE {error.mean:.3f} ± {error.std:.3f} m: absolute trajectory error on {SNIPPET}-frame snippets, each "
-            "scaled\nto fit; not the distance between the curves below"
+            f"\nATE {error.mean:.3f} ± {error.std:.3f} m: absolute trajectory error on {SNIPPET}-frame snippets,\n"
+            "each scaled to fit; not the distance between the curves below"
         )
         if not metres:
             shown, note = trajectory(motions, scale), f" (scaled by {scale:.3g} to fit)"

@@ -1,4 +1,4 @@
-"""`RUN/summary.png`: a run at a glance, curves above its newest panels."""
+"""`RUN/summary.png`: a run at a glance, curves above its newest panels; drawn after each validation and at the end."""
 
 from __future__ import annotations
 
