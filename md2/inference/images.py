@@ -53,7 +53,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         raise InputError(f"{where}: {reason}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = first_line(error)
-        raise InputError(f"{where}: cannot be read as an image ({reason}); it may be damaged") from error
+        raise InputError(f"{where}: cannot be read as an image ({reason}); it may be cut short") from error
 
 
 def to_pil(image: ImageLike) -> Image.Image:
