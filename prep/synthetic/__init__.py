@@ -1,4 +1,4 @@
-"""Synthetic drives in KITTI's raw layout: a street ray-cast with exact geometry, seeded, with its true depth."""
+"""Synthetic drives in KITTI's raw layout: seeded streets, ray-cast with exact geometry, and their true depth."""
 
 from __future__ import annotations
 

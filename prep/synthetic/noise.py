@@ -7,27 +7,23 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from prep.synthetic.rig import rotation
+from prep.synthetic.rig import dot, rotation
 
 Floats = npt.NDArray[np.float32]
 
 _PERIOD = 64
-_TURN = rotation(0.5, 0.9, 0.3).astype(np.float32)  # keeps the lattices of the octaves from lining up
+_TURN = rotation(0.5, 0.9, 0.3).astype(np.float32)
+"""Turns each octave's lattice, so that the octaves do not line up with the axes."""
 
 
 def resolved(spacing: float, footprint: Floats) -> Floats:
-    """Weight in [0,1] of detail `spacing` metres apart seen with a pixel footprint in metres: 0 where it would alias.
+    """Weight in [0,1] of detail `spacing` metres apart, seen with a pixel footprint in metres.
 
-    Detail vanishes where a pixel is wider than the spacing and is whole where two pixels fit between neighbours,
-    so that a frame holds next to nothing above the sampling limit and does not shimmer as the camera moves.
+    It is 0 if a pixel is wider than the spacing and 1 if two pixels fit into it. So a frame holds next to nothing
+    above the sampling limit and does not shimmer as the camera moves.
     """
     ramp = np.clip(np.float32(spacing) / footprint - 0.9, 0.0, 1.0)
     return np.asarray(ramp * ramp * (3.0 - 2.0 * ramp), dtype=np.float32)
-
-
-def scaled_dot(points: Floats, vector: Floats) -> Floats:
-    """points (n,3) · vector (3,), term by term: a matrix product may round differently with the number of threads."""
-    return np.asarray(points[:, 0] * vector[0] + points[:, 1] * vector[1] + points[:, 2] * vector[2], dtype=np.float32)
 
 
 def _lattice(value: Floats, shift: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Floats]:
@@ -40,11 +36,7 @@ def _lattice(value: Floats, shift: int) -> tuple[npt.NDArray[np.int32], npt.NDAr
 
 @dataclass(frozen=True)
 class Noise:
-    """Seeded value noise.
-
-    Attributes:
-        table: (64^3,) lattice values in [-1,1].
-    """
+    """Seeded value noise. `table` (64^3,) holds the lattice's values in [-1,1]."""
 
     table: Floats
 
@@ -56,12 +48,12 @@ class Noise:
     def cell(self, *indices: npt.NDArray[np.integer]) -> Floats:
         """A value in [-1,1] for each cell of an integer grid (two or three indices)."""
         mixed = indices[0].astype(np.int64) * 7919
-        for number, index in enumerate(indices[1:]):
-            mixed = mixed + index.astype(np.int64) * (104729, 15485863)[number]
+        for factor, index in zip((104729, 15485863), indices[1:], strict=False):
+            mixed = mixed + index.astype(np.int64) * factor
         return np.asarray(self.table[(mixed ^ (mixed >> 13)) & (_PERIOD**3 - 1)], dtype=np.float32)
 
     def smooth(self, x: Floats, y: Floats, z: Floats) -> Floats:
-        """Noise at points in lattice units, coordinate by coordinate: (n,) in [-1,1], trilinear, smoothed weights."""
+        """Noise (n,) in [-1,1] at points in lattice units: trilinear, with smoothed weights."""
         (x0, x1, px), (y0, y1, py), (z0, z1, pz) = (_lattice(v, shift) for v, shift in ((x, 12), (y, 6), (z, 0)))
 
         def along_z(base: npt.NDArray[np.int32]) -> Floats:
@@ -76,9 +68,11 @@ class Noise:
         return np.asarray(first + px * (along_y(x1) - first), dtype=np.float32)
 
     def octaves(self, points: Floats, footprint: Floats, scales: dict[float, float]) -> Floats:
-        """Sum of octaves at points (n,3) in metres: `scales` maps lattice spacing in metres to amplitude.
+        """Sum (n,) of octaves at points (n,3) in metres, without those that a pixel cannot resolve.
 
-        Octaves that a pixel cannot resolve are left out pixel by pixel (`footprint` (n,), metres).
+        Args:
+            footprint: (n,) width of a pixel, metres.
+            scales: lattice spacing in metres -> amplitude.
         """
         total = np.zeros(len(points), dtype=np.float32)
         for spacing, amplitude in scales.items():
@@ -87,6 +81,6 @@ class Noise:
             if len(seen):
                 place = points if len(seen) == len(points) else points[seen]
                 shift = np.float32(97.3 * spacing)
-                lattice = [scaled_dot(place, row / np.float32(spacing)) + shift for row in _TURN]
+                lattice = [dot(place, row / np.float32(spacing)) + shift for row in _TURN]
                 total[seen] += amplitude * weight[seen] * self.smooth(*lattice)
         return total

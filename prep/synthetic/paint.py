@@ -1,4 +1,4 @@
-"""What each material looks like: albedo from a point's place on the thing, with detail that fades before it aliases."""
+"""The look of each material: albedo by a point's position on its thing, with detail that fades before it aliases."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import numpy.typing as npt
 from prep.synthetic.noise import Floats, Noise, resolved
 from prep.synthetic.street import PAVEMENT_EDGE, ROAD_HALF_WIDTH, Material, Street
 
-_SIDES = 2  # faces 0 and 1 look right and left, 2 and 3 forward and back, 4 up, 5 down
+_SIDES, _ENDS = 2, 4
+"""Faces below the first number look right and left, those below the second look forward and back; then up and down."""
+_STOREY = 3.0
+_Length = float | Floats
 
 
 @dataclass(frozen=True)
 class Surface:
-    """The n points of one material that are to be painted.
+    """The n points of one material to paint.
 
     Attributes:
-        point: (n,3) world metres.
-        local: (n,3) in the frame of the thing: x right, y down from the ground, z along.
+        local: (n,3) metres along the thing's own axes: x right, y down from the ground, z along it.
         face: (n,) face number.
         footprint: (n,) width of a pixel on a surface that faces the camera, metres.
         slant: (n,) 1 / cosine between the ray and the surface's normal, >= 1.
-        size, base, accent: (n,3) of the thing.
-        key: (n,) number of the thing's texture.
+        size, base, accent, key: (n,3), and key (n,), of the thing.
     """
 
-    point: Floats
     local: Floats
     face: npt.NDArray[np.int8]
     footprint: Floats
@@ -45,27 +45,25 @@ class Surface:
 
     @property
     def moved(self) -> Floats:
-        """World points shifted by the thing's key, so that two things of a kind differ."""
+        """Local points (n,3), shifted by the thing's key, so that two things of a kind differ."""
         key = (self.key % 1024).astype(np.float32)
         return np.asarray(self.local + np.stack([key, key * 0.37, -key], axis=1), dtype=np.float32)
 
 
-_Length = float | Floats
-
-
 def _mix(first: Floats, second: npt.ArrayLike, share: Floats) -> Floats:
+    """Colours (n,3) from `first`, at share 0, to `second`, at share 1."""
     return np.asarray(first + share[:, None] * (np.asarray(second, np.float32) - first), dtype=np.float32)
 
 
 def _band(value: Floats, low: float, high: float, blur: Floats) -> Floats:
-    """Share of a pixel `blur` wide around `value` that lies between low and high."""
+    """Share of a pixel, `blur` wide around `value`, that lies between low and high."""
     blur = np.maximum(blur, np.float32(1e-4))
     inside = np.minimum(value + 0.5 * blur, high) - np.maximum(value - 0.5 * blur, low)
     return np.asarray(np.clip(inside / blur, 0.0, 1.0), dtype=np.float32)
 
 
 def _repeated(value: Floats, period: _Length, low: _Length, high: _Length, blur: Floats) -> Floats:
-    """Share of a pixel `blur` wide around `value` that lies in [low, high] + k · period, for any blur."""
+    """Share of a pixel, `blur` wide around `value`, that lies in [low, high] + k · period."""
     blur = np.maximum(blur, np.float32(1e-3))
 
     def covered(end: Floats) -> Floats:
@@ -78,9 +76,6 @@ def _repeated(value: Floats, period: _Length, low: _Length, high: _Length, blur:
 def _joints(value: Floats, period: float, width: float, blur: Floats) -> Floats:
     """Share of a pixel that lines `width` wide every `period` metres cover."""
     return _repeated(value + period / 2, period, (period - width) / 2, (period + width) / 2, blur)
-
-
-_STOREY = 3.0
 
 
 def _facade(surface: Surface, noise: Noise) -> Floats:
@@ -98,11 +93,11 @@ def _facade(surface: Surface, noise: Noise) -> Floats:
     width: Floats = np.asarray(2.4 + 0.9 * ((surface.key * 31) % 97 / 97.0), dtype=np.float32)
     column, storey = np.floor(across / width), np.floor(up / _STOREY)
     extent = np.where(sideways, surface.size[:, 2], surface.size[:, 0])
-    whole = (np.abs(column + 0.5) * width + 0.5 * width < 0.5 * extent) & (surface.face < 4)
+    whole = (np.abs(column + 0.5) * width + 0.5 * width < 0.5 * extent) & (surface.face < _ENDS)
     whole &= (storey + 1) * _STOREY < surface.size[:, 1] + 0.3
 
     def opening(side: float, low: float, high: float) -> Floats:
-        """Share of window-like rectangles, one in each storey of each column."""
+        """Share of a rectangle in each storey of each column of windows."""
         columns = _repeated(across, width, side, width - side, spread)
         return np.asarray(columns * _repeated(up, _STOREY, low, high, surface.footprint) * whole, dtype=np.float32)
 
@@ -125,28 +120,25 @@ def _paint(surface: Surface, noise: Noise) -> Floats:
     texture = noise.octaves(surface.moved, surface.spread, {1.1: 0.10, 0.35: 0.08, 0.12: 0.05, 0.04: 0.05})
     colour = surface.base * (1 + texture)[:, None]
     along, up = surface.local[:, 2], -surface.local[:, 1]
-    sideways, ends = surface.face < _SIDES, (surface.face == 2) | (surface.face == 3)
+    sideways, ends = surface.face < _SIDES, (surface.face >= _SIDES) & (surface.face < _ENDS)
     doors = _band(np.abs(along - 0.1), 0.93, 0.97, surface.spread) + _band(along - 0.1, -0.02, 0.02, surface.spread)
     colour = _mix(colour, (0.05, 0.05, 0.05), 0.7 * np.clip(doors, 0, 1) * sideways)
     colour = _mix(colour, (0.08, 0.08, 0.08), 0.8 * _band(up, 0.0, 0.34, surface.footprint))
     lamp = _band(np.abs(surface.local[:, 0]), 0.5, 0.85, surface.footprint) * _band(up, 0.6, 0.78, surface.footprint)
-    front = surface.face == 2
-    colour = _mix(colour, (0.9, 0.9, 0.85), lamp * front)
+    colour = _mix(colour, (0.9, 0.9, 0.85), lamp * (surface.face == 2))
     colour = _mix(colour, (0.7, 0.06, 0.05), lamp * (surface.face == 3))
     plate = _band(np.abs(surface.local[:, 0]), 0, 0.26, surface.footprint) * _band(up, 0.42, 0.53, surface.footprint)
-    colour = _mix(colour, (0.88, 0.88, 0.85), plate * ends)
-    return colour
+    return _mix(colour, (0.88, 0.88, 0.85), plate * ends)
 
 
 def _cabin(surface: Surface, noise: Noise) -> Floats:
     up, top, waist = -surface.local[:, 1], surface.size[:, 1], surface.size[:, 2]
-    along = surface.local[:, 2]
     glass = _band(up - waist, 0.04, 1e3, surface.footprint) * _band(top - up, 0.07, 1e3, surface.footprint)
-    pillar = _band(np.abs(along + 0.15), -0.05, 0.05, surface.spread) * (surface.face < _SIDES)
+    pillar = _band(np.abs(surface.local[:, 2] + 0.15), -0.05, 0.05, surface.spread) * (surface.face < _SIDES)
     gleam = noise.octaves(surface.moved, surface.spread, {0.8: 0.10, 0.25: 0.08, 0.08: 0.05})
     pane = (np.array([0.13, 0.16, 0.19], np.float32) + 0.6 * gleam[:, None]).astype(np.float32)
     body = surface.base * (1 + noise.octaves(surface.moved, surface.spread, {0.9: 0.08, 0.2: 0.06}))[:, None]
-    return _mix(body, pane, glass * (1 - pillar) * (surface.face < 4))
+    return _mix(body, pane, glass * (1 - pillar) * (surface.face < _ENDS))
 
 
 def _rubber(surface: Surface, noise: Noise) -> Floats:
@@ -163,6 +155,8 @@ def _leaves(surface: Surface, noise: Noise) -> Floats:
 
 
 def _grained(scales: dict[float, float], stretch: tuple[float, float, float]) -> Painter:
+    """Painter of one colour with noise, whose points are scaled by `stretch` first."""
+
     def painter(surface: Surface, noise: Noise) -> Floats:
         points = surface.moved * np.array(stretch, np.float32)
         texture = noise.octaves(points, surface.spread, scales)
@@ -198,16 +192,16 @@ PAINTERS: dict[Material, Painter] = {
 
 
 def paint_ground(street: Street, point: Floats, view: Floats, footprint: Floats, slant: Floats, noise: Noise) -> Floats:
-    """Albedo (n,3) of the ground at points (n,3) seen along view (n,3): asphalt with markings, pavement, then grass."""
+    """Albedo (n,3) of the ground at points (n,3), seen along view (n,3): road with markings, pavement, grass."""
     x, z = point[:, 0], point[:, 2]
     heading = street.road.heading(z)
     lateral = ((x - street.road.centre(z)) * np.cos(heading)).astype(np.float32)
     spread = footprint * slant
-    # A pixel is an ellipse on the ground: long along the view, a footprint wide across it.
+    # A pixel covers an ellipse on the ground: long in the view's direction, a footprint wide across it.
     turned = np.arctan2(view[:, 0], view[:, 2]) - heading
     across = np.hypot(spread * np.sin(turned), footprint * np.cos(turned)).astype(np.float32)
     along = np.hypot(spread * np.cos(turned), footprint * np.sin(turned)).astype(np.float32)
-    # Wheels and rain draw roads out lengthwise: that texture is resolved by the pixel's width, not its length.
+    # Wheels and rain stretch the texture along the road, so a pixel's width resolves it, not its length.
     drawn = np.stack([lateral, np.zeros_like(z), z * 0.06], axis=1).astype(np.float32)
     streaks = noise.octaves(drawn, np.maximum(across, along * 0.06), {1.3: 0.15, 0.45: 0.16, 0.16: 0.14, 0.06: 0.08})
     patches = noise.octaves(point, spread, {6.0: 0.2, 2.1: 0.22, 0.7: 0.22, 0.24: 0.16, 0.08: 0.12, 0.03: 0.1})
@@ -227,7 +221,7 @@ def paint_ground(street: Street, point: Floats, view: Floats, footprint: Floats,
 
 
 def _markings(street: Street, lateral: Floats, z: Floats, across: Floats, along: Floats) -> Floats:
-    """Share of white paint: parking lines, the dashed centre line, zebra crossings."""
+    """Share (n,) of white paint: the dashed centre line, parking lines, zebra crossings."""
     side = np.abs(lateral)
     white: Floats = _band(lateral, -0.07, 0.07, across) * _repeated(z, 9.0, 0.0, 4.0, along)
     white = np.maximum(white, _band(side, 3.28, 3.42, across))

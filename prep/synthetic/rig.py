@@ -1,7 +1,7 @@
-"""The synthetic car: cameras, lidar, IMU, their calibration in KITTI's format, and how the car drives.
+"""The synthetic car: cameras, lidar, IMU, their calibration in KITTI's format, and its motion along a road.
 
-Frames, as in KITTI: camera x right, y down, z forward; velodyne and IMU x forward, y left, z up. The world is
-x right, y down, z forward with the ground at y = 0. `a_from_b` takes homogeneous coordinates from b to a.
+Axes, as in KITTI: camera x right, y down, z forward; velodyne and IMU x forward, y left, z up. The world has x right,
+y down, z forward and the ground at y = 0. `a_from_b` maps homogeneous coordinates of b to those of a.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+_Values = TypeVar("_Values", bound=npt.NDArray[np.floating[Any]])
 
 DATE = "2011_09_26"
 BASELINE = 0.54
@@ -21,16 +23,22 @@ CAMERAS = (0, 1, 2, 3)
 COLOUR_CAMERAS = (2, 3)
 FRAME_SECONDS = 0.1
 
-# X_camera = X_rectified_camera_0 + offset, metres. Both colour cameras share y and z, so the pair is exactly
-# rectified, and neither is at camera 0: only the difference of two projections gives the baseline.
 _OFFSETS = {
     0: (0.0, 0.0, 0.0),
     1: (-BASELINE, 0.0, 0.0),
     2: (0.06, 2.0e-4, 2.7e-3),
     3: (0.06 - BASELINE, 2.0e-4, 2.7e-3),
 }
-# Small rotations (degrees about x, y, z) between each physical camera and its rectified image.
+"""X_camera = X_rectified_camera_0 + offset, metres. The colour cameras share y and z, so the pair is exactly rectified.
+Neither of them is at camera 0, so only the difference of two projections gives the baseline."""
 _RECTIFYING = {0: (0.24, -0.43, -0.56), 1: (-0.25, 1.34, 0.51), 2: (0.05, -0.16, -0.87), 3: (0.13, 0.97, 0.41)}
+"""Small rotations (degrees about x, y, z) between each physical camera and its rectified image."""
+
+
+def dot(a: _Values, b: _Values) -> _Values:
+    """Scalar products of vectors (…,3), term by term: a matrix product may round differently with more threads."""
+    product: _Values = a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]
+    return product
 
 
 def rotation(x: float, y: float, z: float) -> Array:
@@ -57,23 +65,19 @@ def inverse(transform: Array) -> Array:
 
 
 def _as_written(value: float) -> float:
-    """The value that a reader of the calibration file gets back (seven significant digits)."""
+    """The value as a reader of the calibration file gets it (seven significant digits)."""
     return float(f"{value:.6e}")
 
 
 @dataclass(frozen=True)
 class CameraRig:
-    """Cameras of one image size with KITTI-like field of view and deliberately off-centre principal point.
-
-    Attributes:
-        size: image width and height in pixels.
-    """
+    """Cameras with KITTI's field of view and an off-centre principal point. `size` is width, height in pixels."""
 
     size: tuple[int, int]
 
     @property
     def intrinsics(self) -> Array:
-        """Intrinsics (3,3) of every rectified camera, in pixels, pixel centres at integers."""
+        """Intrinsics (3,3) of each rectified camera, in pixels, pixel centres at integers."""
         width, height = self.size
         focal = _as_written(0.58 * width)
         cx, cy = _as_written(0.4915 * width - 0.5), _as_written(0.462 * height - 0.5)
@@ -85,76 +89,88 @@ class CameraRig:
 
     @staticmethod
     def rectifying(camera: int) -> Array:
-        """`R_rect` (3,3) of a camera: from its physical to its rectified orientation."""
+        """`R_rect` (3,3) of a camera: physical orientation -> rectified orientation."""
         return rotation(*np.radians(_RECTIFYING[camera]))
 
     @staticmethod
     def camera_from_rectified(camera: int) -> Array:
-        """(4,4) from rectified camera-0 coordinates to those of a rectified camera."""
+        """(4,4), rectified camera 0 -> a rectified camera."""
         return rigid(np.eye(3), _OFFSETS[camera])
 
     @property
     def camera0_from_velodyne(self) -> Array:
-        """(4,4) from the velodyne to the physical (not rectified) camera 0."""
+        """(4,4), velodyne -> physical (not rectified) camera 0."""
         axes = np.array([[0.0, -1, 0], [0, 0, -1], [1, 0, 0]])
         return rigid(rotation(*np.radians((-0.85, 0.43, -0.03))) @ axes, (-0.004, -0.08, -0.27))
 
     @property
     def velodyne_from_imu(self) -> Array:
-        """(4,4) from the IMU to the velodyne."""
+        """(4,4), IMU -> velodyne."""
         return rigid(rotation(*np.radians((0.85, -0.12, -0.05))), (-0.81, 0.32, -0.8))
 
     @property
     def rectified_from_velodyne(self) -> Array:
-        """(4,4) from the velodyne to rectified camera 0."""
+        """(4,4), velodyne -> rectified camera 0."""
         return rigid(self.rectifying(0), (0, 0, 0)) @ self.camera0_from_velodyne
 
     def calibration_files(self) -> dict[str, str]:
         """File name -> text of the three calibration files of a date folder."""
-        return {
-            "calib_cam_to_cam.txt": self._cam_to_cam(),
-            "calib_velo_to_cam.txt": _transform_text(
-                self.camera0_from_velodyne, {"delta_f": (0.0, 0.0), "delta_c": (0.0, 0.0)}
-            ),
-            "calib_imu_to_velo.txt": _transform_text(self.velodyne_from_imu, {}),
-        }
-
-    def _cam_to_cam(self) -> str:
-        lines = ["calib_time: 26-Sep-2011 12:00:00", _line("corner_dist", [0.1])]
+        cameras: list[tuple[str, npt.ArrayLike]] = [("corner_dist", [0.1])]
         for camera in CAMERAS:
             rectifying = self.rectifying(camera)
             entries: dict[str, npt.ArrayLike] = {
                 "S": self.size,
                 "K": self.intrinsics,
                 "D": np.zeros(5),
-                # X_camera = R X_0 + T between the physical cameras, so that R_rect X + ... meets P_rect.
+                # X_camera = R X_0 + T between the physical cameras, consistent with R_rect and P_rect.
                 "R": np.round(rectifying.T @ self.rectifying(0), 12) + 0.0,
                 "T": rectifying.T @ _OFFSETS[camera],
                 "S_rect": self.size,
                 "R_rect": rectifying,
                 "P_rect": self.projection(camera),
             }
-            lines += [_line(f"{name}_{camera:02d}", np.ravel(value)) for name, value in entries.items()]
-        return "\n".join(lines) + "\n"
+            cameras += [(f"{name}_{camera:02d}", value) for name, value in entries.items()]
+        lidar, imu = (
+            [("R", matrix[:3, :3]), ("T", matrix[:3, 3])]
+            for matrix in (self.camera0_from_velodyne, self.velodyne_from_imu)
+        )
+        return {
+            "calib_cam_to_cam.txt": _calibration_text(cameras),
+            "calib_velo_to_cam.txt": _calibration_text([*lidar, ("delta_f", (0.0, 0.0)), ("delta_c", (0.0, 0.0))]),
+            "calib_imu_to_velo.txt": _calibration_text(imu),
+        }
 
 
-def _line(name: str, values: Iterable[float]) -> str:
-    return f"{name}: " + " ".join(f"{value:.6e}" for value in values)
+def _calibration_text(entries: Iterable[tuple[str, npt.ArrayLike]]) -> str:
+    lines = [f"{name}: " + " ".join(f"{value:.6e}" for value in np.ravel(values)) for name, values in entries]
+    return "\n".join(["calib_time: 26-Sep-2011 12:00:00", *lines]) + "\n"
 
 
-def _transform_text(transform: Array, extra: dict[str, tuple[float, ...]]) -> str:
-    lines = ["calib_time: 26-Sep-2011 12:00:00"]
-    lines += [_line("R", transform[:3, :3].ravel()), _line("T", transform[:3, 3])]
-    lines += [_line(name, values) for name, values in extra.items()]
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True)
+class Place:
+    """A point of the ground, world metres, and a direction: radians about y, 0 along +z, positive to the right."""
+
+    x: float
+    z: float
+    heading: float
+
+    def frame(self) -> Array:
+        """(4,4), the place's own axes (x right, y down, z ahead) -> world."""
+        return rigid(rotation(0, self.heading, 0), (self.x, 0, self.z))
+
+    def offset(self, right: float, ahead: float, turn: float = 0.0) -> Place:
+        """The place this many metres to the right and ahead, turned by `turn` radians."""
+        sine, cosine = math.sin(self.heading), math.cos(self.heading)
+        x, z = self.x + right * cosine + ahead * sine, self.z - right * sine + ahead * cosine
+        return Place(x, z, self.heading + turn)
 
 
 @dataclass(frozen=True)
 class Road:
-    """The street's centre line x = centre(z), two sines, zero at the start.
+    """The street's centre line: x = centre(z), a sum of sines, 0 at the start.
 
     Attributes:
-        waves: (amplitude in metres, wavelength in metres, phase in radians) of each sine.
+        waves: amplitude in metres, wavelength in metres, phase in radians of each sine.
     """
 
     waves: tuple[tuple[float, float, float], ...]
@@ -175,15 +191,16 @@ class Road:
             slope = slope + amplitude * 2 * np.pi / length * np.cos(2 * np.pi * z / length + phase)
         return np.asarray(np.arctan(slope), dtype=np.float64)
 
-    def place(self, z: float, lateral: float) -> tuple[float, float, float]:
-        """World x and z of a point `lateral` metres right of the centre line at z, and the heading there."""
+    def place(self, z: float, lateral: float, turn: float = 0.0) -> Place:
+        """The place `lateral` metres right of the centre line at z, along the road, turned by `turn` radians."""
         heading = float(self.heading(z))
-        return float(self.centre(z)) + lateral * math.cos(heading), z - lateral * math.sin(heading), heading
+        x, z = float(self.centre(z)) + lateral * math.cos(heading), z - lateral * math.sin(heading)
+        return Place(x, z, heading + turn)
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """How the car moves along a road: about one metre a frame in the right lane, swaying and nodding a little."""
+    """The car's motion: about one metre a frame in the right lane, with a little sway and pitch."""
 
     road: Road
     speed: float
@@ -192,11 +209,11 @@ class Trajectory:
     def _position(self, frame: float) -> Array:
         wobble = self.phase + 2 * np.pi * frame / 23
         along = self.speed * frame + 0.2 * (math.sin(wobble) - math.sin(self.phase))
-        x, z, _ = self.road.place(along, 1.7 + 0.25 * math.sin(2 * np.pi * frame / 41 + self.phase))
-        return np.array([x, -1.65 + 0.012 * math.sin(2 * np.pi * frame / 7 + self.phase), z])
+        place = self.road.place(along, 1.7 + 0.25 * math.sin(2 * np.pi * frame / 41 + self.phase))
+        return np.array([place.x, -1.65 + 0.012 * math.sin(2 * np.pi * frame / 7 + self.phase), place.z])
 
     def world_from_rectified(self, frame: float) -> Array:
-        """(4,4) pose of rectified camera 0 at a frame (fractions allowed)."""
+        """(4,4), rectified camera 0 -> world at a frame, which may be a fraction."""
         ahead = self._position(frame + 0.5) - self._position(frame - 0.5)
         yaw = math.atan2(ahead[0], ahead[2]) + 0.006 * math.sin(2 * np.pi * frame / 11 + self.phase)
         pitch = 0.005 * math.sin(2 * np.pi * frame / 9 + 2 * self.phase)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from prep.synthetic.cast import Array, Solid
+from prep.synthetic.cast import Pinhole, Solid, cast
 from prep.synthetic.noise import Floats
+from prep.synthetic.rig import Array
 
 _MARGIN = 14.0
 _LEVELS = 6
+_DISTANCE = 1e6
+"""Metres to an eye in the place of the sun: far enough for parallel rays, near enough for double precision."""
+_STRIP = 1024
+"""Rows of the map to cast at once."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +37,21 @@ class GroundShadow:
         """Shadows around a path of (n,2) world x, z, from a sun in the unit direction (3,)."""
         low, high = path.min(axis=0) - _MARGIN, path.max(axis=0) + _MARGIN
         x, z = (np.arange(low[i], high[i], spacing) for i in (0, 1))
-        blocked = np.zeros((len(z), len(x)), dtype=np.float32)
-        for solid in solids:
-            ground = solid.corners - solid.corners[:, 1:2] / sun[1] * sun
-            rows, cols = (
-                slice(*np.searchsorted(line, [ground[:, i].min(), ground[:, i].max()])) for i, line in ((2, z), (0, x))
-            )
-            if rows.start < rows.stop and cols.start < cols.stop:
-                blocked[rows, cols] = np.maximum(blocked[rows, cols], _blocks(solid, sun, x[cols], z[rows]))
-        levels = [_soften(blocked)]
+        # A point of the ground is in shadow if a solid hides it from an eye at the sun. The eye looks straight down, so
+        # that the map's points are its pixels.
+        eye = _DISTANCE * sun
+        pose = np.array([[1, 0, 0, eye[0]], [0, 0, 1, eye[1]], [0, -1, 0, eye[2]], [0, 0, 0, 1]])
+        u, v = (x - eye[0]) / -eye[1], (z[::-1] - eye[2]) / eye[1]
+        strips = [cast(solids, Pinhole.at(pose, u, v[i : i + _STRIP])).solid >= 0 for i in range(0, len(v), _STRIP)]
+        blocked = np.concatenate(strips)[::-1].astype(np.float32)
+        for _ in range(2):  # half-shadow one texel wide: the filter [1 2 1] along z, then along x
+            padded = np.pad(blocked, ((1, 1), (0, 0)), mode="edge")
+            blocked = (0.5 * blocked + 0.25 * (padded[2:] + padded[:-2])).astype(np.float32).T
+        levels = [np.ascontiguousarray(blocked)]
         while len(levels) < _LEVELS:
-            levels.append(_halve(levels[-1]))
+            height, width = (side // 2 for side in levels[-1].shape)
+            quarters = levels[-1][: 2 * height, : 2 * width].reshape(height, 2, width, 2)
+            levels.append(quarters.mean(axis=(1, 3)).astype(np.float32))
         return cls(tuple(levels), (float(low[0]), float(low[1])), spacing)
 
     def at(self, x: Floats, z: Floats, spread: Floats) -> Floats:
@@ -72,48 +80,3 @@ class GroundShadow:
         upper = grid[top, left] * (1 - a) + grid[top, left + 1] * a
         under = grid[top + 1, left] * (1 - a) + grid[top + 1, left + 1] * a
         return np.asarray(np.where(inside, upper * (1 - b) + under * b, 0), dtype=np.float32)
-
-
-def _blocks(solid: Solid, sun: Array, x: Array, z: Array) -> npt.NDArray[np.bool_]:
-    """Whether the line from each ground point (rows z, columns x) to the sun goes through the solid."""
-    enter: Array = np.zeros((len(z), len(x)))
-    leave: Array = np.full((len(z), len(x)), np.inf)
-    for normal, distance in zip(solid.normals, solid.distances, strict=True):
-        room = distance - normal[2] * z[:, None] - normal[0] * x[None, :]
-        slope = float(normal @ sun)
-        if abs(slope) < 1e-9:
-            leave[room < 0] = -1.0
-        elif slope < 0:
-            np.maximum(enter, room / slope, out=enter)
-        else:
-            np.minimum(leave, room / slope, out=leave)
-    if solid.shape is not None:
-        ahead = solid.shape @ sun
-        square = float(ahead @ ahead)
-        linear, constant = np.zeros_like(enter), np.full_like(enter, -1.0)
-        for axis, step, middle in zip(solid.shape, ahead, solid.shape @ solid.centre, strict=True):
-            start = axis[2] * z[:, None] + axis[0] * x[None, :] - middle
-            linear += step * start
-            constant += start**2
-        discriminant = linear**2 - square * constant
-        root = np.sqrt(np.maximum(discriminant, 0))
-        enter, leave = np.maximum(enter, (-linear - root) / square), np.minimum(leave, (-linear + root) / square)
-        leave[discriminant < 0] = -1.0
-    return np.asarray(enter < leave)
-
-
-def _soften(grid: Floats) -> Floats:
-    """Half-shadow one texel wide: the [1 2 1] filter both ways."""
-    for axis in (0, 1):
-        padded = np.pad(grid, [(1, 1) if i == axis else (0, 0) for i in (0, 1)], mode="edge")
-        ahead, behind = (slice(2, None), slice(None)), (slice(None, -2), slice(None))
-        if axis == 1:
-            ahead, behind = ahead[::-1], behind[::-1]
-        grid = np.asarray(0.5 * grid + 0.25 * (padded[ahead] + padded[behind]), dtype=np.float32)
-    return grid
-
-
-def _halve(grid: Floats) -> Floats:
-    rows, cols = grid.shape[0] // 2 * 2, grid.shape[1] // 2 * 2
-    quarters = grid[:rows, :cols].reshape(rows // 2, 2, cols // 2, 2)
-    return np.asarray(quarters.mean(axis=(1, 3)), dtype=np.float32)

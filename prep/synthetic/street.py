@@ -1,4 +1,4 @@
-"""A street as a list of convex solids: building fronts, parked cars, trees, lamps, hedges, distant hills."""
+"""A street as a list of convex solids: buildings, parked cars, trees, lamps, signs, hedges, distant hills."""
 
 from __future__ import annotations
 
@@ -9,64 +9,48 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from prep.synthetic.cast import Array, Solid
-from prep.synthetic.rig import Road, Trajectory, rigid, rotation
+from prep.synthetic.cast import Solid
+from prep.synthetic.rig import Array, Place, Road, Trajectory, inverse
 
 ROAD_HALF_WIDTH = 5.8
 PAVEMENT_EDGE = 8.6
 _BEHIND, _AHEAD = 45.0, 190.0
 
 
-class Material(IntEnum):
-    """What a surface is made of; decides how it is painted."""
-
-    FACADE = 0
-    ROOF = 1
-    PAINT = 2
-    CABIN = 3
-    RUBBER = 4
-    BARK = 5
-    LEAVES = 6
-    METAL = 7
-    SIGN = 8
-    HILL = 9
-    WOOD = 10
+Material = IntEnum("Material", "FACADE ROOF PAINT CABIN RUBBER BARK LEAVES METAL SIGN HILL WOOD")
+"""What a surface is made of, which decides how it is painted."""
+Colour = tuple[float, float, float]
+"""Red, green, blue in [0,1]."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A solid with its look.
+    """A solid and its appearance.
 
     Attributes:
-        solid: its geometry.
-        material: how it is painted.
-        local: (4,4) world -> the thing's own frame: x to its right, y down from the ground, z along it.
-        size: extent (3,) in that frame, metres.
-        base, accent: two RGB colours (3,) in [0,1].
-        key: number that sets its texture apart.
+        local: (4,4), world -> the thing's own axes: x to its right, y down from the ground, z along it.
+        size: extent along those axes, metres.
+        key: number that makes its texture differ from that of others.
     """
 
     solid: Solid
     material: Material
     local: Array
     size: tuple[float, float, float]
-    base: tuple[float, float, float]
-    accent: tuple[float, float, float]
+    base: Colour
+    accent: Colour
     key: int
 
 
 @dataclass(frozen=True)
 class Street:
-    """Everything there is in one synthetic drive.
+    """The world of one synthetic drive.
 
     Attributes:
-        road: its centre line.
-        trajectory: how the car moves.
-        things: all solids.
         crossings: z of the middle of each zebra crossing.
         sun: unit vector (3,) towards it.
-        end: z where the street is closed.
-        seed: for textures.
+        end: z at which a building closes the street.
+        seed: of the textures.
     """
 
     road: Road
@@ -78,41 +62,18 @@ class Street:
     seed: int
 
     def path(self) -> Array:
-        """Points (n,2) x, z along the whole centre line, metres."""
+        """Points (n,2) of the centre line: x, z in metres."""
         z = np.arange(-_BEHIND, self.end, 5.0)
         return np.stack([self.road.centre(z), z], axis=1)
 
 
-@dataclass(frozen=True)
-class _Place:
-    x: float
-    z: float
-    heading: float
-
-    def frame(self) -> Array:
-        """(4,4) local -> world."""
-        return rigid(rotation(0, self.heading, 0), (self.x, 0, self.z))
-
-    def offset(self, right: float, ahead: float, turn: float = 0.0) -> _Place:
-        sine, cosine = math.sin(self.heading), math.cos(self.heading)
-        return _Place(
-            self.x + right * cosine + ahead * sine, self.z - right * sine + ahead * cosine, self.heading + turn
-        )
+Rectangle = tuple[float, float, float]
+"""Horizontal, symmetric in x: half its width, and the z of its back and front, metres."""
 
 
-@dataclass(frozen=True)
-class _Profile:
-    """Frustum between two horizontal rectangles, symmetric in x: heights above ground, half widths, z ranges."""
-
-    bottom: float
-    top: float
-    lower: tuple[float, float, float]
-    upper: tuple[float, float, float]
-
-
-def _frustum(place: _Place, profile: _Profile) -> Solid:
-    height = profile.top - profile.bottom
-    (wide, back, front), (wide_top, back_top, front_top) = profile.lower, profile.upper
+def _frustum(place: Place, bottom: float, top: float, lower: Rectangle, upper: Rectangle) -> Solid:
+    """The solid between two rectangles at two heights above the ground."""
+    height, (wide, back, front), (wide_top, back_top, front_top) = top - bottom, lower, upper
     lean, lean_back, lean_front = wide_top - wide, back_top - back, front_top - front
     normals = np.array(
         [
@@ -126,19 +87,16 @@ def _frustum(place: _Place, profile: _Profile) -> Solid:
     )
     on_face = np.array(
         [
-            [wide, -profile.bottom, 0],
-            [-wide, -profile.bottom, 0],
-            [0, -profile.bottom, front],
-            [0, -profile.bottom, back],
-            [0, -profile.top, 0],
-            [0, -profile.bottom, 0],
+            [wide, -bottom, 0],
+            [-wide, -bottom, 0],
+            [0, -bottom, front],
+            [0, -bottom, back],
+            [0, -top, 0],
+            [0, -bottom, 0],
         ]
     )
-    half = max(wide, wide_top)
-    first, last = min(back, back_top), max(front, front_top)
-    corners = np.array(
-        [[x, -y, z] for x in (-half, half) for y in (profile.bottom, profile.top) for z in (first, last)]
-    )
+    half, first, last = max(wide, wide_top), min(back, back_top), max(front, front_top)
+    corners = np.array([[x, -y, z] for x in (-half, half) for y in (bottom, top) for z in (first, last)])
     normals = normals / np.linalg.norm(normals, axis=1, keepdims=True)
     frame = place.frame()
     world_normals = normals @ frame[:3, :3].T
@@ -146,12 +104,12 @@ def _frustum(place: _Place, profile: _Profile) -> Solid:
     return Solid(world_normals, distances, corners @ frame[:3, :3].T + frame[:3, 3])
 
 
-def _box(place: _Place, width: float, length: float, bottom: float, top: float) -> Solid:
+def _box(place: Place, width: float, length: float, bottom: float, top: float) -> Solid:
     rectangle = (width / 2, -length / 2, length / 2)
-    return _frustum(place, _Profile(bottom, top, rectangle, rectangle))
+    return _frustum(place, bottom, top, rectangle, rectangle)
 
 
-def _ellipsoid(place: _Place, height: float, radii: tuple[float, float, float]) -> Solid:
+def _ellipsoid(place: Place, height: float, radii: tuple[float, float, float]) -> Solid:
     turn = place.frame()[:3, :3]
     centre = np.array([place.x, -height, place.z])
     signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
@@ -159,13 +117,13 @@ def _ellipsoid(place: _Place, height: float, radii: tuple[float, float, float]) 
     return Solid(np.zeros((0, 3)), np.zeros(0), (signs * radii) @ turn.T + centre, shape, centre)
 
 
-def _cylinder(place: _Place, radius: float, bottom: float, top: float) -> Solid:
+def _cylinder(place: Place, radius: float, bottom: float, top: float) -> Solid:
     box = _box(place, 2 * radius, 2 * radius, bottom, top)
     shape = np.diag([1 / radius, 0.0, 1 / radius])
     return Solid(box.normals[4:], box.distances[4:], box.corners, shape, np.array([place.x, 0.0, place.z]))
 
 
-def _wheel(place: _Place, radius: float, width: float) -> Solid:
+def _wheel(place: Place, radius: float, width: float) -> Solid:
     box = _box(place, width, 2 * radius, 0.0, 2 * radius)
     turn = place.frame()[:3, :3]
     shape = np.diag([0.0, 1 / radius, 1 / radius]) @ turn.T
@@ -173,6 +131,8 @@ def _wheel(place: _Place, radius: float, width: float) -> Solid:
 
 
 class _Builder:
+    """Adds the things of a street at random places along its road."""
+
     def __init__(self, road: Road, rng: np.random.Generator) -> None:
         self.road = road
         self.rng = rng
@@ -182,33 +142,26 @@ class _Builder:
         self,
         solid: Solid,
         material: Material,
-        place: _Place,
+        place: Place,
         size: tuple[float, float, float],
         base: npt.ArrayLike,
         accent: npt.ArrayLike = (0.5, 0.5, 0.5),
     ) -> None:
-        frame = place.frame()
-        local = rigid(frame[:3, :3].T, -frame[:3, :3].T @ frame[:3, 3])
-        colours = [tuple(float(c) for c in np.clip(np.asarray(v, dtype=float), 0, 1)) for v in (base, accent)]
-        self.things.append(
-            Thing(solid, material, local, size, colours[0], colours[1], int(self.rng.integers(1 << 16)))  # type: ignore[arg-type]
-        )
-
-    def place(self, z: float, lateral: float, turn: float = 0.0) -> _Place:
-        x, z, heading = self.road.place(z, lateral)
-        return _Place(x, z, heading + turn)
+        (r, g, b), (r2, g2, b2) = (np.clip(np.asarray(c, dtype=float), 0, 1).tolist() for c in (base, accent))
+        key = int(self.rng.integers(1 << 16))
+        self.things.append(Thing(solid, material, inverse(place.frame()), size, (r, g, b), (r2, g2, b2), key))
 
     def uniform(self, low: float, high: float) -> float:
         return float(self.rng.uniform(low, high))
 
-    def pick(self, colours: list[tuple[float, float, float]], spread: float = 0.05) -> Array:
+    def pick(self, colours: list[Colour], spread: float = 0.05) -> Array:
         colour = np.array(colours[self.rng.integers(len(colours))])
         return np.asarray(colour + self.rng.uniform(-spread, spread, 3), dtype=np.float64)
 
     def building(self, z: float, side: int, length: float) -> None:
         rng = self.uniform
         setback, deep, tall = rng(9.0, 11.5), rng(9, 13), rng(2, 5.99) // 1 * 3.0 + rng(0.6, 1.2)
-        place = self.place(z, side * (setback + deep / 2))
+        place = self.road.place(z, side * (setback + deep / 2))
         walls = [(0.62, 0.36, 0.28), (0.78, 0.70, 0.55), (0.66, 0.64, 0.62), (0.55, 0.44, 0.34), (0.80, 0.78, 0.74)]
         walls += [(0.48, 0.52, 0.58), (0.70, 0.50, 0.38)]
         base, trim = self.pick(walls), self.pick([(0.85, 0.85, 0.82), (0.35, 0.28, 0.24), (0.30, 0.36, 0.40)])
@@ -216,7 +169,7 @@ class _Builder:
         self.add(_box(place, deep, length, 0.0, tall), Material.FACADE, place, size, base, trim)
         if rng(0, 1) < 0.55:
             half, end, rise = deep / 2 + 0.35, length / 2 + 0.1, rng(1.8, 3.2)
-            roof = _frustum(place, _Profile(tall, tall + rise, (half, -end, end), (0.05, -end, end)))
+            roof = _frustum(place, tall, tall + rise, (half, -end, end), (0.05, -end, end))
             self.add(roof, Material.ROOF, place, size, self.pick([(0.45, 0.22, 0.17), (0.28, 0.27, 0.29)]))
         else:
             edge = _box(place, deep + 0.5, length + 0.1, tall, tall + 0.35)
@@ -229,7 +182,7 @@ class _Builder:
 
     def car(self, z: float, lateral: float, turn: float) -> None:
         rng = self.uniform
-        place = self.place(z, lateral, turn + rng(-0.03, 0.03))
+        place = self.road.place(z, lateral, turn + rng(-0.03, 0.03))
         length, wide, scale = rng(3.9, 4.8), rng(0.84, 0.93), rng(0.96, 1.12)
         van = rng(0, 1) < 0.2
         paints = [(0.75, 0.75, 0.77), (0.12, 0.12, 0.14), (0.60, 0.10, 0.10), (0.14, 0.22, 0.45), (0.88, 0.88, 0.86)]
@@ -237,21 +190,16 @@ class _Builder:
         base = self.pick(paints, 0.03)
         half, size = length / 2, (2 * wide, 1.45 * scale, length)
         waist, top = 0.88 * scale, (1.95 if van else 1.45) * scale
-        lower = _Profile(0.22, 0.55 * scale, (wide, -half, half), (wide, -half - 0.03, half + 0.03))
-        upper = _Profile(
-            0.55 * scale, waist, (wide, -half - 0.03, half + 0.03), (wide * 0.95, -half + 0.08, half - 0.1)
-        )
+        middle = (wide, -half - 0.03, half + 0.03)
+        lower = _frustum(place, 0.22, 0.55 * scale, (wide, -half, half), middle)
+        upper = _frustum(place, 0.55 * scale, waist, middle, (wide * 0.95, -half + 0.08, half - 0.1))
         if van:
-            cabin = _Profile(
-                waist, top, (wide * 0.95, -half + 0.1, half - 0.6), (wide * 0.86, -half + 0.15, half - 1.3)
-            )
+            sill, roof = (wide * 0.95, -half + 0.1, half - 0.6), (wide * 0.86, -half + 0.15, half - 1.3)
         else:
-            cabin = _Profile(
-                waist, top, (wide * 0.93, -half + 0.25, half - 1.05), (wide * 0.72, -half + 0.85, half - 1.85)
-            )
-        for profile in (lower, upper):
-            self.add(_frustum(place, profile), Material.PAINT, place, size, base)
-        self.add(_frustum(place, cabin), Material.CABIN, place, (size[0], top, waist), base)
+            sill, roof = (wide * 0.93, -half + 0.25, half - 1.05), (wide * 0.72, -half + 0.85, half - 1.85)
+        for body in (lower, upper):
+            self.add(body, Material.PAINT, place, size, base)
+        self.add(_frustum(place, waist, top, sill, roof), Material.CABIN, place, (size[0], top, waist), base)
         for side in (-1, 1):
             for axle in (-0.31, 0.30):
                 wheel = place.offset(side * (wide - 0.09), axle * length)
@@ -259,7 +207,7 @@ class _Builder:
 
     def tree(self, z: float, lateral: float) -> None:
         rng = self.uniform
-        place, tall, radius = self.place(z, lateral), rng(2.2, 3.2), rng(0.14, 0.26)
+        place, tall, radius = self.road.place(z, lateral), rng(2.2, 3.2), rng(0.14, 0.26)
         size = (2 * radius, tall, 2 * radius)
         self.add(_cylinder(place, radius, 0, tall + 1), Material.BARK, place, size, self.pick([(0.32, 0.25, 0.19)]))
         leaves = self.pick([(0.20, 0.36, 0.12), (0.30, 0.40, 0.14), (0.42, 0.38, 0.12), (0.16, 0.30, 0.16)])
@@ -272,14 +220,14 @@ class _Builder:
             self.add(_ellipsoid(centre, height, radii), Material.LEAVES, centre, radii, leaves)
 
     def lamp(self, z: float, side: int) -> None:
-        place, tall = self.place(z, side * 6.15), self.uniform(5.5, 7.0)
+        place, tall = self.road.place(z, side * 6.15), self.uniform(5.5, 7.0)
         grey, size = self.pick([(0.38, 0.40, 0.40), (0.22, 0.25, 0.24)], 0.02), (0.2, tall, 0.2)
         self.add(_cylinder(place, 0.09, 0, tall), Material.METAL, place, size, grey)
         arm = place.offset(-side * 0.7, 0)
         self.add(_box(arm, 1.6, 0.14, tall - 0.12, tall), Material.METAL, arm, size, grey)
 
     def sign(self, z: float, side: int) -> None:
-        place, tall = self.place(z, side * 6.3), self.uniform(2.2, 2.8)
+        place, tall = self.road.place(z, side * 6.3), self.uniform(2.2, 2.8)
         grey, size = (0.55, 0.56, 0.56), (0.7, 0.7, tall)
         self.add(_cylinder(place, 0.04, 0, tall), Material.METAL, place, size, grey)
         colour = self.pick([(0.75, 0.12, 0.10), (0.10, 0.25, 0.60), (0.85, 0.70, 0.10)], 0.02)
@@ -287,7 +235,7 @@ class _Builder:
         self.add(plate, Material.SIGN, place, size, colour, (0.92, 0.92, 0.9))
 
     def hedge(self, z: float, side: int, length: float) -> None:
-        place, tall = self.place(z, side * self.uniform(8.7, 9.3)), self.uniform(0.8, 1.7)
+        place, tall = self.road.place(z, side * self.uniform(8.7, 9.3)), self.uniform(0.8, 1.7)
         green = self.pick([(0.18, 0.32, 0.12), (0.25, 0.36, 0.14)])
         size = (0.9, tall, length)
         if self.uniform(0, 1) < 0.6:
@@ -325,21 +273,20 @@ class _Builder:
             z += rng(6, 14)
 
     def distance(self, end: float) -> None:
-        """The building that closes the street, and hills all around."""
-        x, z, heading = self.road.place(end + 14, 0)
-        place = _Place(x, z, heading)
+        """Add the building that closes the street, and hills all around."""
+        place = self.road.place(end + 14, 0)
         wall = self.pick([(0.62, 0.50, 0.42), (0.70, 0.68, 0.64)])
         self.add(_box(place, 46, 14, 0, 11), Material.FACADE, place, (46, 11, 14), wall, self.pick([(0.85, 0.85, 0.8)]))
         for hill in range(14):
             angle, away = (hill + self.uniform(0, 1)) / 14 * 2 * math.pi, self.uniform(450, 650) + end / 2
-            place = _Place(away * math.sin(angle), end / 2 + away * math.cos(angle), angle)
+            place = Place(away * math.sin(angle), end / 2 + away * math.cos(angle), angle)
             radii = (self.uniform(120, 260), self.uniform(30, 75), 80.0)
             green = self.pick([(0.34, 0.42, 0.36), (0.40, 0.46, 0.44)], 0.03)
             self.add(_ellipsoid(place, 0.0, radii), Material.HILL, place, radii, green)
 
 
 def build_street(seed: int, drive: int, frames: int) -> Street:
-    """The street of one drive, long enough for its frames; the same arguments give the same street."""
+    """Street of one drive, long enough for its frames. The same arguments give the same street."""
     rng = np.random.default_rng([seed, drive])
     waves = tuple(
         (float(rng.uniform(*size)), float(rng.uniform(*length)), float(rng.uniform(0, 2 * math.pi)))
@@ -353,7 +300,7 @@ def build_street(seed: int, drive: int, frames: int) -> Street:
         builder.side(side, end)
     builder.distance(end)
     crossings = np.arange(rng.uniform(8, 30), end, rng.uniform(45, 70))
-    # The sun stands high enough over the street's ends to reach the road between the buildings.
+    # The sun stands over an end of the street, high enough to reach the road between the buildings.
     height, around = math.radians(rng.uniform(38, 58)), rng.choice([0, math.pi]) + math.radians(rng.uniform(-40, 40))
     sun = np.array([math.cos(height) * math.sin(around), -math.sin(height), math.cos(height) * math.cos(around)])
     stripes = tuple(float(z) for z in crossings)

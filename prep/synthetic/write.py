@@ -1,4 +1,4 @@
-"""Writes synthetic drives to disk in KITTI's raw layout, with true depth, poses and split lists beside them.
+"""Writes synthetic drives in KITTI's raw layout, with true depth, poses and split lists.
 
 OUT/2011_09_26/calib_cam_to_cam.txt, calib_velo_to_cam.txt, calib_imu_to_velo.txt
 OUT/2011_09_26/2011_09_26_drive_0001_sync/
@@ -6,7 +6,7 @@ OUT/2011_09_26/2011_09_26_drive_0001_sync/
     velodyne_points/data/0000000000.bin          float32 x, y, z, reflectance
     oxts/data/0000000000.txt
     true_depth_02/data/0000000000.npy, _03/...   float32 (H,W), camera z in metres, inf in the sky (not KITTI's)
-    true_pose_02.txt, true_pose_03.txt           3x4 row-major a line: camera -> camera 02 of frame 0 (not KITTI's)
+    true_pose_02.txt, true_pose_03.txt           3x4, a line a frame: camera -> camera 02 of frame 0 (not KITTI's)
 OUT/splits/sample/train_files.txt, val_files.txt, test_files.txt
 """
 
@@ -36,13 +36,13 @@ SPLIT = "sample"
 
 @dataclass(frozen=True)
 class SyntheticRaw:
-    """What `write_drives` wrote.
+    """The folders that `write_drives` wrote.
 
     Attributes:
-        root: the folder to give as `--raw`.
-        drives: names of the drives' folders, below the date's.
-        split: the folder to give as `--split`.
-        frames: frames per drive.
+        root: folder for `--raw`.
+        drives: names of the drives' folders, within the date's.
+        split: folder for `--split`.
+        frames: frames of each drive.
     """
 
     root: Path
@@ -75,21 +75,21 @@ def write_drives(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> SyntheticRaw:
-    """Write synthetic drives under `out`; the same arguments give the same bytes, however many workers.
+    """Write synthetic drives to `out`. The same arguments give the same bytes, with any number of workers.
 
     Args:
         out: folder to create; it appears whole or not at all.
-        drives: how many streets. With more than one, the last is for validation and test; a single one is cut.
-        frames: images per camera and drive, about one metre apart.
+        drives: number of streets, one a drive. `split_lines` says which are for training, validation and test.
+        frames: images of each camera and drive, about one metre apart.
         size: width and height of the images; the focal length follows the width.
         seed: another seed gives other streets.
         lidar: also write velodyne scans.
-        workers: processes that render.
-        progress: called with frames done and frames in all.
+        workers: number of processes.
+        progress: called with the number of frames done and the total.
 
     Raises:
         UsageError: a number is out of range.
-        InputError: `out` is there already and is not an empty folder, or cannot be written.
+        InputError: `out` exists and is not an empty folder, or it cannot be written.
     """
     _check(drives, frames, size, seed, workers)
     jobs = [_Drive(number + 1, frames, size, seed, lidar) for number in range(drives)]
@@ -100,7 +100,11 @@ def write_drives(
             (date / name).write_text(text)
         for drive in jobs:
             _write_small_files(date / drive.name, drive)
-        _render(date, jobs, workers, progress)
+        work = [(date / drive.name, drive, frame) for drive in jobs for frame in range(drive.frames)]
+        with start_workers(workers) as pool:
+            for done, _ in enumerate(run(pool, _write_frame, work), 1):
+                if progress:
+                    progress(done, len(work))
         split = partial / "splits" / SPLIT
         split.mkdir(parents=True)
         for part, lines in split_lines([drive.name for drive in jobs], frames).items():
@@ -109,10 +113,10 @@ def write_drives(
 
 
 def split_lines(drives: list[str], frames: int) -> dict[str, list[str]]:
-    """Split lines per part, for frames that have both neighbours: train and val on both sides, test on the left.
+    """Split lines of each part, for frames with both neighbours: train and val with both sides, test with the left.
 
-    With more than one drive the last is held out: its first half validates, its second half tests. A single
-    drive is cut 70 : 15 : 15.
+    Of several drives the last one is held out: its first half is val, its second half test. A single drive is cut
+    70 : 15 : 15.
     """
     usable = range(1, frames - 1)
     runs: dict[str, list[tuple[str, range]]]
@@ -131,7 +135,7 @@ def split_lines(drives: list[str], frames: int) -> dict[str, list[str]]:
 
 
 def _cut(usable: range, shares: list[float]) -> list[range]:
-    """Consecutive runs of frames; long ones lose their last two, so that no image serves two parts as a neighbour."""
+    """Consecutive runs of frames. Long ones lose their last two, so that no image is a neighbour in two parts."""
     lengths = [max(1, round(share * len(usable))) for share in shares[1:]]
     ends = np.cumsum([0, len(usable) - sum(lengths), *lengths])
     gap = 2 if len(usable) >= 20 else 0
@@ -149,9 +153,9 @@ def _check(drives: int, frames: int, size: tuple[int, int], seed: int, workers: 
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, which becomes `out` at the end and vanishes on an error."""
+    """A folder beside `out` to write into. It becomes `out` at the end, and is removed on an error."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: is there already; remove it or choose another folder")
+        raise InputError(f"{out}: exists already; remove it or choose another folder")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -162,15 +166,6 @@ def _appearing(out: Path) -> Iterator[Path]:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _render(date: Path, jobs: list[_Drive], workers: int, progress: Callable[[int, int], None] | None) -> None:
-    total = sum(drive.frames for drive in jobs)
-    work = [(date / drive.name, drive, frame) for drive in jobs for frame in range(drive.frames)]
-    with start_workers(workers) as pool:
-        for done, _ in enumerate(run(pool, _write_frame, work), 1):
-            if progress:
-                progress(done, total)
 
 
 @lru_cache(maxsize=2)
@@ -190,7 +185,7 @@ def _write_frame(job: tuple[Path, _Drive, int]) -> None:
 
 
 def _write_small_files(folder: Path, drive: _Drive) -> None:
-    """Folders, time stamps, oxts and poses of a drive."""
+    """Write a drive's folders, time stamps, oxts and poses."""
     renderer, rig = _renderer(drive), CameraRig(drive.size)
     sensors = ["oxts", "image_02", "image_03"] + (["velodyne_points"] if drive.lidar else [])
     for name in [*sensors, "true_depth_02", "true_depth_03"]:
@@ -200,7 +195,7 @@ def _write_small_files(folder: Path, drive: _Drive) -> None:
     if drive.lidar:
         for name, shift in (("start", -FRAME_SECONDS / 2), ("end", FRAME_SECONDS / 2)):
             (folder / "velodyne_points" / f"timestamps_{name}.txt").write_text(_time_stamps(drive.frames, shift))
-    (folder / "oxts" / "dataformat.txt").write_text(FORMAT)
+    shutil.copyfile(FORMAT, folder / "oxts" / "dataformat.txt")
     for frame in range(drive.frames):
         record = oxts_line(renderer.street.trajectory, rig, frame)
         (folder / "oxts" / "data" / f"{frame:010d}.txt").write_text(record)

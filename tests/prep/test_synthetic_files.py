@@ -120,7 +120,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_what_is_there_is_never_touched(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"raw: is there already"):
+    with pytest.raises(InputError, match=r"raw: exists already"):
         write_drives(tmp_path / "raw", **TINY)
     assert [path.name for path in tmp_path.rglob("*")] == ["raw", "mine.txt"]
     (tmp_path / "file").write_text("")
