@@ -108,7 +108,7 @@ def run_prep(root: Path, out: Path, workers: int) -> float:
     start = cpu_seconds()
     lists = read_split(str(root / "train_files.txt"))
     content = make_content(lists, size=f"{SIZE[0]}x{SIZE[1]}")
-    plan = make_plan(lists, Kitti(RawData([str(root)]), content.depth), content)
+    plan = make_plan(lists, Kitti(RawData([str(root)], follow_links=True), content.depth), content)
     with start_workers(workers) as pool:
         packed = pack(plan, lists, str(out), out.with_name("scratch"), pool)
     assert not packed.skipped
