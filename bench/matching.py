@@ -283,7 +283,7 @@ def _depth_map(folder: Path, stem: str, calibration: StereoCalibration) -> Array
         return None
     matrix = calibration.lidar_projection("l")
     points = points_in_view(read_scan(scan.read_bytes(), str(scan)), [matrix], calibration.size[0])
-    return project(points, matrix, calibration.size).dense() / DEPTH_SCALE
+    return project(points, matrix, calibration.size) / DEPTH_SCALE
 
 
 def find_poses(raw: Path, folder: Path, calibration: StereoCalibration) -> dict[int, Array]:

@@ -121,7 +121,6 @@ def prep(
     """
     asked = {name: value for name, value in locals().items() if name not in _HOW}
     from prep.check import check as check_plan
-    from prep.check import format_check
     from prep.packing.pack import pack, scratch_folder
     from prep.request import make_request
     from prep.workers import start_workers
@@ -133,9 +132,9 @@ def prep(
         plan = request.plan("skip" if check else on_error, part, progress=lambda drive: bar.advance(1))
         if check:
             bar.stop()
-            report = check_plan(plan, request.lists)
-            _say(format_check(report))
-            sys.exit(0 if report.complete else INCOMPLETE)
+            for line in check_plan(plan, request.lists).splitlines():
+                say(line)
+            sys.exit(INCOMPLETE if any(skip.wanted for skip in plan.skipped) else 0)
         request.refuse_empty(plan)
         with start_workers(workers or len(os.sched_getaffinity(0)), scheduler) as pool:
             packed = pack(
@@ -190,11 +189,6 @@ def _bar() -> Iterator[_Bar]:
         yield bar
     finally:
         bar.stop()
-
-
-def _say(text: str) -> None:
-    for line in text.splitlines():
-        say(line)
 
 
 def _summarise(packed: Packed, asked: str) -> None:

@@ -1,7 +1,7 @@
-"""Raw KITTI as an evaluation wants it: one part of a split, targets and ground truth only, lossless, cached.
+"""Packs raw KITTI for an evaluation: one part of a split, targets and ground truth only, lossless, in the cache.
 
-`md2 eval MODEL RAW --split eigen` packs what it needs once, into the user's cache, and evaluates that. So there is
-one path from raw files to numbers, whether the shards were published or made a moment ago.
+`md2 eval MODEL RAW --split eigen` packs what it needs once and evaluates that. So one path leads from raw files to
+numbers, for published shards and for raw data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prep.packing.pack import Packed, pack, scratch_folder
 from prep.packing.plan import PackingPlan, make_plan
 from prep.raw.files import RawData
 from prep.raw.kitti import Kitti
-from prep.raw.splits import SplitLine, SplitLists
+from prep.raw.splits import SplitLists
 from prep.request import make_content, refuse_empty
 from prep.workers import Progress, start_workers
 from shards.errors import InputError, StorageError, UsageError
@@ -27,7 +27,7 @@ from shards.storage import open_storage
 
 
 def is_packed(url: str) -> bool:
-    """Whether a folder or URL holds a packed dataset (and not raw files).
+    """Whether a folder or URL holds a packed dataset, not raw files.
 
     Raises:
         DatasetError, StorageError: its manifest is broken, or the storage fails.
@@ -36,10 +36,10 @@ def is_packed(url: str) -> bool:
 
 
 def evaluation_part(lists: SplitLists, part: str | None) -> str:
-    """The part asked for; else `test`, `val`, or the only one.
+    """The part to evaluate: `part`, else `test`, `val`, or the only one.
 
     Raises:
-        UsageError: no such part, or several and none of these.
+        UsageError: no such part, or several with other names.
     """
     names = list(lists.parts)
     if part is None:
@@ -50,14 +50,12 @@ def evaluation_part(lists: SplitLists, part: str | None) -> str:
 
 
 def line_keys(lists: SplitLists, part: str) -> list[str]:
-    """Sample key of each line of a part, in the list's order: the order of saved predictions."""
-    return [line_key(line) for line in lists.parts[part]]
+    """Sample key (drive, side, frame) of each line of a part, in the list's order: that of saved predictions."""
 
+    def drive_key(name: str) -> str:
+        return f"odom_{int(name):02d}" if name.isdecimal() else name.rsplit("/", 1)[-1]
 
-def line_key(line: SplitLine) -> str:
-    """Key of the sample that a split line becomes: drive, side, frame."""
-    drive = f"odom_{int(line.drive):02d}" if line.drive.isdecimal() else line.drive.rsplit("/", 1)[-1]
-    return f"{drive}_{line.side}_{line.frame:010d}"
+    return [f"{drive_key(line.drive)}_{line.side}_{line.frame:010d}" for line in lists.parts[part]]
 
 
 def pack_for_evaluation(
@@ -74,15 +72,15 @@ def pack_for_evaluation(
 
     Args:
         raw: folders or URLs, as for `md2 prep --raw`.
-        size: width and height of the networks that will see the images.
+        size: width and height of the networks' input.
         cache: folder to use instead of the user's cache.
-        workers: processes; None: one per core.
+        workers: number of processes; None: one per core.
 
     Raises:
         InputError: none of the part's drives has data, none of its images has ground truth, or a file is broken.
         StorageError: the cache cannot be written.
     """
-    # Lossless: the networks see what a resize of the original gives, as in the published evaluation.
+    # Lossless: the networks see the resized original, as in the published evaluation.
     content = make_content(lists, size=f"{size[0]}x{size[1]}", frames="0", stereo=False, codec="png")
     data = RawData(list(raw), follow_links=True)  # nothing is published
     plan = make_plan(lists, Kitti(data, content.depth), content, parts=[part])
@@ -98,7 +96,7 @@ def pack_for_evaluation(
         )
     folder = (cache or cache_folder() / "evaluation") / _identity(raw, lists, plan)
     published = read_manifest(open_storage(str(folder))) if folder.is_dir() else None
-    if published is not None:  # the folder's name says that nothing has changed; it may be another user's
+    if published is not None:  # its name says that nothing has changed; it may be another user's folder
         return Packed(str(folder), published.manifest, plan.skipped, already=True)
     try:
         with start_workers(workers or len(os.sched_getaffinity(0))) as pool:
@@ -110,7 +108,7 @@ def pack_for_evaluation(
 
 
 def _identity(raw: Sequence[str], lists: SplitLists, plan: PackingPlan) -> str:
-    """Folder name: hash of what the bytes depend on, as far as that is known without reading the raw files."""
+    """Folder name: a hash of all that decides the bytes, as far as it is known without reading the raw files."""
     where = [str(Path(url).resolve()) if Path(url).exists() else url for url in raw]
     known = (where, lists.sha256, asdict(plan.content), plan.samples_sha256, plan.input_bytes, versions())
     return f"{lists.name}_{hashlib.sha256(repr(known).encode()).hexdigest()[:16]}"
@@ -118,14 +116,14 @@ def _identity(raw: Sequence[str], lists: SplitLists, plan: PackingPlan) -> str:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Where an evaluation finds its data.
+    """Data of an evaluation.
 
     Attributes:
         url: a packed dataset.
         name: its name in the output; None: its URL.
         part: part to evaluate; None: the dataset's own choice.
         order: sample keys in the split's order, for saved predictions; None without a split.
-        left_out: lines of the split that gave no sample.
+        left_out: number of lines of the split without a sample.
     """
 
     url: str
@@ -145,7 +143,7 @@ def find_evaluation_data(
     for_predictions: bool,
     progress: Progress | None = None,
 ) -> EvaluationData:
-    """Take a packed dataset as it is; pack what a split names from raw KITTI.
+    """Use a packed dataset as it is, or pack a split's lines from raw KITTI.
 
     Args:
         dataset: packed dataset, or location of raw KITTI.
@@ -155,14 +153,14 @@ def find_evaluation_data(
         for_predictions: saved predictions are evaluated, not a model.
 
     Raises:
-        UsageError: raw KITTI without a split, or options that go with raw KITTI only.
+        UsageError: raw KITTI without a split, or options for raw KITTI with a packed dataset.
         InputError, StorageError: as `pack_for_evaluation`.
     """
     if not is_packed(dataset):
         if split is None:
             if Path(dataset).is_dir():
                 raise UsageError(f"{dataset}: no packed dataset there; for raw KITTI name the split: --split eigen")
-            return EvaluationData(dataset, part=part)  # opening it says what is wrong
+            return EvaluationData(dataset, part=part)  # opening it raises the error
         chosen = evaluation_part(split, part)
         packed = pack_for_evaluation([dataset, *raw], split, chosen, size, progress=progress)
         name = f"{split.name} of {dataset}"

@@ -1,4 +1,4 @@
-"""One `md2 prep` from its options: which data, which split, which layout, what a sample holds; then the plan."""
+"""Turns the options of `md2 prep` into a request: the split's lists, the layout of the raw data, the content."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from shards.sample import Chroma, Codec
 
 DEFAULT_SHARD_MB = 256
 PUBLIC = "public"
-"""Value of `--download` that stands for KITTI's public archive."""
+"""Value of `--download` for KITTI's public archive."""
 _MAX_SIDE = 16_384
 _MAX_OFFSET = 1000
 _MAX_OFFSETS = 100
-"""As the manifest has it."""
+"""The manifest's limit."""
 _SHOWN = 5
 
 
@@ -33,7 +33,7 @@ def parse_size(text: str) -> tuple[int, int] | None:
     """`640x192` -> (640, 192), width first; `native` -> None.
 
     Raises:
-        UsageError: anything else, or a side outside 8 … 16384.
+        UsageError: another form, or a side outside 8 to 16384.
     """
     if text == "native":
         return None
@@ -50,7 +50,7 @@ def parse_frames(text: str) -> tuple[int, ...]:
     """`0,-1,1` -> (0, -1, 1): the target first, then the others as given.
 
     Raises:
-        UsageError: not whole numbers, 0 missing, a repeated or far-off one, or too many.
+        UsageError: not whole numbers, no 0, a repeated or too large offset, or too many.
     """
     try:
         frames = [int(word) for word in text.split(",")]
@@ -84,7 +84,7 @@ def make_content(
     limit: int | None = None,
     shard_mb: int = DEFAULT_SHARD_MB,
 ) -> Content:
-    """What a sample holds. None takes the named split's default: everything that mono, stereo and validation need.
+    """Content of the samples. None is the named split's default: all that mono, stereo and validation need.
 
     Raises:
         UsageError: an impossible value, or options that contradict each other.
@@ -92,10 +92,9 @@ def make_content(
     default = lists.named or NamedSplit({})
     if quality is not None and not 1 <= quality <= 100:
         raise UsageError(f"--quality {quality}: 1 to 100; without it, steps chosen for training")
-    if quality is not None and codec != "jpeg":
-        raise UsageError(f"--quality {quality} goes with --codec jpeg; {codec} keeps every pixel as it is")
-    if chroma is not None and codec != "jpeg":
-        raise UsageError(f"--chroma {chroma} goes with --codec jpeg; {codec} keeps every pixel as it is")
+    for option, value in (("--quality", quality), ("--chroma", chroma)):
+        if value is not None and codec != "jpeg":
+            raise UsageError(f"{option} {value} goes with --codec jpeg; {codec} keeps every pixel as it is")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: at least 1")
     if not 1 <= shard_mb <= 10_000:
@@ -120,7 +119,7 @@ def make_content(
 
 @dataclass(frozen=True)
 class Request:
-    """What to pack, and where to: the split's lists, the layout of the raw data, what a sample holds."""
+    """The data to pack: the split's lists, the layout of the raw data at `urls`, the content; and the target `out`."""
 
     lists: SplitLists
     layout: Layout
@@ -129,7 +128,7 @@ class Request:
     out: str
 
     def drives(self, parts: Sequence[str] | None) -> int:
-        """Number of drives that the lists of these parts name (None: of all)."""
+        """Number of drives that the lists of these parts name; None: of all parts."""
         chosen = self.lists.parts if parts is None else parts
         lines = (self.lists.parts.get(part, [])[: self.content.limit] for part in chosen)
         return len({line.drive for rows in lines for line in rows})
@@ -137,14 +136,14 @@ class Request:
     def plan(
         self, on_error: OnError, parts: Sequence[str] | None, progress: Callable[[str], None] = lambda drive: None
     ) -> PackingPlan:
-        """Look up every line's files; as `make_plan`."""
+        """Look up the files of each line; as `make_plan`."""
         return make_plan(self.lists, self.layout, self.content, on_error, parts, progress)
 
     def refuse_empty(self, plan: PackingPlan) -> None:
-        """Say what was expected if not one drive of the split has data.
+        """Refuse a plan in which no drive of the split has data.
 
         Raises:
-            InputError: that message.
+            InputError: says what was expected and what is at the raw location.
         """
         if isinstance(self.layout, FolderLayout) and plan.missing_drives and not plan.found:
             raise InputError(
@@ -165,7 +164,7 @@ def make_request(
     follow_links: bool = False,
     **content: Any,
 ) -> Request:
-    """Put the options together; `content` are those of `make_content`.
+    """The request of a command line; `content` are the options of `make_content`.
 
     Raises:
         UsageError: options that are impossible or contradict each other.
@@ -188,7 +187,7 @@ def make_request(
 def _own_drives(
     split: str | None, splits: Path | None, raw: RawData, out: str | None, content: dict[str, Any]
 ) -> Request:
-    """Own drives: stereo and ground truth default to whether there are any."""
+    """The request for own drives. Stereo and ground truth default to whether the drives have them."""
     layout = FolderLayout(raw, depth=bool(content["depth"]), stereo=content["stereo"])
     drives = [drive for name in layout.drives() if (drive := layout.open(name)) is not None]
     pairs = any(drive.images["r"] for drive in drives)
@@ -204,13 +203,13 @@ def _own_drives(
 
 
 def refuse_empty(plan: PackingPlan, raw: RawData, download: str = "") -> None:
-    """Say what is expected at `--raw`, and what lies there instead, if not one drive of the split has data.
+    """Refuse a plan in which no drive of a split of KITTI has data.
 
     Args:
         download: advice of a command that can download, for the message.
 
     Raises:
-        InputError: that message.
+        InputError: says what is expected at `--raw`, and what is there instead.
     """
     if plan.found or not plan.missing_drives:
         return

@@ -1,4 +1,4 @@
-"""Who does the work: this process, a process pool, or a dask cluster; all behind `concurrent.futures.Executor`.
+"""Workers behind `concurrent.futures.Executor`: this process, a pool of processes, or a dask cluster.
 
 with start_workers(4) as workers: ...
 with start_workers(scheduler="tcp://host:8786") as workers: ...
@@ -11,11 +11,12 @@ import multiprocessing
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_handles
 from types import FrameType
@@ -31,11 +32,11 @@ SCHEDULER_TIMEOUT = 10
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 32 << 20
 PATIENCE = 3.0
-"""Seconds after which a further Ctrl-C no longer waits for the jobs under way."""
+"""Seconds after which another Ctrl-C no longer waits for running jobs."""
 
 
 class Progress(Protocol):
-    """Receives what a long job reports: phases, each with a total in some unit, and remarks."""
+    """Receives the reports of a long job: phases, each with a total in some unit, and notes."""
 
     def phase(self, label: str, total: int, unit: str) -> None:
         """A phase begins."""
@@ -44,7 +45,7 @@ class Progress(Protocol):
         """`count` more units are done."""
 
     def note(self, text: str) -> None:
-        """Something that the user should know before the work is done."""
+        """A remark for the user, before the work is done."""
 
 
 class Quiet:
@@ -69,7 +70,7 @@ class Workers:
 
 
 class InProcess(Executor):
-    """Runs each job where it is submitted."""
+    """Runs each job in the thread that submits it."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -82,10 +83,10 @@ class InProcess(Executor):
 
 @contextmanager
 def start_workers(count: int = 1, scheduler: str | None = None) -> Iterator[Workers]:
-    """Start workers for a `with` block; they end with it, and with this process however that ends.
+    """Start workers for a `with` block. They end with it, and with this process even if it is killed.
 
     Args:
-        count: number of processes on this machine; 1: this process does the work.
+        count: number of processes; 1: this process does the work.
         scheduler: address of a dask scheduler, whose workers are used instead.
 
     Raises:
@@ -99,7 +100,7 @@ def start_workers(count: int = 1, scheduler: str | None = None) -> Iterator[Work
     elif count == 1:
         yield Workers(InProcess(), 1)
     else:
-        # Not fork: it copies the locks of fsspec's event loop, but not the threads that hold them.
+        # Not fork: it copies the locks of fsspec's event loop without the threads that hold them.
         context = multiprocessing.get_context("spawn")
         with _interrupts() as ending, _Pool(count, mp_context=context, initializer=_begin_worker) as pool:
             try:
@@ -113,7 +114,7 @@ class _Pool(ProcessPoolExecutor):
     """Worker processes that ignore Ctrl-C from their first instruction on."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a new process inherits
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process inherits it
         try:
             return super().submit(fn, *args, **kwargs)
         finally:
@@ -122,11 +123,11 @@ class _Pool(ProcessPoolExecutor):
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Until the event is set, Ctrl-C raises KeyboardInterrupt as usual; from then on it is noted for the end.
+    """Let Ctrl-C raise KeyboardInterrupt as usual until the event is set, and at the end of the block after that.
 
-    An interrupted pool ends by itself once the jobs under way are finished, in a second or two. An exception in the
-    middle of that, or a killed process, leaves the pool's thread half ended, to stall or to trip Python at exit. If it
-    takes longer, a further Ctrl-C ends this process at once, and the workers with it.
+    An interrupted pool ends when its running jobs have finished, in a second or two. An exception in that time, or a
+    killed process, would leave the pool's thread half ended, and Python could hang at exit. After `PATIENCE` another
+    Ctrl-C ends this process at once, and the workers with it.
     """
     ending = threading.Event()
     pressed: float | None = None
@@ -157,9 +158,12 @@ def _interrupts() -> Iterator[threading.Event]:
 
 
 def _begin_worker() -> None:
-    """End when the main process ends, even by SIGKILL."""
+    """Prepare a worker process: it ends when the main process ends, even by SIGKILL."""
     _keep_freed_memory()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # webdataset writes the tars and works without torch, whose import takes a second and 200 MB.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    with suppress(RuntimeError):  # a limit on threads
+        threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _keep_freed_memory() -> None:
@@ -196,7 +200,7 @@ def _dask(scheduler: str) -> Iterator[Workers]:
 
 
 def run(workers: Workers, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-    """Results of `work` over the jobs, in the order of completion; few jobs are taken from `jobs` ahead of time.
+    """Results of `work` over the jobs, in the order of completion. Few jobs are taken from `jobs` ahead of time.
 
     The first error of a job is raised, and jobs that have not begun are cancelled.
 
@@ -211,7 +215,7 @@ def run(workers: Workers, work: Callable[[Job], Result], jobs: Iterable[Job]) ->
         ) from error
     except MemoryError as error:
         raise Md2Error("out of memory; try fewer --workers, then run the same command again") from error
-    except RuntimeError as error:
-        if "start new thread" not in str(error):
+    except (RuntimeError, BlockingIOError) as error:
+        if not isinstance(error, BlockingIOError) and "start new thread" not in str(error):
             raise
-        raise Md2Error("no thread can be started (a limit on processes?); try fewer --workers") from error
+        raise Md2Error("no process or thread can be started (a limit on them?); try --workers 1") from error

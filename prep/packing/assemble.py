@@ -1,4 +1,4 @@
-"""From encoded frames to shards: samples in shuffled order, cut into shards, their bytes copied together."""
+"""Assembles shards from encoded frames: samples in shuffled order, cut into shards, their bytes copied together."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prep.packing.encode import SCRATCH_ADVICE, Extent, read_chunk
+from prep.packing.encode import Encoded, Extent, label, scratch_error
 from prep.packing.plan import PackingPlan, PlannedSample, Skipped, component_sources
 from prep.raw.kitti import Drive
-from prep.raw.splits import CameraSide
 from prep.raw.text import printable
 from shards.dataset import SAMPLES_PER_SHARD, shard_name
-from shards.errors import DatasetError, StorageError
 from shards.manifest import Shard
 from shards.publish import Store
 from shards.sample import (
@@ -33,49 +31,13 @@ from shards.sample import (
 from shards.tar import ShardWriter
 
 SHARD_SPEC = "spec"
-"""Name in a shard's receipt of the hash of what went into it."""
+"""Name, in a shard's receipt, of the hash of its content."""
 _BLOCK = 512
-
-
-Key = tuple[str, int, CameraSide]
-"""Drive, frame, side."""
-
-
-@dataclass
-class Encoded:
-    """All encoded files of a plan: where they lie, native (width, height) of images, and what is broken."""
-
-    images: dict[Key, Extent] = field(default_factory=dict)
-    native: dict[Key, tuple[int, int]] = field(default_factory=dict)
-    depth: dict[Key, Extent] = field(default_factory=dict)
-    broken: dict[tuple[str, str, int, CameraSide], str] = field(default_factory=dict)
-
-    def add(self, drive: str, folder: Path, name: str) -> None:
-        """Take in a finished chunk.
-
-        Raises:
-            DatasetError: it is gone, or damaged.
-        """
-        chunk = read_chunk(folder / name)
-        if chunk is None:
-            raise DatasetError(f"{folder / name}: scratch file is gone or damaged; run the same command again")
-        for label, extent in chunk.files.items():
-            kind, key = _key(label, drive)
-            (self.images if kind == "image" else self.depth)[key] = extent
-        self.native |= {_key(label, drive)[1]: size for label, size in chunk.sizes.items()}
-        for label, message in chunk.broken.items():
-            kind, key = _key(label, drive)
-            self.broken[kind, *key] = message
-
-
-def _key(label: str, drive: str) -> tuple[str, Key]:
-    kind, frame, side = label.split(" ")
-    return kind, (drive, int(frame), "l" if side == "l" else "r")
 
 
 @dataclass(frozen=True)
 class SampleJob:
-    """One sample: its small components' bytes, and where the encoded ones lie."""
+    """One sample: the content of its small components, and the extents of the encoded ones."""
 
     key: str
     small: dict[str, bytes]
@@ -83,14 +45,14 @@ class SampleJob:
 
     @property
     def tar_bytes(self) -> int:
-        """Bytes that it takes in a tar."""
+        """Its bytes in a tar."""
         sizes = [len(data) for data in self.small.values()] + [extent.size for extent in self.encoded.values()]
         return sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in sizes)
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard: what goes into it, from which scratch folder, to which store."""
+    """One shard: its samples, the scratch folder that holds them, and the store to write it to."""
 
     part: str
     number: int
@@ -104,7 +66,7 @@ class ShardJob:
 
     @property
     def spec(self) -> str:
-        """Hash of everything that goes into the shard."""
+        """Hash of the shard's content."""
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(sample.key.encode())
@@ -116,10 +78,10 @@ class ShardJob:
 
 
 def write_shard(job: ShardJob) -> Shard:
-    """Pack a shard in the scratch folder, hand it to the store, remove it from scratch. Runs in a worker.
+    """Write a shard in the scratch folder and move it to the store. Runs in a worker.
 
     Raises:
-        StorageError: scratch or store cannot be written.
+        StorageError: the scratch folder or the store cannot be written.
         DatasetError: a scratch file is damaged.
     """
     tar = job.folder / "shards" / job.name
@@ -134,38 +96,30 @@ def write_shard(job: ShardJob) -> Shard:
             writer.abort()
         job.store.put_shard(shard, tar, writer.index_path, note={SHARD_SPEC: job.spec}, move=True)
     except OSError as error:
-        raise StorageError(
-            f"{job.folder}: cannot be used ({error.strerror or error}); free some space or {SCRATCH_ADVICE}, then run "
-            "the same command again: it resumes from here"
-        ) from error
+        raise scratch_error(job.folder, error) from error
     return shard
 
 
 def sample_jobs(plan: PackingPlan, encoded: Encoded, part: str) -> tuple[list[PlannedSample], list[Skipped]]:
-    """The part's samples in packing order, and those left out because a raw file is broken.
+    """The part's samples in packing order, and the lines left out because a raw file is broken.
 
     The order is that of a hash of seed and key: a global shuffle that does not depend on the list's order, and in
-    which one sample more or less leaves the order of the others as it is.
+    which one sample more or less keeps the order of the others.
     """
-    good, bad = [], []
-    for sample in plan.samples[part]:
-        problem = _problem(sample, plan, encoded)
-        if problem is None:
-            good.append(sample)
-        else:
-            bad.append(Skipped(part, sample.line, *problem))
+    problems = [(sample, _problem(sample, plan, encoded)) for sample in plan.samples[part]]
+    good = [sample for sample, problem in problems if problem is None]
     seed = plan.content.seed
     good.sort(key=lambda sample: hashlib.sha256(f"{seed} {sample.key}".encode()).digest())
-    return good, bad
+    return good, [Skipped(part, sample.line, *problem) for sample, problem in problems if problem is not None]
 
 
 def _problem(sample: PlannedSample, plan: PackingPlan, encoded: Encoded) -> tuple[str, str] | None:
-    for offset in plan.content.offsets:
-        message = encoded.broken.get(("image", sample.drive, *sample.image(offset)))
-        if message is not None:
-            return "broken frame", message
-    message = encoded.broken.get(("depth", sample.drive, sample.frame, sample.side)) if sample.depth else None
-    return None if message is None else ("broken depth", message)
+    """Reason and detail if a raw file of a sample is broken."""
+    drive = plan.drives[sample.drive].key
+    labels = [("broken frame", label("image", drive, *sample.image(offset))) for offset in plan.content.offsets]
+    if sample.depth:
+        labels.append(("broken depth", label("depth", drive, sample.frame, sample.side)))
+    return next(((reason, encoded.broken[name]) for reason, name in labels if name in encoded.broken), None)
 
 
 def cut_shards(
@@ -176,7 +130,7 @@ def cut_shards(
     folder: Path,
     store: Store,
 ) -> Iterator[ShardJob]:
-    """Jobs for a part's shards; one ends after `SAMPLES_PER_SHARD` samples or once it has the bytes asked for."""
+    """Jobs for a part's shards. One ends after `SAMPLES_PER_SHARD` samples, or when it has `shard_bytes`."""
     batch: list[SampleJob] = []
     size = number = 0
     for sample in samples:
@@ -191,27 +145,23 @@ def cut_shards(
 
 def _sample_job(plan: PackingPlan, encoded: Encoded, sample: PlannedSample) -> SampleJob:
     content, drive = plan.content, plan.drives[sample.drive]
-    key = (sample.drive, sample.frame, sample.side)
-    native = encoded.native[key]
-    small = {
-        INTRINSICS: drive.calibration.intrinsics(sample.side, native, content.format.size or native)
-        .astype("<f4")
-        .tobytes(),
-        META: _meta(plan, sample, drive, native),
-    }
+    native = encoded.sizes[label("image", drive.key, sample.frame, sample.side)]
+    intrinsics = drive.calibration.intrinsics(sample.side, native, content.format.size or native)
+    small = {INTRINSICS: intrinsics.astype("<f4").tobytes(), META: _meta(plan, sample, drive, native)}
     if content.stereo:
         small[STEREO_TRANSLATION] = np.array(drive.calibration.stereo_translation(sample.side), dtype="<f4").tobytes()
-    files = {
-        image_component(offset, content.format.codec): encoded.images[sample.drive, *sample.image(offset)]
+    labels = {
+        image_component(offset, content.format.codec): label("image", drive.key, *sample.image(offset))
         for offset in content.offsets
     }
     if sample.depth:
-        files[DEPTH] = encoded.depth[key]
+        labels[DEPTH] = label("depth", drive.key, sample.frame, sample.side)
+    files = {component: encoded.files[name] for component, name in labels.items()}
     return SampleJob(sample.key, small, files)
 
 
 def _meta(plan: PackingPlan, sample: PlannedSample, drive: Drive, native: tuple[int, int]) -> bytes:
-    """`meta.json`: where the sample comes from; for odometry also the target camera's pose, 3x4 row-major, metres."""
+    """`meta.json`: the sample's origin; for odometry also the target camera's pose, 3x4 row-major, metres."""
     meta: dict[str, Any] = {
         "drive": printable(sample.drive),
         "frame": sample.frame,
@@ -225,7 +175,7 @@ def _meta(plan: PackingPlan, sample: PlannedSample, drive: Drive, native: tuple[
 
 
 def count_components(plan: PackingPlan, packed: dict[str, list[PlannedSample]]) -> Counter[str]:
-    """How many of the packed samples have each component."""
+    """Number of packed samples with each component."""
     content = plan.content
     total = sum(len(samples) for samples in packed.values())
     names = [image_component(offset, content.format.codec) for offset in content.offsets] + [INTRINSICS, META]

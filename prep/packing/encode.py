@@ -1,8 +1,10 @@
-"""One chunk of work: decode, resize and encode each frame of a stretch of a drive once, project its scans.
+"""One chunk of work: decodes, resizes and encodes each frame of a stretch of a drive once, and projects its scans.
 
-`encode_chunk` runs in a worker; everything it needs is in the `ChunkJob`. What it makes is a chunk: a zip in the
-scratch folder, stored, with the encoded files and an index. It appears whole or not at all, and every file in it has
-a checksum, so that a killed run, a power cut or a failing disk is noticed.
+`encode_chunk` runs in a worker; all that it needs is in the `ChunkJob`. It writes a chunk: a stored zip in the scratch
+folder, with the encoded files and an index. A chunk appears whole or not at all, and each file in it has a checksum,
+so a killed run, a power cut or a failing disk is noticed.
+
+A worker holds at most `_READ_AHEAD_BYTES` of raw files twice, or one larger file, and one decoded image or depth map.
 """
 
 from __future__ import annotations
@@ -11,15 +13,14 @@ import hashlib
 import io
 import json
 import struct
-import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +28,10 @@ import PIL
 from PIL import Image, ImageFile, ImageFilter, ImageOps, UnidentifiedImageError, features
 
 from prep.raw.calibration import StereoCalibration
-from prep.raw.files import read_many
+from prep.raw.files import read, read_many
 from prep.raw.splits import CameraSide
 from prep.raw.text import printable
-from prep.raw.velodyne import Convention, depth_png, points_in_view, project, read_scan
+from prep.raw.velodyne import Convention, depth_png, encode_png, open_image, points_in_view, project, read_scan
 from prep.raw.zips import Ref
 from shards.errors import DatasetError, SampleError, StorageError, UsageError
 from shards.files import temporary
@@ -39,26 +40,23 @@ from shards.sample import Chroma, Codec
 from shards.version import __version__
 
 _END = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-"""How a whole file ends: one without its end may show every pixel here and fail in another decoder."""
+"""End of a whole file. One without it may decode here and fail in another decoder."""
 _PNG_DEPTH = 24
-"""Where a PNG says how many bits a channel has."""
-_MAX_PIXELS = 64 << 20
-"""Of a raw frame; decoded it takes three bytes a pixel."""
+"""Offset of the bits of a channel in a PNG."""
+_MAX_PIXELS = 32 << 20
+"""Of a raw frame, as in 8K video. Pillow holds four bytes a pixel, up to three times while it encodes."""
 READ_AHEAD = 4
-"""Time steps fetched at once, and the same number again while those are encoded: 2 x 4 x (2 images + 1 scan)."""
+"""Time steps to fetch at once; as many are fetched while those are encoded: 2 x 4 x (2 images + 1 scan)."""
 _READ_AHEAD_BYTES = 64 << 20
 _INDEX = "index.json"
 _LOCAL_HEADER = 30
-"""Bytes of a zip's local header before the name; `zipfile` writes no extra field for stored files of this size."""
+"""Bytes of a zip's local header before the name; `zipfile` adds no extra field to stored files of this size."""
 SCRATCH_ADVICE = "give --scratch DIR"
 
 
 @cache
 def versions() -> str:
-    """Versions of what decides a dataset's bytes: `md2 0.1.0, pillow 12.0, pillow's libjpeg_turbo 3.1, …, zlib 1.3`.
-
-    With others the same input is another dataset.
-    """
+    """Versions of md2 and of the libraries that decide a dataset's bytes, in one line."""
     codecs = {name: features.version(name) for name in ("libjpeg_turbo", "zlib", "zlib_ng")}
     words = [f"md2 {__version__}", f"pillow {PIL.__version__}"]
     words += [f"pillow's {name} {number}" for name, number in codecs.items() if number]
@@ -66,19 +64,19 @@ def versions() -> str:
 
 
 EVEN_TABLES = [[1 if u + v <= 7 else 2 for v in range(8) for u in range(8)], [6] * 64]
-"""Quantisation steps of luma and chroma at frequencies u, v. The standard tables spare what the eye sees; the
-photometric loss matches the faint texture of roads and walls too, which steps of 3 and more erase."""
+"""Quantisation steps of luma and chroma at frequencies u, v. The standard tables keep what the eye sees; the
+photometric loss also matches the faint texture of roads and walls, which steps of 3 and more erase."""
 CHROMA_BLUR = 2.0
-"""Pixels. The noise of a camera's colours differs from frame to frame, and counts as photometric error."""
+"""Standard deviation in pixels. The noise of a camera's colours changes from frame to frame and counts as error."""
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How images are stored.
+    """Format of the stored images.
 
     Attributes:
         size: (width, height), or None for native.
-        quality: of JPEG's standard tables; None: `EVEN_TABLES`. Other codecs have none.
+        quality: of JPEG's standard tables; None for `EVEN_TABLES` and for other codecs.
         chroma: colour resolution of JPEG; `420` is smoothed before it is halved. Other codecs keep all of it.
     """
 
@@ -89,24 +87,21 @@ class ImageFormat:
 
     @property
     def jpeg(self) -> JpegInfo | None:
-        """What the manifest records; None for other codecs."""
+        """The manifest's entry; None for other codecs."""
         if self.codec != "jpeg":
             return None
-        return JpegInfo(
-            chroma=self.chroma,
-            chroma_blur=CHROMA_BLUR if self.chroma == "420" else 0,
-            tables="even" if self.quality is None else "standard",
-        )
+        blur = CHROMA_BLUR if self.chroma == "420" else 0
+        tables: Literal["even", "standard"] = "even" if self.quality is None else "standard"
+        return JpegInfo(chroma=self.chroma, chroma_blur=blur, tables=tables)
 
 
 @dataclass(frozen=True)
 class TimeStep:
-    """The raw files of one time step of a drive that samples need.
+    """Raw files of one time step of a drive, as far as samples need them.
 
     Attributes:
-        images: side -> image.
-        scan: the lidar scan, needed for `depth_sides`.
-        typical_scan: usual size in bytes of the drive's scans; 0 without one.
+        scan: the lidar scan, for the ground truth of `depth_sides`.
+        typical_scan: usual size in bytes of the drive's scans; 0 without a scan.
         depth_maps: side -> ready-made ground truth.
     """
 
@@ -124,12 +119,7 @@ class TimeStep:
 
 @dataclass(frozen=True)
 class ChunkJob:
-    """A stretch of one drive to encode into one chunk.
-
-    Attributes:
-        levels: values that become 0 and 255, for frames with more than 8 bits; see `Drive.levels`.
-        versions: of the libraries that decide the bytes.
-    """
+    """A stretch of the drive with the key `drive` to encode into one chunk. `versions` are the main process's."""
 
     drive: str
     time_steps: tuple[TimeStep, ...]
@@ -149,15 +139,13 @@ class ChunkJob:
     @property
     def name(self) -> str:
         """File name from everything that decides the content: another input or option is another chunk."""
-        files = [(r.path, r.url, r.size, r.member.crc if r.member else 0) for i in self.time_steps for r in i.refs()]
-        wanted = [(i.frame, sorted(i.images), i.depth_sides, sorted(i.depth_maps)) for i in self.time_steps]
-        calibration = [self.calibration.size, *(m.tolist() for _, m in sorted(self.calibration.projection.items()))]
-        calibration.append(None if self.calibration.velodyne is None else self.calibration.velodyne.tolist())
+        steps, projection, velodyne = self.time_steps, self.calibration.projection, self.calibration.velodyne
         spec = [
             self.drive,
-            files,
-            wanted,
-            calibration,
+            [(r.path, r.url, r.size, r.member.crc if r.member else 0) for step in steps for r in step.refs()],
+            [(step.frame, sorted(step.images), step.depth_sides, sorted(step.depth_maps)) for step in steps],
+            [self.calibration.size, *(matrix.tolist() for _, matrix in sorted(projection.items()))],
+            None if velodyne is None else velodyne.tolist(),
             asdict(self.format),
             self.convention,
             self.versions,
@@ -168,7 +156,7 @@ class ChunkJob:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where an encoded file lies: its chunk, offset and size in it, and the CRC-32 of its bytes."""
+    """Extent of an encoded file: its chunk, offset and size in bytes, and the CRC-32 of its content."""
 
     chunk: str
     offset: int
@@ -176,10 +164,10 @@ class Extent:
     crc: int
 
     def read(self, folder: Path) -> bytes:
-        """The bytes.
+        """Content of the file.
 
         Raises:
-            DatasetError: they are not what was written.
+            DatasetError: it is not what was written.
         """
         with (folder / self.chunk).open("rb") as file:
             file.seek(self.offset)
@@ -189,45 +177,53 @@ class Extent:
         return data
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Contents of a finished chunk.
+@dataclass
+class Encoded:
+    """Index of one finished chunk or of several, by `label`.
 
     Attributes:
-        files: "image FRAME SIDE" or "depth FRAME SIDE" -> where it lies.
-        sizes: "image FRAME SIDE" -> native (width, height).
-        broken: the same names -> what is broken about the raw file.
+        sizes: native (width, height) of images.
+        broken: faults of raw files.
     """
 
-    files: dict[str, Extent]
-    sizes: dict[str, tuple[int, int]]
-    broken: dict[str, str]
+    files: dict[str, Extent] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def add(self, chunk: Encoded) -> None:
+        """Add another chunk's index."""
+        self.files |= chunk.files
+        self.sizes |= chunk.sizes
+        self.broken |= chunk.broken
 
 
-def read_chunk(path: Path) -> Chunk | None:
-    """A finished chunk; None if there is none, or a damaged one."""
+def label(kind: Literal["image", "depth"], drive: str, frame: int, side: CameraSide) -> str:
+    """Name of a file in a chunk. `drive` is the drive's key."""
+    return f"{kind} {drive} {frame} {side}"
+
+
+def read_chunk(path: Path) -> Encoded | None:
+    """Index of a chunk; None if there is no such chunk, or it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             index = json.loads(archive.read(_INDEX))
             members = [info for info in archive.infolist() if info.filename != _INDEX]
     except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError, struct.error):
         return None
-    files = {
-        info.filename: Extent(
-            path.name, info.header_offset + _LOCAL_HEADER + len(info.filename), info.file_size, info.CRC
-        )
-        for info in members
-    }
-    return Chunk(files, {name: (size[0], size[1]) for name, size in index["sizes"].items()}, index["broken"])
+    files = {}
+    for info in members:
+        offset = info.header_offset + _LOCAL_HEADER + len(info.filename)
+        files[info.filename] = Extent(path.name, offset, info.file_size, info.CRC)
+    return Encoded(files, {name: (size[0], size[1]) for name, size in index["sizes"].items()}, index["broken"])
 
 
 def encode_chunk(job: ChunkJob) -> str:
-    """Write the chunk of a job; returns its file name.
+    """Write a job's chunk and return its file name.
 
     Raises:
         SampleError: a raw file is broken, unless `skip_broken`.
         StorageError: the chunk cannot be written.
-        UsageError: this worker has other versions of the libraries that decide the bytes.
+        UsageError: this worker has other versions than the main process.
     """
     if versions() != job.versions:
         raise UsageError(f"a worker has {versions()}, the main process {job.versions}: install the same versions")
@@ -242,18 +238,23 @@ def encode_chunk(job: ChunkJob) -> str:
         finally:
             tmp.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(
-            f"{job.folder}: cannot be written ({error.strerror or error}); free some space or {SCRATCH_ADVICE}, then "
-            "run the same command again: it resumes from here"
-        ) from error
+        raise scratch_error(job.folder, error) from error
     return job.name
+
+
+def scratch_error(folder: Path, error: OSError) -> StorageError:
+    """The error to raise if the scratch folder cannot be used."""
+    return StorageError(
+        f"{folder}: cannot be used ({error.strerror or error}); free some space or {SCRATCH_ADVICE}, then run the same "
+        "command again: it resumes from here"
+    )
 
 
 class _Encoder:
     """Encodes a job's time steps into an archive.
 
-    With `skip_broken`, what is broken is noted in the index. The note names files by their KITTI paths: it goes into
-    the dataset's report, which is shared, and is the same wherever the raw data lies.
+    With `skip_broken`, faults of raw files are noted in the index. The notes name files by their KITTI paths: they
+    go into the dataset's report, which is shared and does not depend on where the raw data lies.
     """
 
     def __init__(self, job: ChunkJob, archive: zipfile.ZipFile) -> None:
@@ -263,16 +264,16 @@ class _Encoder:
         self._broken: dict[str, str] = {}
 
     def run(self) -> None:
-        for step, files in _read_ahead(self._job.time_steps):
-            self._encode(step, files)
+        for step, content in _read_ahead(self._job.time_steps):
+            self._encode(step, content)
         self._archive.writestr(_INDEX, json.dumps({"sizes": self._sizes, "broken": self._broken}))
 
-    def _encode(self, step: TimeStep, files: dict[Ref, bytes | SampleError]) -> None:
+    def _encode(self, step: TimeStep, content: Callable[[Ref], bytes]) -> None:
         job, native = self._job, dict[CameraSide, tuple[int, int]]()
         for side, ref in step.images.items():
-            name = f"image {step.frame} {side}"
+            name = label("image", job.drive, step.frame, side)
             try:
-                data, size = encode_image(_whole(files[ref]), ref, job.calibration.size, job.format, job.levels)
+                data, size = encode_image(content(ref), ref, job.calibration.size, job.format, job.levels)
             except SampleError as error:
                 self._note(step, name, error)
                 continue
@@ -281,28 +282,24 @@ class _Encoder:
         points: npt.NDArray[np.float64] | None = None
         for side in (*step.depth_sides, *step.depth_maps):
             if side not in native:
-                continue  # its image is broken, and so is every sample that would have this depth
+                continue  # its image is broken, and so is each sample with this depth
+            name = label("depth", job.drive, step.frame, side)
             try:
                 if side in step.depth_maps:
                     ready = step.depth_maps[side]
-                    data = depth_png(_whole(files[ready]), native[side], ready.place)
+                    data = depth_png(content(ready), native[side], ready.place)
                 else:
-                    points = self._points(step, files, native[side]) if points is None else points
+                    if points is None:  # both cameras have images of one size
+                        assert step.scan is not None
+                        scan = read_scan(content(step.scan), step.scan.place, step.typical_scan)
+                        projections = [job.calibration.lidar_projection(side) for side in step.depth_sides]
+                        points = points_in_view(scan, projections, native[side][0])
                     projection = job.calibration.lidar_projection(side)
-                    data = project(points, projection, native[side], job.convention).png()
+                    data = encode_png(project(points, projection, native[side], job.convention))
             except SampleError as error:
-                self._note(step, f"depth {step.frame} {side}", error)
+                self._note(step, name, error)
                 continue
-            self._archive.writestr(f"depth {step.frame} {side}", data)
-
-    def _points(
-        self, step: TimeStep, files: dict[Ref, bytes | SampleError], size: tuple[int, int]
-    ) -> npt.NDArray[np.float64]:
-        """The scan's points that the cameras may see; both have images of one size."""
-        assert step.scan is not None
-        scan = read_scan(_whole(files[step.scan]), step.scan.place, step.typical_scan)
-        projections = [self._job.calibration.lidar_projection(side) for side in step.depth_sides]
-        return points_in_view(scan, projections, size[0])
+            self._archive.writestr(name, data)
 
     def _note(self, step: TimeStep, name: str, error: SampleError) -> None:
         if not self._job.skip_broken:
@@ -313,8 +310,12 @@ class _Encoder:
         self._broken[name] = printable(note)
 
 
-def _read_ahead(steps: tuple[TimeStep, ...]) -> Iterator[tuple[TimeStep, dict[Ref, bytes | SampleError]]]:
-    """Each time step with its files' content; the next few are fetched while these are worked on."""
+def _read_ahead(steps: tuple[TimeStep, ...]) -> Iterator[tuple[TimeStep, Callable[[Ref], bytes]]]:
+    """Each time step, and a function that returns the content of its files or raises SampleError.
+
+    A thread fetches the next few steps meanwhile. Files of a step that is too large for that are read one by one, and
+    so are all files if no thread can be started.
+    """
     groups: list[list[TimeStep]] = []
     room = 0
     for step in steps:
@@ -325,21 +326,27 @@ def _read_ahead(steps: tuple[TimeStep, ...]) -> Iterator[tuple[TimeStep, dict[Re
         groups[-1].append(step)
         room -= size
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(_read_group, groups[0])
+        coming = _fetch(thread, groups[0])
         for number, group in enumerate(groups):
-            files = coming.result()
-            if number + 1 < len(groups):
-                coming = thread.submit(_read_group, groups[number + 1])
+            files = None if coming is None else coming.result()
+            coming = _fetch(thread, groups[number + 1]) if number + 1 < len(groups) else None
             for step in group:
-                yield step, {ref: files.pop(ref) for ref in step.refs()}
+                yield step, read if files is None else partial(_take, {ref: files.pop(ref) for ref in step.refs()})
 
 
-def _read_group(group: list[TimeStep]) -> dict[Ref, bytes | SampleError]:
+def _fetch(thread: ThreadPoolExecutor, group: list[TimeStep]) -> Future[dict[Ref, bytes | SampleError]] | None:
+    """Begin to read a group's files; None if they are to be read one by one."""
     refs = [ref for step in group for ref in step.refs()]
-    return dict(zip(refs, read_many(refs), strict=True))
+    if sum(max(ref.size, ref.transfer) for ref in refs) > _READ_AHEAD_BYTES:
+        return None
+    try:
+        return thread.submit(lambda: dict(zip(refs, read_many(refs), strict=True)))
+    except RuntimeError:  # a limit on threads
+        return None
 
 
-def _whole(content: bytes | SampleError) -> bytes:
+def _take(files: dict[Ref, bytes | SampleError], ref: Ref) -> bytes:
+    content = files[ref]
     if isinstance(content, SampleError):
         raise content
     return content
@@ -348,17 +355,15 @@ def _whole(content: bytes | SampleError) -> bytes:
 def _to_rgb(picture: Image.Image, levels: tuple[int, int] | None) -> Image.Image:
     """Any mode as 8-bit RGB.
 
-    Of 16 bits the upper 8 remain, as Pillow reads 16-bit colour (16-bit grey it would clip); with `levels`, that range
+    Of 16 bits the upper 8 remain, as Pillow reads 16-bit colour (16-bit grey it would clip). With `levels`, that range
     of grey values becomes 0 to 255.
     """
     if picture.mode.startswith("I;16"):
-        values = np.asarray(picture)
-        if levels is None:
-            grey = values >> 8
-        else:
+        table = np.arange(1 << 16) >> 8
+        if levels is not None:
             low, high = levels
-            grey = np.rint((values.clip(low, high).astype(np.float32) - low) * (255 / (high - low)))
-        picture = Image.fromarray(grey.astype(np.uint8))
+            table = np.rint((np.arange(1 << 16).clip(low, high).astype(np.float32) - low) * (255 / (high - low)))
+        picture = Image.fromarray(table.astype(np.uint8)[np.asarray(picture)])
     return picture.convert("RGB")
 
 
@@ -371,32 +376,29 @@ def encode_image(
 ) -> tuple[bytes, tuple[int, int]]:
     """Decode, resize (antialiased, Lanczos) and encode one raw image.
 
-    A whole file that already has the stored codec and size goes through untouched.
+    A whole file that already has the stored codec and size is kept as it is.
 
     Args:
         data: the raw file's content.
-        expected: native size by the calibration, if that is known.
-        levels: as `Drive.levels`.
+        expected: native size by the calibration, if known.
+        levels: values that become 0 and 255, for frames of more than 8 bits; see `Drive.levels`.
 
     Returns:
         The stored bytes, and the native (width, height).
 
     Raises:
-        SampleError: not a whole image, too large, or not of the size that it was calibrated at.
+        SampleError: not a whole image, too large, or not of the size of the calibration.
     """
     try:
-        with warnings.catch_warnings():  # Pillow's own limit would print one
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-        with opened as image:
+        with open_image(data, "PNG", "JPEG") as image:
             oriented = 0x0112 in image.getexif()
-            # Before the pixels take memory; one that is to be turned may have its sides swapped.
+            # Before the pixels take memory. An image to be turned may have its sides swapped.
             _check_size(image.size[::-1] if oriented and expected == image.size[::-1] else image.size, expected, ref)
             image.load()
             kind, mode = image.format, image.mode
             picture = ImageOps.exif_transpose(image) if oriented else image
             picture = picture if mode == "RGB" else _to_rgb(picture, levels)
-    except UnidentifiedImageError as error:  # its own words are the address of a buffer
+    except UnidentifiedImageError as error:  # its message holds the address of a buffer
         raise SampleError(f"{ref.place}: broken image (neither PNG nor JPEG); fetch it again") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SampleError(f"{ref.place}: broken image ({error}); fetch it again") from error
@@ -412,7 +414,7 @@ def encode_image(
 
 
 def encode(picture: Image.Image, form: ImageFormat) -> bytes:
-    """An RGB picture of the stored size, encoded."""
+    """Encode an RGB picture of the stored size."""
     buffer = io.BytesIO()
     if form.codec != "jpeg":
         picture.save(buffer, form.codec.upper())
@@ -420,7 +422,7 @@ def encode(picture: Image.Image, form: ImageFormat) -> bytes:
     if form.chroma == "420":
         picture = smooth_chroma(picture, CHROMA_BLUR)
     steps: dict[str, Any] = {"qtables": EVEN_TABLES} if form.quality is None else {"quality": form.quality}
-    # Huffman tables of the image's own: a twentieth fewer bytes. Pillow then writes into one buffer that must hold all.
+    # Huffman tables of the image's own save a twentieth of the bytes. Pillow needs one buffer for the whole file then.
     ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 1024 + 6 * picture.width * picture.height)
     picture.save(buffer, "JPEG", subsampling=f"4:{form.chroma[1]}:{form.chroma[2]}", optimize=True, **steps)
     return buffer.getvalue()
@@ -433,17 +435,19 @@ def _check_size(native: tuple[int, int], expected: tuple[int, int] | None, ref: 
             "prep needs the frames at their own size"
         )
     if native[0] * native[1] > _MAX_PIXELS:
-        raise SampleError(f"{ref.place}: {native[0]}x{native[1]} pixels; more than {_MAX_PIXELS:,} are not read")
+        raise SampleError(f"{ref.place}: {native[0]}x{native[1]} pixels; at most {_MAX_PIXELS:,} are read")
 
 
 def smooth_chroma(picture: Image.Image, blur: float) -> Image.Image:
-    """A picture in YCbCr whose colours are halved, smoothed and blown up again: halving them again changes nothing.
+    """A picture in YCbCr with its colours halved, smoothed and enlarged again: halving them again changes nothing.
 
     Args:
         picture: RGB.
         blur: standard deviation of the Gaussian, pixels of the picture.
     """
-    luma, *colours = picture.convert("YCbCr").split()
-    halves = (colour.reduce(2).filter(ImageFilter.GaussianBlur(blur / 2)) for colour in colours)
-    whole = (half.resize((2 * half.width, 2 * half.height), Image.Resampling.NEAREST) for half in halves)
-    return Image.merge("YCbCr", (luma, *(colour.crop((0, 0, *picture.size)) for colour in whole)))
+    bands = list(picture.convert("YCbCr").split())
+    for number in (1, 2):
+        half = bands[number].reduce(2).filter(ImageFilter.GaussianBlur(blur / 2))
+        whole = half.resize((2 * half.width, 2 * half.height), Image.Resampling.NEAREST)
+        bands[number] = whole if whole.size == picture.size else whole.crop((0, 0, *picture.size))
+    return Image.merge("YCbCr", bands)

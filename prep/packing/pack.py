@@ -1,16 +1,16 @@
-"""Packing: plan, encode every raw frame once into scratch, assemble shards from scratch, publish.
+"""Packs a plan: encodes each raw frame once into a scratch folder, assembles shards from it, publishes them.
 
     plan = make_plan(read_split("eigen_zhou"), Kitti(RawData(["kitti_data"]), "velodyne"), content)
     with start_workers(2) as workers:
         result = pack(plan, lists, "kitti_shards/eigen_zhou", scratch, workers)
 
-Every step leaves whole files or none, under names that say what decided their content. So the same call resumes
-after a SIGKILL: chunks and shards that exist are not made again, and the dataset's bytes are those of an
-uninterrupted run, whatever the number of workers or the engine that runs them.
+Each step leaves whole files or none, under names from all that decides their content. So the same call resumes after
+a SIGKILL: existing chunks and shards are not made again, and the dataset has the bytes of an uninterrupted run, with
+any number of workers and either engine.
 
-Bounds: memory about 75 MB a worker besides the interpreter (a few raw time steps, one decoded frame) and about 1 kB
-a sample in the main process; scratch holds each needed frame once, encoded, and one shard for each worker. It is
-emptied when the dataset is committed.
+Memory: about 75 MB a worker for frames of KITTI's size, besides the interpreter, and about 1 kB a sample in the main
+process. The scratch folder holds each needed frame once, encoded, and one shard for each worker. It is removed when
+the dataset is committed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from prep.packing.assemble import SHARD_SPEC, Encoded, ShardJob, count_components, cut_shards, sample_jobs, write_shard
-from prep.packing.encode import SCRATCH_ADVICE, ChunkJob, encode_chunk, read_chunk, versions
+from prep.packing.assemble import SHARD_SPEC, ShardJob, count_components, cut_shards, sample_jobs, write_shard
+from prep.packing.encode import SCRATCH_ADVICE, ChunkJob, Encoded, encode_chunk, read_chunk, scratch_error, versions
 from prep.packing.plan import PackingPlan, PlannedSample, Skipped
 from prep.raw.kitti import KITTI_LICENCE
 from prep.raw.splits import SplitLists
@@ -48,7 +48,7 @@ _LOCK = "lock"
 
 @dataclass(frozen=True)
 class Packed:
-    """A committed dataset: where, what, which lines gave no sample, whether it was published before."""
+    """A committed dataset, the lines without a sample, and whether it was published before this call."""
 
     url: str
     manifest: Manifest
@@ -57,10 +57,10 @@ class Packed:
 
 
 def scratch_folder(out: str, within: Path | None = None) -> Path:
-    """Folder for a dataset's unfinished work; it is removed in the end, so it is never a folder of the user's.
+    """Folder for a dataset's unfinished work. It is removed in the end, so it is never a folder of the user's.
 
     Args:
-        within: its parent; default: beside a local dataset, for others in the user's cache.
+        within: its parent; None: beside a local dataset, in the user's cache for others.
     """
     where = str(local_path(out).absolute()) if is_local(out) else out
     name = hashlib.sha256(where.encode(errors="surrogateescape")).hexdigest()[:16]
@@ -87,12 +87,12 @@ def pack(
     Args:
         lists: the split that the plan was made from.
         out: folder or URL.
-        scratch: folder for unfinished work, of this dataset alone; with workers on other machines they must see it.
+        scratch: folder for this dataset's unfinished work; workers on other machines must see it, too.
         skip_broken: leave out samples with broken raw files and list them, instead of stopping.
 
     Raises:
-        InputError: no sample can be made; or a raw file is broken, unless `skip_broken`.
-        StorageError: scratch or `out` cannot be written, or another run is at work there.
+        InputError: no sample can be made, or a raw file is broken, unless `skip_broken`.
+        StorageError: `scratch` or `out` cannot be written, or another run is at work there.
     """
     if plan.total == 0:
         raise InputError(_nothing(plan, plan.skipped))
@@ -103,24 +103,27 @@ def pack(
     with _locked(scratch):
         identity = _identity(plan, lists)
         receipts = store.begin(identity)
-        if store.published is not None and _packed_from(store) not in (None, plan.inputs_sha256):
-            # The same samples from files that have changed: never overwritten, so a version beside it.
+        if store.published is not None and _published_report(store).inputs_sha256 not in (None, plan.inputs_sha256):
+            # The same samples from files that have changed: a new version beside the published one.
             store = Store(out)
             receipts = store.begin({**identity, "inputs_sha256": plan.inputs_sha256})
         if store.published is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-            return Packed(store.url, store.published, _published_skips(store, plan), already=True)
+            lines = _published_report(store).skipped_lines
+            return Packed(store.url, store.published, plan.skipped if lines is None else lines, already=True)
         if store.url != store.asked_url:
             progress.note(f"another dataset is at {store.asked_url} and stays as it is; this one goes to {store.url}")
         jobs = list(plan.jobs(scratch, skip_broken, versions()))
         _encode(jobs, scratch, workers, progress)
         encoded = Encoded()
         for job in jobs:
-            encoded.add(job.drive, scratch, job.name)
+            chunk = read_chunk(scratch / job.name)
+            if chunk is None:
+                raise StorageError(f"{scratch / job.name}: gone or damaged; run the same command again")
+            encoded.add(chunk)
         manifest, skipped = _assemble(plan, lists, encoded, store, receipts, scratch, workers, progress)
-        store.put_text(
-            CARD, card(manifest, licence=KITTI_LICENCE if any(drive.kitti for drive in plan.drives.values()) else None)
-        )
+        licence = KITTI_LICENCE if any(drive.kitti for drive in plan.drives.values()) else None
+        store.put_text(CARD, card(manifest, licence=licence))
         store.put_text(REPORT, report(plan, manifest, skipped))
         manifest = store.commit(manifest)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -128,7 +131,7 @@ def pack(
 
 
 def _identity(plan: PackingPlan, lists: SplitLists) -> dict[str, Any]:
-    """Everything that decides the dataset's bytes."""
+    """All that decides the dataset's bytes."""
     return {
         "split": {"name": lists.name, "sha256": lists.sha256},
         "parts": sorted(plan.samples),
@@ -140,14 +143,14 @@ def _identity(plan: PackingPlan, lists: SplitLists) -> dict[str, Any]:
 
 @contextmanager
 def _locked(scratch: Path) -> Iterator[None]:
-    """Hold the scratch folder for this process alone; the lock of a killed process ends with it."""
+    """Lock the scratch folder for this process. The lock of a killed process ends with it."""
     lock = FileLock(scratch / _LOCK, f"{SCRATCH_ADVICE} on another")
     try:
         taken = lock.try_acquire()
     except OSError as error:
         raise StorageError(
-            f"{scratch}: cannot be written ({error.strerror or error}); unfinished work lies there, by default beside "
-            f"--out: give another --out, or {SCRATCH_ADVICE}"
+            f"{scratch}: cannot be written ({error.strerror or error}); this folder for unfinished work is beside "
+            f"--out by default: give another --out, or {SCRATCH_ADVICE}"
         ) from error
     if not taken:
         raise StorageError(f"{scratch}: another md2 prep is at work there; wait for it, or stop it")
@@ -156,16 +159,19 @@ def _locked(scratch: Path) -> Iterator[None]:
 
 
 def _encode(jobs: list[ChunkJob], scratch: Path, workers: Workers, progress: Progress) -> None:
-    """Make the chunks that do not exist yet; remove what earlier runs with other options or input left."""
+    """Make the chunks that do not exist yet, and remove those of earlier runs with other options or input."""
     names = {job.name: job for job in jobs}
-    for path in scratch.iterdir():
-        if path.is_file() and path.name not in names and path.name != _LOCK:
-            path.unlink()
+    try:
+        for path in scratch.iterdir():
+            if path.is_file() and path.name not in names and path.name != _LOCK:
+                path.unlink()
+    except OSError as error:
+        raise scratch_error(scratch, error) from error
     progress.phase("encoding frames", sum(job.images for job in jobs), "images")
     missing = []
     for name, job in names.items():
         chunk = read_chunk(scratch / name)
-        if chunk is None or chunk.broken:  # what was broken may have been mended
+        if chunk is None or chunk.broken:  # a broken file may have been mended
             missing.append(job)
         else:
             progress.advance(job.images)
@@ -229,7 +235,7 @@ def _assemble(
 
 
 def report(plan: PackingPlan, manifest: Manifest, skipped: list[Skipped]) -> str:
-    """`report.json`: what was packed, from what, and every split line that gave no sample, with the reason."""
+    """`report.json`: the number of samples, a hash of the raw files, and each split line without a sample, with why."""
     content = {
         "inputs_sha256": plan.inputs_sha256,
         "samples": {part: manifest.samples(part) for part in manifest.parts},
@@ -242,20 +248,17 @@ def report(plan: PackingPlan, manifest: Manifest, skipped: list[Skipped]) -> str
 
 
 def summary(skipped: list[Skipped]) -> str:
-    """`3 missing neighbour +1 (first: 2011_09_26/… 107 l), …`; of what is broken also how."""
-    firsts: dict[str, Skipped] = {}
-    for skip in skipped:
-        firsts.setdefault(skip.reason, skip)
+    """`3 missing neighbour +1 (first: 2011_09_26/… 107 l), …`, and for broken files the fault."""
     texts = []
     for reason, count in Counter(skip.reason for skip in skipped).most_common():
-        first = firsts[reason]
+        first = next(skip for skip in skipped if skip.reason == reason)
         broken = f": {first.detail}" if reason.startswith("broken") else ""
         texts.append(f"{count} {reason} (first: {first.line}{broken})")
     return ", ".join(texts)
 
 
 def _nothing(plan: PackingPlan, skipped: list[Skipped]) -> str:
-    """Message if no line gives a sample, with the way out if the right camera is missing altogether."""
+    """Message if no line gives a sample, with advice if no drive has a right camera."""
     message = "none of the split's lines can be packed: " + summary(skipped)
     if plan.content.stereo and not any(drive.images["r"] for drive in plan.found.values()):
         message += "; there is no right camera (image_03): give --no-stereo to pack without it"
@@ -263,27 +266,16 @@ def _nothing(plan: PackingPlan, skipped: list[Skipped]) -> str:
 
 
 class _Report(BaseModel):
-    """What is read back of a published `report.json`; of a damaged or foreign one nothing is."""
+    """The fields of a published `report.json` that are read again."""
 
     inputs_sha256: str | None = None
     skipped_lines: list[Skipped] | None = None
 
 
 def _published_report(store: Store) -> _Report:
-    """The report of the dataset that is published already; empty if there is none that can be read."""
+    """Report of the published dataset; empty if it is missing, damaged or foreign."""
     text = store.storage.read(REPORT, MAX_MANIFEST_BYTES)
     try:
         return _Report() if text is None else _Report.model_validate_json(text)
     except ValidationError:
         return _Report()
-
-
-def _packed_from(store: Store) -> str | None:
-    """`PackingPlan.inputs_sha256` of the dataset that is published already, if its report has it."""
-    return _published_report(store).inputs_sha256
-
-
-def _published_skips(store: Store, plan: PackingPlan) -> list[Skipped]:
-    """The lines that the report of the published dataset lists."""
-    lines = _published_report(store).skipped_lines
-    return plan.skipped if lines is None else lines

@@ -1,4 +1,4 @@
-"""From split lines to work: which samples can be made, which cannot and why, which raw frames they need."""
+"""Plans the work of a split: which samples can be made, which cannot and why, and which raw files they need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 from prep.packing.encode import ChunkJob, ImageFormat, TimeStep
 from prep.raw.calibration import other
 from prep.raw.kitti import Drive, Layout
-from prep.raw.splits import BadLine, CameraSide, SplitLine, SplitLists
+from prep.raw.splits import CameraSide, SplitLine, SplitLists
 from prep.raw.text import printable
 from prep.raw.velodyne import SCAN_POINT_BYTES, Convention
 from shards.dataset import SHARD_BYTES
@@ -23,23 +23,23 @@ OnError = Literal["stop", "skip"]
 
 BROKEN_DRIVE = "broken drive"
 DRIVE_END = "drive's end"
-"""Begins the reason of lines whose neighbour lies beyond a drive's or clip's ends: it was never there."""
+"""Begins the reason of lines whose neighbour lies beyond the ends of a drive or clip: nobody could have it."""
 _FEW_POINTS = 0.8
-"""Of a scan's neighbours' points; they differ by a few hundredths from scan to scan."""
+"""Of the points of the scans before and after, which differ by a few hundredths."""
 TIME_STEPS_PER_CHUNK = 24
 """Time steps of a drive in one unit of work: a few seconds, so that a killed run loses little."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a sample holds; with the split and the raw data it decides the dataset's bytes.
+    """Content of the samples. With the split and the raw data it decides the dataset's bytes.
 
     Attributes:
         frames: offsets, 0 first.
         depth: ground truth to pack if present, or None.
-        convention: which depth a lidar point has.
+        convention: depth of a lidar point.
         seed: seed of the global shuffle.
-        limit: number of lines taken of each part; None: all.
+        limit: number of lines to take of each part; None: all.
         shard_bytes: size at which a shard ends.
     """
 
@@ -59,7 +59,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A split line that gave no sample. `detail` names the raw file or the drive, wherever they lie."""
+    """A split line without a sample. `detail` names the raw file or the drive, without the raw location."""
 
     part: str
     line: str
@@ -68,7 +68,7 @@ class Skipped:
 
     @property
     def wanted(self) -> bool:
-        """Whether the line could have given a sample: a drive's ends have no neighbours for anybody."""
+        """Whether the line could have given a sample: at a drive's ends nobody has the neighbours."""
         return not self.reason.startswith(DRIVE_END)
 
 
@@ -88,22 +88,22 @@ class PlannedSample:
         return printable(f"{self.drive} {self.frame} {self.side}")
 
     def image(self, offset: Offset) -> tuple[int, CameraSide]:
-        """Frame and side of one of its images."""
+        """Frame and side of its image at an offset."""
         return (self.frame, other(self.side)) if offset == "s" else (self.frame + offset, self.side)
 
 
 @dataclass
 class PackingPlan:
-    """What will be packed.
+    """The samples to pack, and the raw files that they need.
 
     Attributes:
         samples: part -> samples, in the lists' order.
-        skipped: lines that give no sample.
-        drives: by name as in the lists; those that samples come from.
+        skipped: lines without a sample.
+        drives: drives of the samples, by their names in the lists.
         found: all drives of the lists that have data.
-        missing_drives: names without data.
+        missing_drives: names of the others.
         time_steps: drive -> time steps needed, by frame number.
-        notes: what the user should know: odd data that can be packed.
+        notes: remarks for the user about unusual data.
     """
 
     content: Content
@@ -121,17 +121,17 @@ class PackingPlan:
 
     @property
     def images(self) -> int:
-        """Unique raw images to decode."""
-        return sum(len(i.images) for time_steps in self.time_steps.values() for i in time_steps)
+        """Number of unique raw images to decode."""
+        return sum(len(step.images) for steps in self.time_steps.values() for step in steps)
 
     @property
     def input_bytes(self) -> int:
         """Bytes to read; of zip members the packed size."""
-        return sum(ref.transfer for time_steps in self.time_steps.values() for i in time_steps for ref in i.refs())
+        return sum(ref.transfer for steps in self.time_steps.values() for step in steps for ref in step.refs())
 
     @property
     def samples_sha256(self) -> str:
-        """Hash over the samples, which of them have depth, and the poses: with other raw data, another dataset."""
+        """Hash of the samples, of which of them have depth, and of the poses."""
         digest = hashlib.sha256()
         for part, samples in sorted(self.samples.items()):
             for sample in samples:
@@ -143,24 +143,25 @@ class PackingPlan:
 
     @property
     def inputs_sha256(self) -> str:
-        """Hash over the KITTI paths and sizes of the raw files: it changes if files are mended or converted."""
+        """Hash of the KITTI paths and sizes of the raw files. It changes if files are mended or converted."""
         digest = hashlib.sha256()
-        for _, time_steps in sorted(self.time_steps.items()):
-            for ref in (ref for time_step in time_steps for ref in time_step.refs()):
+        for _, steps in sorted(self.time_steps.items()):
+            for ref in (ref for step in steps for ref in step.refs()):
                 digest.update(f"{ref.path} {ref.size}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def jobs(self, folder: Path, skip_broken: bool, versions: str) -> Iterable[ChunkJob]:
-        """The work in chunks, drive by drive, in the order of frames."""
-        for name, time_steps in sorted(self.time_steps.items()):
-            for start in range(0, len(time_steps), TIME_STEPS_PER_CHUNK):
+        """Jobs of all chunks, drive by drive, in the order of frames."""
+        for name, steps in sorted(self.time_steps.items()):
+            drive, content = self.drives[name], self.content
+            for start in range(0, len(steps), TIME_STEPS_PER_CHUNK):
                 yield ChunkJob(
-                    drive=name,
-                    time_steps=tuple(time_steps[start : start + TIME_STEPS_PER_CHUNK]),
-                    calibration=self.drives[name].calibration,
-                    levels=self.drives[name].levels,
-                    format=self.content.format,
-                    convention=self.content.convention,
+                    drive=drive.key,
+                    time_steps=tuple(steps[start : start + TIME_STEPS_PER_CHUNK]),
+                    calibration=drive.calibration,
+                    levels=drive.levels,
+                    format=content.format,
+                    convention=content.convention,
                     skip_broken=skip_broken,
                     folder=folder,
                     versions=versions,
@@ -175,24 +176,27 @@ def make_plan(
     parts: Iterable[str] | None = None,
     progress: Callable[[str], None] = lambda drive: None,
 ) -> PackingPlan:
-    """Look up every line's files.
+    """Look up the files of each line.
 
-    A missing frame or drive leaves its samples out, listed in `skipped`. What is present but broken (a malformed
-    line, a calibration, an archive that is needed) stops, or with `on_error="skip"` is listed, too.
+    Lines with a missing frame or drive go into `skipped`. A malformed line, a broken calibration or an archive that is
+    needed and broken raises an error; with `on_error="skip"` its lines go into `skipped`, too.
 
     Args:
-        parts: only these parts of the split.
-        progress: called with the name of each drive before it is looked at.
+        parts: parts of the split to plan; None: all.
+        progress: called with the name of each drive before it is opened.
 
     Raises:
-        InputError: see above; or the split has none of `parts`; or two drives have one key.
+        InputError: see above; or the split lacks one of `parts`; or two drives have one key.
     """
     plan = PackingPlan(content, notes=list(lists.notes))
     chosen = list(lists.parts) if parts is None else list(parts)
     for part in chosen:
         if part not in lists.parts:
             raise InputError(f"split {lists.name} has no part {part!r}; it has {', '.join(lists.parts)}")
-        _note_bad_lines(plan, part, lists.bad[part], on_error)
+        for bad in lists.bad[part]:
+            if on_error == "stop":
+                raise InputError(f"{bad}; correct it, or give --on-error skip")
+            plan.skipped.append(Skipped(part, printable(bad.text), "not a split line", bad.reason))
     lines = {part: lists.parts[part][: content.limit] for part in chosen}
     names = sorted({line.drive for rows in lines.values() for line in rows})
     broken = _open_drives(plan, layout, names, on_error, progress)
@@ -211,7 +215,7 @@ def make_plan(
 
 
 def short_scans(drive: Drive) -> list[str]:
-    """A note if scans have far fewer points than those before and after them, which are a tenth of a second away."""
+    """A note if scans have far fewer points than those a tenth of a second before and after."""
     sizes = {frame: ref.size for frame, ref in drive.scans.items()}
     found = []
     for frame, size in sorted(sizes.items()):
@@ -230,7 +234,7 @@ def short_scans(drive: Drive) -> list[str]:
 def _open_drives(
     plan: PackingPlan, layout: Layout, names: list[str], on_error: OnError, progress: Callable[[str], None]
 ) -> dict[str, str]:
-    """Open the drives into `plan`; returns those that are broken, with the reason."""
+    """Open the drives into `plan`; return the broken ones with the reason."""
     broken: dict[str, str] = {}
     keys: dict[str, str] = {}
     for name in names:
@@ -252,15 +256,8 @@ def _open_drives(
     return broken
 
 
-def _note_bad_lines(plan: PackingPlan, part: str, bad: list[BadLine], on_error: OnError) -> None:
-    for line in bad:
-        if on_error == "stop":
-            raise InputError(f"{line}; correct it, or give --on-error skip")
-        plan.skipped.append(Skipped(part, printable(line.text), "not a split line", line.reason))
-
-
 def _plan_line(plan: PackingPlan, part: str, line: SplitLine, broken: dict[str, str]) -> str | None:
-    """Plan a line's sample, or note why there is none; returns the message if a broken zip should have its frame."""
+    """Plan a line's sample, or list the line as skipped; return a message if a broken zip should hold its frame."""
     drive = plan.found.get(line.drive)
     text = printable(line.text)
     if drive is None:
@@ -273,7 +270,7 @@ def _plan_line(plan: PackingPlan, part: str, line: SplitLine, broken: dict[str, 
         drive=line.drive,
         frame=line.frame,
         side=line.side,
-        depth=_has_depth(drive, line),
+        depth=line.frame in drive.scans or line.frame in drive.depth_maps.get(line.side, {}),
     )
     for offset in plan.content.offsets:
         frame, side = sample.image(offset)
@@ -282,27 +279,22 @@ def _plan_line(plan: PackingPlan, part: str, line: SplitLine, broken: dict[str, 
             continue
         if not present and side in drive.problems:
             return drive.problems[side]
-        reason = _missing(offset)
-        if offset not in (0, "s") and drive.is_end(line.frame, frame, line.side):
+        if offset == "s":
+            reason = "missing stereo partner"
+        elif offset == 0:
+            reason = "missing frame"
+        elif drive.is_end(line.frame, frame, line.side):
             reason = f"{DRIVE_END}, no neighbour {offset:+d}"
+        else:
+            reason = f"missing neighbour {offset:+d}"
         plan.skipped.append(Skipped(part, text, reason, f"{printable(line.drive)} {frame} {side}"))
         return None
     plan.samples[part].append(sample)
     return None
 
 
-def _missing(offset: Offset) -> str:
-    if offset == "s":
-        return "missing stereo partner"
-    return "missing frame" if offset == 0 else f"missing neighbour {offset:+d}"
-
-
-def _has_depth(drive: Drive, line: SplitLine) -> bool:
-    return line.frame in drive.scans or line.frame in drive.depth_maps.get(line.side, {})
-
-
 def _collect_time_steps(plan: PackingPlan) -> None:
-    """Collect what the samples need of each drive, every raw file once."""
+    """Collect the raw files that the samples need of each drive, each file once."""
     images: dict[str, set[tuple[int, CameraSide]]] = {}
     depth: dict[str, set[tuple[int, CameraSide]]] = {}
     for sample in (s for samples in plan.samples.values() for s in samples):
@@ -339,7 +331,7 @@ def _time_step(
 
 
 def component_sources(sample: PlannedSample, drive: Drive, offsets: Iterable[Offset], extension: str) -> dict[str, str]:
-    """Component name -> KITTI path of the raw file that it came from."""
+    """Component name -> KITTI path of its raw file."""
     sources = {}
     for offset in offsets:
         frame, side = sample.image(offset)

@@ -1,7 +1,7 @@
 """Camera and lidar calibration: KITTI raw (one set of files a date) and KITTI odometry (one file a sequence).
 
-Conventions: camera coordinates x right, y down, z forward, metres; pixel centres at integers. "Rectified"
-coordinates are those of the rectified grey camera 0, which KITTI's P_rect matrices start from.
+Camera coordinates: x right, y down, z forward, metres; pixel centres at integers. "Rectified" coordinates are those of
+the rectified grey camera 0, the origin of KITTI's P_rect matrices.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from shards.errors import InputError
 
 Matrix = npt.NDArray[np.float64]
 Read = Callable[[str], bytes]
-"""Returns the content of a raw file by its KITTI path; raises InputError if there is no such file."""
+"""Content of a raw file by its KITTI path; raises InputError if it does not exist."""
 
 CAMERA_NUMBER: dict[CameraSide, str] = {"l": "02", "r": "03"}
 _WIDEST, _LONGEST = 1 / 20, 20
 """Bounds of a focal length, in image widths: fields of view of 168 and 2.9 degrees."""
 _NORMALISED = 10
-"""A focal length below this is in image widths, not in pixels."""
+"""Focal lengths below are in image widths, not in pixels."""
 
 
 def other(side: CameraSide) -> CameraSide:
@@ -34,13 +34,13 @@ def other(side: CameraSide) -> CameraSide:
 
 @dataclass(frozen=True)
 class StereoCalibration:
-    """The calibrated cameras of one drive.
+    """Calibration of one drive's cameras.
 
     Attributes:
         projection: side -> (3, 4), pixels = projection · rectified point (homogeneous), at native size.
-        size: native (width, height) in pixels; None if the calibration does not say (odometry).
+        size: native (width, height) in pixels; None if not known (odometry).
         velodyne: (4, 4), lidar coordinates -> rectified coordinates; None without lidar calibration.
-        where: the calibration's files, for messages.
+        where: the calibration's file, for messages.
     """
 
     projection: dict[CameraSide, Matrix]
@@ -54,7 +54,7 @@ class StereoCalibration:
         Resizing maps pixel areas, so with centres at integers cx' = (cx + 0.5) · w'/w - 0.5.
 
         Args:
-            native: (width, height) that the calibration is for.
+            native: (width, height) of the calibration.
             stored: (width, height) of the stored image.
         """
         p = self.projection[side]
@@ -63,15 +63,15 @@ class StereoCalibration:
         return np.array(k, dtype=np.float32)
 
     def stereo_translation(self, side: CameraSide) -> float:
-        """Translation along x in metres from coordinates of camera `side` to its partner's.
+        """Translation along x in metres from the coordinates of camera `side` to its partner's.
 
-        Negative for the left camera (its partner stands to the right), positive for the right one.
+        Negative for the left camera, whose partner is to its right, and positive for the right one.
         """
         target, partner = self.projection[side], self.projection[other(side)]
         return float((partner[0, 3] - target[0, 3]) / target[0, 0])
 
     def lidar_projection(self, side: CameraSide) -> Matrix:
-        """(3, 4): pixels (homogeneous, native size) = result · lidar point; the third row gives camera z.
+        """(3, 4), pixels (homogeneous, native size) = result · lidar point; the third row gives camera z.
 
         Raises:
             InputError: the drive has no lidar calibration.
@@ -121,11 +121,11 @@ def check_intrinsics(
 
     Args:
         size: (width, height) of the image; None if unknown.
-        remedy: what to do, for the message.
+        remedy: advice for the message.
 
     Raises:
-        InputError: a focal length or principal point out of bounds; normalised intrinsics (in image widths and
-            heights, the convention of Monodepth2's own code) are recognised and converted in the message.
+        InputError: a focal length or principal point is out of bounds. The message converts normalised intrinsics (in
+            image widths and heights, as in Monodepth2's own code) to pixels.
     """
     if not (fx > 0 and fy > 0):
         raise InputError(f"{where}: no positive focal length; {remedy}")
@@ -153,7 +153,7 @@ def check_intrinsics(
 
 
 class _CalibrationFile:
-    """Lines `name: numbers` of a calibration file."""
+    """A calibration file of lines `name: numbers`."""
 
     def __init__(self, path: str, read: Read) -> None:
         self.path = path
@@ -161,7 +161,7 @@ class _CalibrationFile:
         self._lines = {name.strip(): rest for name, colon, rest in rows if colon}
 
     def matrix(self, name: str, rows: int, columns: int, remedy: str = "fetch the calibration again") -> Matrix:
-        """The numbers of a line."""
+        """Numbers of a line."""
         where = f"{self.path}: line '{name}:'"
         if name not in self._lines:
             raise InputError(f"{where} is missing; {remedy}")
@@ -174,7 +174,7 @@ class _CalibrationFile:
         return np.array(values, dtype=np.float64).reshape(rows, columns)
 
     def camera(self, name: str, size: tuple[int, int] | None) -> Matrix:
-        """A projection matrix whose intrinsics can be pixels of an image of this size."""
+        """A projection matrix, whose intrinsics are checked against the image's size."""
         p = self.matrix(name, 3, 4)
         where = f"{self.path}: line '{name}:'"
         check_intrinsics(p[0, 0], p[1, 1], p[0, 2], p[1, 2], size, where, "fetch the calibration again")

@@ -350,7 +350,7 @@ def _usable(drive: Drive, frames: tuple[int, ...], stereo: bool) -> list[SplitLi
     """Lines of all frames that have their neighbours, in order."""
     sides: list[CameraSide] = ["l", other("l")] if stereo and drive.images["r"] else ["l"]
     return [
-        SplitLine(drive.name, number, side, drive.name)
+        SplitLine(drive.name, number, side)
         for number in sorted(drive.images["l"])
         for side in sides
         if all(number + f in drive.images[side] and not drive.crosses(number, number + f) for f in frames)

@@ -1,4 +1,4 @@
-"""Drives in KITTI's layouts, raw and odometry: the files of each by frame number, and its calibration."""
+"""Finds drives in KITTI's layouts, raw and odometry: the files of each by frame number, and its calibration."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _DEPTH = re.compile(r"(\d{1,18})\.png", re.IGNORECASE)
 _RAW_DRIVE = re.compile(r"(\d{4}_\d\d_\d\d)/(\1_drive_\d{4}_(?:sync|extract))")
 _BARE_DRIVE = re.compile(r"(\d{4}_\d\d_\d\d)_drive_\d{4}_(?:sync|extract)")
 _NOT_KITTI = "true_pose_02.txt"
-"""A file that `md2 sample` writes into its drives, and KITTI never does."""
+"""A file in drives of `md2 sample`, and not in KITTI's."""
 _SEQUENCE = re.compile(r"\d{1,2}")
 
 
@@ -47,18 +47,17 @@ class Drive:
     """One drive (a sequence, in KITTI odometry).
 
     Attributes:
-        name: as the split's lines have it.
-        key: the same for sample keys: letters, digits, `_`, `-`.
+        name: its name in split lines.
+        key: its name in sample keys: letters, digits, `_`, `-`.
         images: side -> frames.
         scans: lidar scans by frame; empty if depth is not wanted.
         depth_maps: side -> ready-made ground truth by frame (improved or dense); empty if not wanted.
-        calibration: of its cameras.
-        kitti: whether the images are KITTI's, whose licence goes with them.
-        poses: (N, 3, 4) camera-to-world poses by frame, metres, if the sequence has them.
+        kitti: whether KITTI's licence applies to the images.
+        poses: (N, 3, 4) camera-to-world poses by frame, metres; None without poses.
         levels: lowest and highest value of frames with more than 8 bits; they become 0 and 255.
         clip_starts: first frames of clips; no sample reaches from one clip into another.
         problems: side -> why frames may be missing (a broken zip).
-        notes: what the user should know about this drive.
+        notes: remarks for the user.
     """
 
     name: str
@@ -75,7 +74,7 @@ class Drive:
     notes: tuple[str, ...] = ()
 
     def is_end(self, frame: int, neighbour: int, side: CameraSide) -> bool:
-        """Whether a missing neighbour lies beyond the drive's (or clip's) first or last frame: nobody could have it."""
+        """Whether a missing neighbour lies beyond the ends of the drive or clip: nobody could have it."""
         if self.crosses(frame, neighbour):
             return True
         frames = self.images[side]
@@ -88,25 +87,24 @@ class Drive:
 
 
 class Layout(Protocol):
-    """How drives lie in the raw data."""
+    """Layout of drives in the raw data."""
 
     raw: RawData
 
     def open(self, name: str) -> Drive | None:
-        """The drive; None if there is no such drive.
+        """The drive; None if it does not exist.
 
         Raises:
-            InputError: its calibration or the archive it is in is missing or broken.
+            InputError: its calibration or its archive is missing or broken.
         """
 
 
 class Kitti:
-    """KITTI raw (`2011_09_26/2011_09_26_drive_0001_sync`) and KITTI odometry (`9`), told apart by the drive's name.
+    """KITTI raw (`2011_09_26/2011_09_26_drive_0001_sync`) and KITTI odometry (`9`); the drive's name decides which.
 
     Args:
-        raw: where the files lie.
-        depth: None, or which ground truth to look for.
-        advice: what to do about a drive of another layout, for messages.
+        depth: ground truth to look for, or None.
+        advice: about a drive of another layout, for messages.
     """
 
     def __init__(self, raw: RawData, depth: str | None, advice: str = "") -> None:
@@ -167,7 +165,7 @@ class Kitti:
         return {side: problem for side, problem in found.items() if problem is not None}
 
     def _improved(self, date: str, drive: str, camera: str) -> FrameRefs:
-        """The depth benchmark's maps, as its zip has them or moved into the raw folders."""
+        """The depth benchmark's maps, as in its zip or moved into the raw folders."""
         if self._depth != "improved":
             return {}
         inner = f"{drive}/proj_depth/groundtruth/image_{camera}"
@@ -207,7 +205,7 @@ class Kitti:
         )
 
     def _poses(self, folder: str, name: str) -> tuple[Matrix | None, tuple[str, ...]]:
-        """The sequence's poses; None and a note if they cannot be used: images and depth do not need them."""
+        """The sequence's poses; None and a note if they cannot be used, because images and depth do not need them."""
         ref = self.raw.files(folder).get(name)
         if ref is None:
             return None, ()
@@ -218,16 +216,16 @@ class Kitti:
 
 
 def _levels(images: dict[CameraSide, FrameRefs]) -> tuple[int, int] | None:
-    """As `find_levels`, of the left frames; frames on a server are not read for it, and keep their upper 8 bits."""
+    """`find_levels` of the left frames. Frames on a server are not read for it and keep their upper 8 bits."""
     frames = images["l"] or images["r"]
     refs = [frames[number] for number in sorted(frames)]
     return None if "://" in refs[0].url else find_levels(refs)
 
 
 def numbered(files: dict[str, Ref], pattern: re.Pattern[str]) -> FrameRefs:
-    """Files whose name is a frame number, by that number; of several with one number the last by name.
+    """Files named by a frame number, by that number. Of several with one number the last by name counts.
 
-    So `.png` comes before `.jpg`, which was made from it.
+    So `.png` is preferred to `.jpg`, which was made from it.
     """
     frames: FrameRefs = {}
     for name in sorted(files, reverse=True):
@@ -242,9 +240,8 @@ class FrameSequence:
     """Consecutive frames of one camera, for odometry.
 
     Attributes:
-        name: as asked for.
         frames: number -> file, in order, without a gap.
-        poses: (N, 3, 4) camera-to-world, metres, of all frames of the sequence; None if it has none.
+        poses: (N, 3, 4) camera-to-world, metres, of all frames; None without poses.
     """
 
     name: str
@@ -267,10 +264,10 @@ def open_sequence(raw: Sequence[str], name: str, side: CameraSide = "l") -> Fram
     Args:
         raw: folders or URLs, as for `md2 prep --raw`.
         name: `09` (KITTI odometry), or `2011_09_26/2011_09_26_drive_0002_sync` (raw).
-        side: which camera.
+        side: camera.
 
     Raises:
-        InputError: not there, a frame is missing between others, or its calibration or poses are broken.
+        InputError: it does not exist, a frame is missing between others, or its calibration or poses are broken.
     """
     drive = Kitti(RawData(list(raw), follow_links=True), None).open(name)
     found = drive.images[side] if drive is not None else {}
@@ -280,7 +277,7 @@ def open_sequence(raw: Sequence[str], name: str, side: CameraSide = "l") -> Fram
             f".jpg), sequences/{name}/calib.txt and, for the error, poses/{name}.txt"
         )
     if drive.poses is None and len(drive.notes) > (drive.levels is not None):
-        raise InputError(drive.notes[0])  # the poses are there, and unusable
+        raise InputError(drive.notes[0])  # it has poses that cannot be used
     numbers = sorted(found)
     gap = next((number for number in range(numbers[0], numbers[-1]) if number not in found), None)
     if gap is not None:

@@ -1,4 +1,4 @@
-"""The range of values of a drive whose frames have more than 8 bits."""
+"""Finds the range of values of a drive whose frames have more than 8 bits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from prep.raw.zips import Ref
 from shards.errors import InputError, SampleError
 
 _PNG_DEPTH, _PNG_COLOUR = 24, 25
-"""Where a PNG says how many bits a channel has, and which channels."""
+"""Offsets in a PNG of the bits of a channel, and of the kind of channels."""
 _SAMPLED = 9
-"""Frames that decide the range."""
+"""Number of frames that decide the range."""
 _FULL_HIGH, _FULL_RANGE = 1 << 15, 1 << 14
-"""A drive whose values reach the first and span the second keeps enough in its upper 8 bits."""
+"""The upper 8 bits suffice if a drive's values reach the first number and span the second."""
 _COLOUR_HIGH, _COLOUR_RANGE = 1 << 6, 1 << 4
 """The same for colour, of which Pillow reads the upper 8 bits only."""
 
@@ -25,8 +25,8 @@ _COLOUR_HIGH, _COLOUR_RANGE = 1 << 6, 1 << 4
 def find_levels(refs: Sequence[Ref]) -> tuple[int, int] | None:
     """Lowest and highest value of a drive whose 16-bit frames use a part of the range; None for others.
 
-    Cameras of 10 to 14 bits store their values in 16-bit PNGs, whose upper 8 bits are then nearly constant. One range
-    for the drive, from a few of its frames, keeps the brightness of its frames comparable.
+    Cameras of 10 to 14 bits store their values in 16-bit PNGs, whose upper 8 bits are then nearly constant. A few
+    frames decide one range for the drive, which keeps the brightness of its frames comparable.
 
     Args:
         refs: the drive's frames, in order.
@@ -60,7 +60,5 @@ def find_levels(refs: Sequence[Ref]) -> tuple[int, int] | None:
 
 
 def levels_note(drive: str, levels: tuple[int, int] | None) -> list[str]:
-    """What the user should know about it."""
-    if levels is None:
-        return []
-    return [f"{drive}: frames of 16 bits; their values {levels[0]} to {levels[1]} become 0 to 255"]
+    """A note for the user if frames have more than 8 bits."""
+    return [f"{drive}: frames of 16 bits; their values {levels[0]} to {levels[1]} become 0 to 255"] if levels else []

@@ -1,4 +1,4 @@
-"""Why a KITTI drive was not found: looks one step away from where it should lie."""
+"""Finds out why a KITTI drive was not found: looks one step away from its place."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ _MOST_FOLDERS = 200
 
 
 def what_is_there(raw: RawData, drive: str) -> str | None:
-    """The likeliest reason why `drive` was not found in `raw`, and what to do; None if nothing suggests one.
+    """Likeliest reason why `drive` was not found in `raw`, and what to do; None if nothing suggests one.
 
     Args:
         drive: as in a split line: `2011_09_26/2011_09_26_drive_0001_sync`, or a sequence's number.
     """
-    grey = _grey(raw, drive)
-    if grey is not None:
-        return grey
+    return next(_reasons(raw, drive), None)
+
+
+def _reasons(raw: RawData, drive: str) -> Iterator[str]:
+    yield from _grey(raw, drive)
     for url in raw.urls:
         local = Path(url.removeprefix("file://"))
         if "://" in url.removeprefix("file://"):
             continue
         if not os.path.lexists(local):
-            return f"{url} does not exist"
-        if local.is_dir() and (found := next(_in_folder(local, drive), None)) is not None:
-            return found
-    broken = raw.broken_zips()
-    return broken[0] if broken else None
+            yield f"{url} does not exist"
+        elif local.is_dir():
+            yield from _in_folder(local, drive)
+    yield from raw.broken_zips()
 
 
-def _grey(raw: RawData, drive: str) -> str | None:
-    """Whether only the grey cameras are there."""
+def _grey(raw: RawData, drive: str) -> Iterator[str]:
     if drive.isdecimal():
         folders = [f"{top}sequences/{int(drive):02d}/image_0" for top in ("", "dataset/")]
         names = "image_0 and image_1; colour is image_2 and image_3, in data_odometry_color.zip"
@@ -47,12 +47,11 @@ def _grey(raw: RawData, drive: str) -> str | None:
     if any(raw.files(folder) for folder in folders) or (
         zips and all("gray" in name or "grey" in name for name in zips)
     ):
-        return f"only the grey cameras are there ({names})"
-    return None
+        yield f"only the grey cameras are there ({names})"
 
 
 def _holds_drives(folder: Path, drive: str) -> bool:
-    """Whether a folder looks like a raw location for this drive."""
+    """Whether a folder looks like the raw location of this drive."""
     if drive.isdecimal():
         return any((folder / name / ("" if name == "sequences" else "sequences")).is_dir() for name in _SEQUENCES)
     return (folder / drive).is_dir() or (folder / drive.partition("/")[0]).is_dir()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from prep.raw.text import decode_text
+from prep.raw.text import text_lines
 from shards.errors import InputError
+from shards.files import open_regular
 
 Matrix = npt.NDArray[np.float64]
-MAX_POSE_BYTES = 64 << 20
+MAX_POSE_BYTES = 32 << 20
+"""Of 200,000 frames; KITTI's longest file has 0.8 MB."""
+_MAX_LINES = 1_000_000
+_MAX_LINE = 2000
 _FORMS = (
     "12 numbers a line (3x4, row-major), 16 (4x4), either after a frame index, or 8 (TUM: time tx ty tz qx qy qz qw)"
 )
@@ -20,15 +25,13 @@ _TOLERANCE = 0.01
 
 
 def read_poses(path: Path) -> Matrix:
-    """(N, 3, 4) poses of a file on this machine; see `parse_poses`.
+    """Poses (N, 3, 4) of a local file; see `parse_poses`.
 
     Raises:
-        InputError: it cannot be read, is larger than 64 MiB, or is malformed.
+        InputError: it cannot be read, is larger than 32 MiB, or is malformed.
     """
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: not a file")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_POSE_BYTES + 1)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -36,7 +39,7 @@ def read_poses(path: Path) -> Matrix:
 
 
 def parse_poses(data: bytes, where: str) -> Matrix:
-    """(N, 3, 4) camera-to-world poses, metres, from a pose file's content.
+    """Camera-to-world poses (N, 3, 4), metres, of a pose file's content.
 
     Blank lines and lines that begin with `#` are skipped; numbers may be separated by commas.
 
@@ -48,14 +51,8 @@ def parse_poses(data: bytes, where: str) -> Matrix:
     """
     if len(data) > MAX_POSE_BYTES:
         raise InputError(f"{where}: larger than {MAX_POSE_BYTES >> 20} MiB; this is not a pose file")
-    rows, lines = _rows(decode_text(data), where)
-    if not rows:
-        raise InputError(f"{where}: no poses in it; {_FORMS}")
-    columns = len(rows[0])
-    odd = next((i for i, row in enumerate(rows) if len(row) != columns), None)
-    if odd is not None:
-        raise InputError(f"{where}:{lines[odd]}: {len(rows[odd])} numbers, but {columns} in the first line; {_FORMS}")
-    values = np.array(rows, dtype=np.float64)
+    values, lines = _rows(data, where)
+    columns = values.shape[1]
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
         raise InputError(f"{where}:{lines[bad[0]]}: a number is not finite")
@@ -75,19 +72,26 @@ def parse_poses(data: bytes, where: str) -> Matrix:
     return poses
 
 
-def _rows(text: str, where: str) -> tuple[list[list[float]], list[int]]:
-    """Numbers of each line that has some, and the lines' numbers."""
-    rows: list[list[float]] = []
+def _rows(data: bytes, where: str) -> tuple[Matrix, list[int]]:
+    """Numbers (N, columns) of the lines that have some, and the lines' numbers."""
+    values = array("d")  # a list of floats takes four times the memory
     lines: list[int] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        words = line.partition("#")[0].replace(",", " ").split()
-        if words:
-            try:
-                rows.append([float(word) for word in words])
-            except ValueError:
-                raise InputError(f"{where}:{number}: not numbers; {_FORMS}") from None
-            lines.append(number)
-    return rows, lines
+    columns = 0
+    for number, line in enumerate(text_lines(data, where, _MAX_LINES), start=1):
+        words = line[:_MAX_LINE].partition("#")[0].replace(",", " ").split()
+        if not words:
+            continue
+        columns = columns or len(words)
+        if len(words) != columns:
+            raise InputError(f"{where}:{number}: {len(words)} numbers, but {columns} in the first line; {_FORMS}")
+        try:
+            values.extend(map(float, words))
+        except ValueError:
+            raise InputError(f"{where}:{number}: not numbers; {_FORMS}") from None
+        lines.append(number)
+    if not lines:
+        raise InputError(f"{where}: no poses in it; {_FORMS}")
+    return np.array(values).reshape(-1, columns), lines
 
 
 def _check_index(index: Matrix, where: str, lines: list[int]) -> None:
@@ -111,7 +115,7 @@ def _from_tum(values: Matrix) -> Matrix:
     """Time, translation, unit quaternion (x, y, z, w): the format of the TUM RGB-D benchmark."""
     poses = np.empty((len(values), 3, 4))
     norm = np.linalg.norm(values[:, 4:], axis=1, keepdims=True)
-    # A quaternion far from unit length is no rotation: NaN, which `parse_poses` refuses.
+    # A quaternion far from unit length becomes NaN, which `parse_poses` refuses.
     x, y, z, w = (values[:, 4:] / np.where(np.abs(norm - 1) < 0.1, norm, np.nan)).T
     poses[:, 0, :3] = np.stack([1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)], axis=1)
     poses[:, 1, :3] = np.stack([2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)], axis=1)

@@ -1,4 +1,4 @@
-"""Lidar scans and depth maps of other formats as what is stored: a 16-bit PNG of depth in the camera."""
+"""Ground truth as it is stored: lidar scans and depth maps of other formats as a 16-bit PNG of depth in the camera."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -25,11 +25,13 @@ _FARTHEST = 1000.0
 """Metres; no lidar measures that far."""
 _IMPLAUSIBLE = 0.05
 _ZERO_TAIL = 4096
-"""A copy that was interrupted on a file system that reserves space ends in zeros, whole pages of them."""
+"""An interrupted copy ends in whole pages of zeros on a file system that reserves space."""
+_BLOCK = 1 << 20
+"""Pixels of a depth map to convert at once."""
 
 
 def read_scan(data: bytes, name: str, typical: int = 0) -> npt.NDArray[np.float32]:
-    """(N, 4) x forward, y left, z up in metres, reflectance, from a `.bin` file's content.
+    """Points of a `.bin` file: (N, 4) x forward, y left, z up in metres, reflectance.
 
     Args:
         name: the file, for messages.
@@ -44,7 +46,7 @@ def read_scan(data: bytes, name: str, typical: int = 0) -> npt.NDArray[np.float3
     if len(data) % SCAN_POINT_BYTES:
         raise SampleError(f"{name}: {len(data)} bytes, not a multiple of {SCAN_POINT_BYTES}; {again}")
     if 2 * len(data) < typical:
-        # A copy cut at a page boundary has a whole number of points: only its neighbours show that most are missing.
+        # A copy cut at a page boundary has a whole number of points: only its neighbours show that points are missing.
         raise SampleError(
             f"{name}: {len(data) // SCAN_POINT_BYTES:,} points, where this drive's scans have about "
             f"{typical // SCAN_POINT_BYTES:,}: cut short; {again}"
@@ -52,25 +54,27 @@ def read_scan(data: bytes, name: str, typical: int = 0) -> npt.NDArray[np.float3
     if len(data) >= _ZERO_TAIL and not any(data[-_ZERO_TAIL:]):
         raise SampleError(f"{name}: ends in zeros: the copy was interrupted; {again}")
     scan = np.frombuffer(data, dtype="<f4").reshape(-1, 4)
-    with np.errstate(invalid="ignore"):
-        far = (np.abs(scan[:, :3]) > _FARTHEST) & np.isfinite(scan[:, :3])
-        strange = far.any(axis=1) | (scan[:, 3] < 0)
-    if np.count_nonzero(strange) > _IMPLAUSIBLE * len(scan):
-        raise SampleError(
-            f"{name}: {np.count_nonzero(strange):,} of {len(scan):,} points are beyond {_FARTHEST:.0f} m or have a "
-            "negative reflectance; a scan holds float32 x, y, z, reflectance for each point"
-        )
+    low, high, reflectance = scan.min(), scan.max(), scan[:, 3].min()
+    if not (low >= -_FARTHEST and high <= _FARTHEST and reflectance >= 0):  # also if one is not a number
+        with np.errstate(invalid="ignore"):
+            far = (np.abs(scan[:, :3]) > _FARTHEST) & np.isfinite(scan[:, :3])
+            strange = np.count_nonzero(far.any(axis=1) | (scan[:, 3] < 0))
+        if strange > _IMPLAUSIBLE * len(scan):
+            raise SampleError(
+                f"{name}: {strange:,} of {len(scan):,} points are beyond {_FARTHEST:.0f} m or have a negative "
+                "reflectance; a scan holds float32 x, y, z, reflectance for each point"
+            )
     return scan
 
 
 @np.errstate(invalid="ignore", over="ignore")
 def points_in_view(scan: npt.NDArray[np.float32], projections: Sequence[Matrix], width: int) -> npt.NDArray[np.float64]:
-    """(3, n) x, y, z of the points that any of the cameras may see: the lidar's x >= 0, between the images' sides.
+    """(3, n) x, y, z of the points that a camera may see: the lidar's x >= 0, between the images' sides.
 
-    About a quarter of a scan remains, and the cameras share the cost. The test is in single precision with slack, so
-    a few points beside the images remain, too. Points with a coordinate that is not finite are dropped.
+    About a quarter of a scan remains, and the cameras share the cost. The test has single precision and slack, so a
+    few points beside the images remain. Points with a coordinate that is not finite are dropped.
     """
-    # A row as one 16-byte number: numpy takes those four times as fast as rows of four.
+    # A row as one 16-byte number: numpy selects those four times as fast as rows of four.
     ahead = scan.view(np.complex128)[:, 0][scan[:, 0] >= 0].view(np.float32).reshape(-1, SCAN_POINT_BYTES // 4)
     x, y, z = np.ascontiguousarray(ahead.T[:3])
     finite = np.isfinite(x + y + z)
@@ -78,7 +82,7 @@ def points_in_view(scan: npt.NDArray[np.float32], projections: Sequence[Matrix],
         ahead, x, y, z = ahead[finite], x[finite], y[finite], z[finite]
     seen = np.ones(len(ahead), dtype=bool)
     for side in ([p[0] for p in projections], [(width + 2) * p[2] - p[0] for p in projections]):
-        # The cameras of a rectified pair differ in the last column alone: then one plane holds for both.
+        # The cameras of a rectified pair differ in the last column alone, so one plane holds for both.
         inside = np.zeros(len(ahead), dtype=bool)
         for a, b, c in {tuple(plane[:3].astype(np.float32)) for plane in side}:
             nearest = -1 - max(plane[3] for plane in side)
@@ -87,37 +91,10 @@ def points_in_view(scan: npt.NDArray[np.float32], projections: Sequence[Matrix],
     return np.stack([x[seen], y[seen], z[seen]]).astype(np.float64)
 
 
-@dataclass(frozen=True)
-class SparseDepth:
-    """A depth map of which few pixels are measured.
-
-    Attributes:
-        pixels: row · width + column of the measured ones, int64, ascending.
-        values: uint16, metres x 256, at least 1.
-        size: (width, height).
-    """
-
-    pixels: npt.NDArray[np.int64]
-    values: npt.NDArray[np.uint16]
-    size: tuple[int, int]
-
-    def dense(self) -> npt.NDArray[np.uint16]:
-        """(height, width), 0 = no measurement."""
-        width, height = self.size
-        image = np.zeros(height * width, dtype=np.uint16)
-        image[self.pixels] = self.values
-        return image.reshape(height, width)
-
-    def png(self) -> bytes:
-        """16-bit greyscale PNG."""
-        return _encode_png(self.dense())
-
-
-def _encode_png(values: npt.NDArray[np.uint16]) -> bytes:
+def encode_png(values: npt.NDArray[np.uint16]) -> bytes:
     """16-bit greyscale PNG of (height, width) values.
 
-    Written with zlib's run-length strategy, which suits a map that is nineteen parts zeros: 5 ms, where a general
-    compressor takes 14.
+    zlib's run-length strategy suits a map of nineteen parts zeros: it takes 5 ms, a general compressor 14.
     """
     height, width = values.shape
     rows = np.zeros((height, 1 + 2 * width), dtype=np.uint8)
@@ -132,18 +109,18 @@ def _encode_png(values: npt.NDArray[np.uint16]) -> bytes:
 
 def project(
     points: npt.NDArray[np.float64], projection: Matrix, size: tuple[int, int], convention: Convention = "camera_z"
-) -> SparseDepth:
-    """Depth map of one scan.
+) -> npt.NDArray[np.uint16]:
+    """Depth map (height, width) of one scan: metres x 256, 0 = no measurement.
 
-    A point's pixel is round(u) - 1, round(v) - 1 (KITTI's MATLAB development kit counts pixels from 1); the
-    nearest point wins a pixel. Points behind the camera, or 256 m away and more, are left out.
+    A point's pixel is round(u) - 1, round(v) - 1, because KITTI's MATLAB development kit counts pixels from 1. The
+    nearest point of a pixel counts. Points behind the camera, or 256 m away and more, are left out.
 
     Args:
-        points: (3, n) as `points_in_view` gives them.
+        points: (3, n) x, y, z of `points_in_view`.
         projection: (3, 4), `StereoCalibration.lidar_projection`.
         size: (width, height) of the native image, pixels.
-        convention: `camera_z`, the depth along the camera's axis; or `lidar_x`, the lidar's forward x, which
-            the published Eigen evaluation uses.
+        convention: `camera_z`, depth along the camera's axis; or `lidar_x`, the lidar's forward x, as in the
+            published Eigen evaluation.
     """
     width, height = size
     x, y, z = points
@@ -155,11 +132,42 @@ def project(
         v = np.rint((p[1, 0] * x + p[1, 1] * y + p[1, 2] * z + p[1, 3]) / depth)
     units = np.rint((depth if convention == "camera_z" else x) * DEPTH_SCALE)
     seen = (depth > 0) & (u >= 1) & (u <= width) & (v >= 1) & (v <= height) & (units >= 1) & (units < _BEYOND)
-    # Pixel and depth as one number: sorted, the nearest point comes first in each pixel.
+    # Pixel and depth as one number: after sorting, the nearest point comes first in each pixel.
     keys = np.sort((((v[seen] - 1) * width + (u[seen] - 1)) * _BEYOND + units[seen]).astype(np.int64))
     pixels = keys >> 16
     nearest = np.flatnonzero(np.diff(pixels, prepend=-1))
-    return SparseDepth(pixels[nearest], (keys[nearest] & 0xFFFF).astype(np.uint16), size)
+    depth_map = np.zeros(height * width, dtype=np.uint16)
+    depth_map[pixels[nearest]] = keys[nearest] & 0xFFFF
+    return depth_map.reshape(height, width)
+
+
+@contextmanager
+def open_image(data: bytes, *formats: str) -> Iterator[Image.Image]:
+    """Open an image without decoding it, and without Pillow's warning about its size, which callers check."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(data), formats=formats)
+    with image:
+        yield image
+
+
+def _read_map(data: bytes, size: tuple[int, int], name: str, form: str, mode: str, what: str) -> npt.NDArray[Any]:
+    """Values of a depth map; its mode and (width, height) are checked before its pixels take memory.
+
+    Raises:
+        SampleError: not a whole image of this format, mode (of which `what` is the description) and size.
+    """
+    try:
+        with open_image(data, form) as image:
+            if not image.mode.startswith(mode):
+                raise SampleError(f"{name}: mode {image.mode}, not {what}")
+            if image.size != size:
+                raise SampleError(f"{name}: {image.size[0]}x{image.size[1]} pixels, its image has {size[0]}x{size[1]}")
+            return np.asarray(image)
+    except UnidentifiedImageError as error:  # its message holds the address of a buffer
+        raise SampleError(f"{name}: broken depth map (not a {form}); fetch it again") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SampleError(f"{name}: broken depth map ({first_line(error)}); fetch it again") from error
 
 
 def check_depth_png(data: bytes, size: tuple[int, int], name: str) -> None:
@@ -168,55 +176,52 @@ def check_depth_png(data: bytes, size: tuple[int, int], name: str) -> None:
     Raises:
         SampleError: with `name` and what is wrong.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=("PNG",))
-        with image:
-            found, mode = image.size, image.mode
-            if not mode.startswith("I;16"):
-                raise SampleError(f"{name}: mode {mode}, not a 16-bit greyscale PNG of metres x 256")
-            if found != size:  # before its pixels take any memory
-                raise SampleError(f"{name}: {found[0]}x{found[1]} pixels, its image has {size[0]}x{size[1]}")
-            image.load()
-    except UnidentifiedImageError as error:  # its own words are the address of a buffer
-        raise SampleError(f"{name}: broken depth map (not a PNG); fetch it again") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SampleError(f"{name}: broken depth PNG ({error}); fetch it again") from error
+    _read_map(data, size, name, "PNG", "I;16", "a 16-bit greyscale PNG of metres x 256")
 
 
 def depth_png(data: bytes, size: tuple[int, int], name: str) -> bytes:
-    """A ready-made depth map as it is stored: a PNG as it is, an `.npy` or `.tif` of metres converted.
+    """A ready-made depth map in the stored format: a PNG as it is, an `.npy` or `.tif` of metres converted.
 
-    In these, 0, infinity and NaN are no measurement; neither are 256 m and more, which the PNG cannot hold.
+    0, infinity and NaN in these are no measurement. Nor are 256 m and more, which the PNG cannot hold.
 
     Args:
         data: the file's content.
         size: native (width, height) of its image.
-        name: the file, whose extension decides, and for messages.
+        name: the file, for messages; its extension names the format.
 
     Raises:
-        SampleError: as `check_depth_png`; or not floating-point (height, width), or negative, or no metres.
+        SampleError: as `check_depth_png`; or not floating-point (height, width), or negative, or not metres.
     """
     if name.lower().endswith(".png"):
         check_depth_png(data, size, name)
         return data
-    metres = _read_npy(data, size, name) if name.lower().endswith(".npy") else _read_tiff(data, size, name)
+    if name.lower().endswith(".npy"):
+        metres = _read_npy(data, size, name)
+    else:
+        metres = _read_map(data, size, name, "TIFF", "F", "32-bit floats, as a .tif of metres has")
     if np.any(metres < 0):
         raise SampleError(f"{name}: negative depth; write 0 where there is no measurement")
-    with np.errstate(invalid="ignore", over="ignore"):
-        units = np.rint(metres.astype(np.float64) * DEPTH_SCALE)
-    known = (units >= 1) & np.isfinite(units)
-    if known.any() and np.median(units[known]) >= _BEYOND:
+    stored = np.zeros(size[::-1], dtype=np.uint16)
+    known = far = 0
+    rows = max(1, _BLOCK // size[0])  # double precision takes four times the memory of the map
+    for start in range(0, size[1], rows):
+        with np.errstate(invalid="ignore", over="ignore"):
+            units = np.rint(metres[start : start + rows].astype(np.float64) * DEPTH_SCALE)
+        measured = (units >= 1) & np.isfinite(units)
+        inside = measured & (units < _BEYOND)
+        stored[start : start + rows][inside] = units[inside]
+        known += int(measured.sum())
+        far += int(measured.sum() - inside.sum())
+    if known and 2 * far >= known:
+        median = np.median(metres[np.isfinite(metres) & (metres > 0)])
         raise SampleError(
-            f"{name}: its median is {np.median(metres[known]):,.0f}, but metres are needed, below 256; are these "
-            "millimetres?"
+            f"{name}: its median is {median:,.0f}, but metres are needed, below 256; are these millimetres?"
         )
-    return _encode_png(np.where(known & (units < _BEYOND), units, 0).astype(np.uint16))
+    return encode_png(stored)
 
 
 def _read_npy(data: bytes, size: tuple[int, int], name: str) -> npt.NDArray[np.floating[Any]]:
-    """Floating-point (height, width) of an `.npy`, which may have a channel; checks its header before its data."""
+    """Floating-point (height, width) of an `.npy`, which may have a channel. The header is checked before the data."""
     try:
         file = io.BytesIO(data)
         version = np.lib.format.read_magic(file)
@@ -231,20 +236,3 @@ def _read_npy(data: bytes, size: tuple[int, int], name: str) -> npt.NDArray[np.f
         return metres.reshape(size[::-1])
     except (ValueError, OSError, EOFError, SyntaxError) as error:
         raise SampleError(f"{name}: not an .npy, or damaged ({first_line(error)})") from error
-
-
-def _read_tiff(data: bytes, size: tuple[int, int], name: str) -> npt.NDArray[np.floating[Any]]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=("TIFF",))
-        with image:
-            if image.mode != "F":
-                raise SampleError(f"{name}: mode {image.mode}; a .tif of depth holds metres as 32-bit floats")
-            if image.size != size:
-                raise SampleError(f"{name}: {image.size[0]}x{image.size[1]} pixels, its image has {size[0]}x{size[1]}")
-            return np.asarray(image)
-    except UnidentifiedImageError as error:
-        raise SampleError(f"{name}: broken depth map (not a TIFF)") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SampleError(f"{name}: broken depth map ({first_line(error)})") from error

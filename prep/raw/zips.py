@@ -1,4 +1,4 @@
-"""Zips read in place: the central directory once, then one byte range for each member."""
+"""Reads zips in place: the central directory once, then one byte range for each member."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from shards.errors import InputError, SampleError
@@ -14,22 +15,25 @@ from shards.storage.retry import Retrier
 
 _UNUSED = re.compile(r"/(image_0?[01]|oxts)(/|$)")
 _KNOWN_TOP = re.compile(r"(?:^|(?<=/))(\d{4}_\d\d_\d\d/|sequences/|poses/|(train|val)/\d{4}_\d\d_\d\d_drive_)")
-"""Where KITTI's own paths begin; what stands in front was added when the data was zipped again."""
+"""Begin of KITTI's own paths; anything in front was added when the data was zipped again."""
 _JUNK = re.compile(r"(^|/)(__MACOSX/|\._)")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _HEADER_SLACK = 64
 """Bytes read beyond a member's expected header: local extra fields may be longer than the directory's."""
 _DIRECTORY_BLOCK = 1 << 20
-_MAX_DIRECTORY = 24 << 20
-"""KITTI's largest directory has 14 MB. Of shorter names than KITTI's, this much becomes 350 MB in memory."""
+_MAX_DIRECTORY = 16 << 20
+"""KITTI's largest directory has 14 MB. With shorter names than KITTI's, this much becomes 230 MB in memory."""
+_MAX_FILES = 300_000
+"""Files that are kept of all zips together, in 170 MB. Those of KITTI raw and of the depth benchmark are 240,000."""
+_MAX_NAME = 250
 _TAIL = 1 << 17
 MAX_FILE_BYTES = 64 << 20
-"""No frame, scan or depth map is larger."""
+"""Largest frame, scan or depth map."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
-    """Where a zip member lies, from the central directory.
+    """Extent of a zip member, by the central directory.
 
     Attributes:
         offset: of its local header.
@@ -46,12 +50,9 @@ class Member:
     crc: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ref:
-    """A raw file: its KITTI path, where its bytes lie, and its size in bytes.
-
-    `url` is the file itself, or the zip that `member` is in. Picklable: workers read by it.
-    """
+    """Reference to a raw file: its KITTI path, its URL or that of the zip with `member`, and its size in bytes."""
 
     path: str
     url: str
@@ -65,7 +66,7 @@ class Ref:
 
     @property
     def place(self) -> str:
-        """For messages: the file, or the zip and the file in it."""
+        """The file for messages; of a zip member also the zip."""
         return f"{self.url}: {self.path}" if self.member else self.url
 
 
@@ -89,52 +90,74 @@ class _Bounded:
         return getattr(self._file, name)
 
 
-def read_directory(fs: Any, path: str, url: str, **options: Any) -> Directory:
-    """Files of a zip by folder: folder -> name -> Ref, under KITTI's own paths.
+class Directories:
+    """Central directories of zips, each read once. `broken` has a message for each zip that cannot be read."""
 
-    Whatever stands in front of those in the zip (`dataset/`, `./`, `kitti_data/`) is left out.
+    def __init__(self) -> None:
+        self.broken: dict[str, str] = {}
+        self._known: dict[str, Directory] = {}
+        self._files = 0
 
-    Args:
-        fs: fsspec's file system, and `path` in it.
-        url: for messages.
+    def read(self, fs: Any, url: str, **options: Any) -> Directory:
+        """Files of a zip by folder, under KITTI's own paths; none if it is broken.
 
-    Raises:
-        InputError: the zip is cut short, or no zip.
-        StorageError: it cannot be read.
-    """
+        Anything in front of those paths in the zip (`dataset/`, `./`, `kitti_data/`) is left out.
 
-    def members_of() -> list[zipfile.ZipInfo]:
-        with (
-            fs.open(path, "rb", block_size=_DIRECTORY_BLOCK, **options) as file,
-            zipfile.ZipFile(_Bounded(file)) as archive,
-        ):
-            return archive.infolist()
+        Args:
+            fs: fsspec's file system of the URL.
+            options: of its `open`.
 
-    try:
-        members = Retrier(credentials="check its permissions").call(url, members_of)
-    except (zipfile.BadZipFile, struct.error, EOFError, ValueError, NotImplementedError, MemoryError) as error:
-        cause = "a name in it is not text" if isinstance(error, UnicodeError) else str(error)[:120] or "malformed"
-        raise InputError(f"{url}: cut short or not a zip ({cause}); download it again") from error
-    folders: Directory = {}
-    for info in members:
+        Raises:
+            InputError: the zips together hold too many files.
+            StorageError: it cannot be read.
+        """
+        if url not in self._known:
+            try:
+                members = Retrier(credentials="check its permissions").call(url, partial(_members, fs, url, options))
+            except _BROKEN as error:
+                text = isinstance(error, UnicodeError)
+                cause = "a name in it is not text" if text else str(error)[:120] or "malformed"
+                self.broken[url] = f"{url}: cut short or not a zip ({cause}); download it again"
+                members = []
+            folders: Directory = {}
+            while members:  # each takes more memory than what is kept of it
+                self._keep(members.pop(), url, folders)
+            self._known[url] = folders
+        return self._known[url]
+
+    def _keep(self, info: zipfile.ZipInfo, url: str, folders: Directory) -> None:
         name = info.filename.removeprefix("./")
         if (known := _KNOWN_TOP.search(name)) is not None:
             name = name[known.start() :]
         folder, _, file_name = name.rpartition("/")
-        if info.is_dir() or _UNUSED.search(folder) or _JUNK.search(name):
-            continue
+        if info.is_dir() or len(name) > _MAX_NAME or _UNUSED.search(folder) or _JUNK.search(name):
+            return
+        self._files += 1
+        if self._files > _MAX_FILES:
+            raise InputError(f"{url}: with it, the zips at --raw hold more than {_MAX_FILES:,} files; name fewer zips")
         header = _LOCAL_HEADER.size + len(info.filename.encode(errors="replace")) + len(info.extra) + _HEADER_SLACK
         method = -1 if info.flag_bits & 1 else info.compress_type
         member = Member(info.header_offset, header, info.compress_size, method, info.CRC)
-        folders.setdefault(folder, {})[file_name] = Ref(name, url, info.file_size, member)
-    return folders
+        folders.setdefault(folder, {}).setdefault(file_name, Ref(name, url, info.file_size, member))
+
+
+_BROKEN = (zipfile.BadZipFile, struct.error, EOFError, ValueError, NotImplementedError, MemoryError)
+"""Exceptions of zipfile at malformed directories."""
+
+
+def _members(fs: Any, url: str, options: dict[str, Any]) -> list[zipfile.ZipInfo]:
+    with (
+        fs.open(url, "rb", block_size=_DIRECTORY_BLOCK, **options) as file,
+        zipfile.ZipFile(_Bounded(file)) as archive,
+    ):
+        return archive.infolist()
 
 
 def unpack(ref: Ref, data: bytes) -> bytes:
-    """The member's content from the bytes at its local header, checked; plain files pass through.
+    """Content of a member, checked, from the bytes at its local header; other files are returned as they are.
 
     Raises:
-        SampleError: damaged, encrypted, or packed in a way that only unzip programs read.
+        SampleError: damaged, encrypted, or packed by a method that only unzip programs read.
     """
     member = ref.member
     if member is None:
@@ -148,7 +171,7 @@ def unpack(ref: Ref, data: bytes) -> bytes:
         if member.method == zipfile.ZIP_STORED:
             content = packed
         elif member.method == zipfile.ZIP_DEFLATED:
-            # One byte more than the directory says, and never more, however much the stream holds.
+            # At most one byte more than the directory says, however much the stream holds.
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, ref.size + 1)
         elif member.method < 0:
             raise SampleError(f"{ref.place}: encrypted; unpack this zip yourself")

@@ -379,7 +379,7 @@ def test_drives_that_are_not_found_say_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "drive.mp4").write_bytes(b"x")
     assert "drive.mp4 is a video: extract its frames first, for example ffmpeg" in no_drives(tmp_path / "f")
-    with pytest.raises(InputError, match="a file, and no zip"):
+    with pytest.raises(InputError, match="not a zip"):
         RawData([str(tmp_path / "f" / "drive.mp4")])
 
 

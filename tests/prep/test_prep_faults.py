@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from prep_data import DATE, DRIVE, VAL_DRIVE, copy_raw, files_of, long_raw, read_part, run_pack, write_split
+from prep_data import DATE, DRIVE, VAL_DRIVE, command, copy_raw, files_of, long_raw, read_part, run_pack, write_split
 
 from prep.packing.encode import ImageFormat, encode_image
 from prep.packing.pack import scratch_folder
@@ -29,7 +28,7 @@ SCANS = f"{DATE}/{DRIVE}/velodyne_points/data"
 TRAIN = [f"{DATE}/{DRIVE} {frame} {side}" for frame in range(1, 7) for side in "lr"]
 
 
-def md2(*arguments: str | Path, limit: int | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def md2(*arguments: str | Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
     """The command, in a process of its own; `limit` bounds the size of any file it writes."""
     return subprocess.run(
         [sys.executable, "-m", "cli.main", *map(str, arguments)],
@@ -37,8 +36,6 @@ def md2(*arguments: str | Path, limit: int | None = None, cwd: Path | None = Non
         capture_output=True,
         text=True,
         timeout=120,
-        cwd=cwd,
-        env=None if cwd is None else {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         preexec_fn=None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
 
@@ -215,7 +212,7 @@ def test_a_repaired_source_gives_a_new_version_and_never_overwrites(drive: Path,
 
 def test_a_drive_name_of_no_layout(drive: Path, tmp_path: Path) -> None:
     split = write_split(tmp_path, "holiday 3 l")
-    failed = md2("prep", "--split", split, "--raw", drive, "--out", tmp_path / "out")
+    failed = command("prep", "--split", split, "--raw", drive, "--out", "out", cwd=tmp_path)
     assert failed.returncode == 3
     assert "'holiday' is neither KITTI raw's" in failed.stderr
     assert "--dataset folder" in failed.stderr
@@ -231,17 +228,17 @@ def test_commands_end_with_the_documented_exit_codes(drive: Path, tmp_path: Path
     assert whole.returncode == 0  # a drive's first frame has no neighbour for anybody
     assert "1 line left out: 1 drive's end, no neighbour -1" in whole.stdout
     common = ["prep", "--split", tmp_path / "split", "--size", "96x32", "--workers", "1"]
-    incomplete = md2(*common, "--raw", drive, "--out", tmp_path / "out")
+    incomplete = command(*common, "--raw", drive, "--out", "out", cwd=tmp_path)
     assert incomplete.returncode == 4
     assert "1 train, 1 val samples" in incomplete.stdout
     assert "1 line left out: 1 missing frame" in incomplete.stdout
     assert "report.json" in incomplete.stdout
-    nothing = md2(*common, cwd=tmp_path)  # --raw is ./kitti_data
+    nothing = command(*common, cwd=tmp_path)  # --raw is ./kitti_data
     assert nothing.returncode == 3
     assert "kitti_data" in nothing.stderr
     assert nothing.stderr.rstrip().count("\n") == 1  # the bar's line and the message
     assert "Traceback" not in nothing.stderr
-    check = md2(*common, "--raw", drive, "--check", cwd=tmp_path)
+    check = command(*common, "--raw", drive, "--check", cwd=tmp_path)
     assert check.returncode == 4
     assert "frames   12 needed, 8 present, 4 missing" in check.stdout
     assert not (tmp_path / "kitti_shards").exists()
@@ -249,7 +246,7 @@ def test_commands_end_with_the_documented_exit_codes(drive: Path, tmp_path: Path
     (raw / DATE / "calib_velo_to_cam.txt").unlink()
     with (tmp_path / "split" / "val_files.txt").open("a") as file:
         file.write("no line\n")
-    broken = md2(*common, "--raw", raw, "--check", cwd=tmp_path)
+    broken = command(*common, "--raw", raw, "--check", cwd=tmp_path)
     assert broken.returncode == 4
     assert "samples  4 lines, 0 can be packed" in broken.stdout
     assert f"broken   {tmp_path}/split/val_files.txt:2: 'no line' is not of the form" in broken.stdout
@@ -356,7 +353,7 @@ def test_a_full_disk_under_workers(drive: Path, tmp_path: Path) -> None:
     full = md2("prep", "--split", split, "--raw", raw, "--follow-links", *options, limit=300_000)
     assert full.returncode == 5, full.stderr
     scratch = scratch_folder(str(tmp_path / "out"), tmp_path / "scratch")
-    assert f"{scratch}: cannot be written (File too large)" in full.stderr.replace("\n", "")
+    assert f"{scratch}: cannot be used (File too large)" in full.stderr.replace("\n", "")
     assert "Traceback" not in full.stderr
     assert not list(scratch.glob("**/*.tmp"))
     assert not (tmp_path / "out" / "dataset.json").exists()

@@ -75,26 +75,20 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes] |
     return True
 
 
-def test_sigkill_at_any_moment(long: tuple[Path, Path], expected: dict[str, bytes], tmp_path: Path) -> None:
+def prep_command(long: tuple[Path, Path], out: Path, scratch: Path, *more: str) -> list[str]:
+    """`md2 prep` of the long drive by two workers, in a process of its own."""
     raw, split = long
+    words: list[str | Path] = ["prep", "--split", split, "--raw", raw, "--follow-links", "--out", out]
+    words += ["--scratch", scratch, "--size", "native", "--workers", "2", *more]
+    return [sys.executable, "-m", "cli.main", *map(str, words)]
+
+
+def test_sigkill_at_any_moment(long: tuple[Path, Path], expected: dict[str, bytes], tmp_path: Path) -> None:
     out, within = tmp_path / "out", tmp_path / "scratch"
     within.mkdir()
     (within / "notes.txt").write_text("not prep's")
     scratch = scratch_folder(str(out), within)
-    command = [
-        sys.executable,
-        "-m",
-        "cli.main",
-        "prep",
-        "--split",
-        str(split),
-        "--raw",
-        str(raw),
-        "--follow-links",
-        "--out",
-        str(out),
-    ]
-    command += ["--scratch", str(within), "--size", "native", "--shard-mb", "5", "--workers", "2"]
+    command = prep_command(long, out, within, "--shard-mb", "5")
 
     def chunks() -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in scratch.glob("*.chunk")}
@@ -144,22 +138,8 @@ def test_sigkill_at_any_moment(long: tuple[Path, Path], expected: dict[str, byte
 
 @pytest.mark.parametrize("presses", [1, 2, 5])
 def test_ctrl_c_ends_all_processes(long: tuple[Path, Path], tmp_path: Path, presses: int) -> None:
-    raw, split = long
     scratch = scratch_folder(str(tmp_path / "out"), tmp_path)
-    command = [
-        sys.executable,
-        "-m",
-        "cli.main",
-        "prep",
-        "--split",
-        str(split),
-        "--raw",
-        str(raw),
-        "--follow-links",
-        "--workers",
-        "2",
-    ]
-    command += ["--out", str(tmp_path / "out"), "--scratch", str(tmp_path), "--size", "native"]
+    command = prep_command(long, tmp_path / "out", tmp_path)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     assert wait_until(lambda: bool(list(scratch.glob("*.chunk"))), process)
     workers = children(process.pid)

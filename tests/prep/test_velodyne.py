@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from prep.raw.calibration import read_raw_calibration
-from prep.raw.velodyne import Convention, SparseDepth, check_depth_png, points_in_view, read_scan
+from prep.raw.velodyne import Convention, check_depth_png, encode_png, points_in_view, read_scan
 from prep.raw.velodyne import project as project_points
 from shards.errors import SampleError
 
@@ -27,7 +27,7 @@ P = np.array([[20, -10, 0, -10], [10, 0, -10, -5], [1, 0, 0, -0.5]], dtype=np.fl
 def project(
     points: np.ndarray, projection: np.ndarray, size: tuple[int, int], convention: Convention = "camera_z"
 ) -> np.ndarray:
-    return project_points(points_in_view(points, [projection], size[0]), projection, size, convention).dense()
+    return project_points(points_in_view(points, [projection], size[0]), projection, size, convention)
 
 
 def scan(*points: tuple[float, float, float]) -> np.ndarray:
@@ -102,7 +102,7 @@ def test_a_ground_truth_png_of_another_kind_is_refused() -> None:
         image.save(buffer, "PNG")
         return buffer.getvalue()
 
-    good = SparseDepth(np.arange(800), np.full(800, 256, np.uint16), SIZE).png()
+    good = encode_png(np.full(SIZE[::-1], 256, np.uint16))
     check_depth_png(good, SIZE, "gt.png")
     with pytest.raises(SampleError, match=r"gt\.png: 40x20 pixels, its image has 41x20"):
         check_depth_png(good, (41, 20), "gt.png")
