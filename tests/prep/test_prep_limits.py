@@ -7,9 +7,10 @@ import os
 import struct
 import subprocess
 import sys
-import threading
+import tracemalloc
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from prep_data import DATE, DRIVE, copy_raw, files_of, run_pack, write_split
 
 from prep.packing import encode
 from prep.packing.encode import ImageFormat, encode_image
+from prep.raw import zips
 from prep.raw.files import RawData, read
 from prep.raw.splits import read_split
 from prep.raw.velodyne import check_depth_png
@@ -71,10 +73,8 @@ def test_encrypted_members_are_named(tmp_path: Path) -> None:
 
 
 def test_a_member_that_inflates_beyond_its_size_takes_no_memory(tmp_path: Path) -> None:
-    import tracemalloc
-
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
-    packed = b"".join(deflate.compress(bytes(1 << 24)) for _ in range(24)) + deflate.flush()  # 400 MB of zeros
+    packed = b"".join(deflate.compress(bytes(1 << 24)) for _ in range(6)) + deflate.flush()  # 100 MB of zeros
     path = tmp_path / f"{DRIVE}.zip"
     name = f"{DATE}/{DRIVE}/image_02/data/0000000000.png"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -122,7 +122,7 @@ def huge_png(width: int, height: int, colour: int, bits: int) -> bytes:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("size", [(10_000, 10_000), (60_000, 60_000), (13_000, 9_000)])
+@pytest.mark.parametrize("size", [(8_000, 8_000), (10_000, 10_000), (60_000, 60_000)])
 def test_images_far_larger_than_promised_are_refused_before_they_are_decoded(size: tuple[int, int]) -> None:
     ref = Ref("a.png", "/raw/a.png", 1)
     for expected in ((192, 64), None):
@@ -225,11 +225,13 @@ def test_enormous_split_lists_take_little_memory(tmp_path: Path, line: bytes, si
 
 
 def test_the_largest_split_list_takes_little_memory(tmp_path: Path) -> None:
-    path = tmp_path / "train_files.txt"
-    path.write_bytes(b"\n".join(b"%07d%s %d l" % (i, b"x" * 100, i) for i in range(499_999)))
-    message, peak = attack("print(len(read_split(str(path)).parts['train']))", path)
-    assert message == "499999"
-    assert peak < 500
+    path, count = tmp_path / "train_files.txt", 20_000
+    path.write_bytes(b"\n".join(b"%07d%s %d l" % (i, b"x" * 100, i) for i in range(count)))
+    tracemalloc.start()
+    assert len(read_split(str(path)).parts["train"]) == count
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / count * 500_000 < 400 << 20
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,6 @@ def test_the_largest_split_list_takes_little_memory(tmp_path: Path) -> None:
     [
         (b"", b"", 1 << 30, "larger than 32 MiB"),
         (b"", b"1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n", 20 << 20, "more than 1,000,000 lines"),
-        (b"", b"0 0 0 0\n" * 4, 7 << 20, "rotation"),
         (b"", b"0 ", 31 << 20, "numbers"),
         (b"1 0 0 0 0 1 0 0 0 0 1 0\n", b"0,", 31 << 20, "numbers"),
     ],
@@ -250,45 +251,43 @@ def test_enormous_pose_files_take_little_memory(
     assert peak < 500
 
 
-def test_directories_of_several_zips_have_a_limit_together(tmp_path: Path) -> None:
+def test_directories_of_several_zips_have_a_limit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the zips has a directory within the limit of one."""
-    names = [f"{DATE}/{DRIVE}/image_02/data/{number:010d}.png".encode() for number in range(60_000)]
+    count = 20_000
+    names = [f"{DATE}/{DRIVE}/image_02/data/{number:010d}.png".encode() for number in range(count)]
     numbers = (20, 20, 0, 0, 0, 33, 0, 9, 9)
     entries = [
         struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\1\2", *numbers, len(name), 0, 0, 0, 0, 0, 0) + name for name in names
     ]
     directory = b"".join(entries)
-    end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, len(names), len(names), len(directory), 0, 0)
-    for number in range(8):
+    end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, count, count, len(directory), 0, 0)
+    for number in range(3):
         (tmp_path / f"part{number}.zip").write_bytes(directory + end)
-    message, peak = attack(f"RawData([str(path)]).files('{DATE}/{DRIVE}/image_02/data')", tmp_path)
-    place = f"{tmp_path}/part5.zip"
-    assert message == f"{place}: with it, the zips at --raw hold more than 300,000 files; name fewer zips"
-    assert peak < 500
-
-
-ENCODE = "encode_image(path.read_bytes(), Ref('x', str(path), 1), None, ImageFormat(None, 'jpeg'))"
+    tracemalloc.start()
+    data = RawData([str(tmp_path / "part0.zip")])
+    assert len(data.files(f"{DATE}/{DRIVE}/image_02/data")) == count
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept / count * zips._MAX_FILES < 300 << 20
+    monkeypatch.setattr(zips, "_MAX_FILES", 50_000)
+    with pytest.raises(InputError, match=r"part2\.zip: with it, the zips at --raw hold more than 50,000 files"):
+        RawData([str(tmp_path)]).files(f"{DATE}/{DRIVE}/image_02/data")
 
 
 @pytest.mark.parametrize(
-    ("size", "mode", "name", "work", "says"),
+    ("mode", "name", "work"),
     [
-        ((7680, 4320), "RGB", "a.png", ENCODE, ""),
-        ((7680, 4320), "I;16", "a.png", ENCODE, ""),
-        ((8000, 8000), "RGB", "a.png", ENCODE, "8000x8000 pixels; at most 33,554,432 are read"),
-        ((7680, 4320), "F", "a.tif", "depth_png(path.read_bytes(), (7680, 4320), str(path))", ""),
+        ("RGB", "a.png", "encode_image(path.read_bytes(), Ref('x', str(path), 1), None, ImageFormat(None, 'jpeg'))"),
+        ("F", "a.tif", "depth_png(path.read_bytes(), (7680, 4320), str(path))"),
     ],
 )
-def test_the_largest_images_and_depth_maps_take_bounded_memory(
-    tmp_path: Path, size: tuple[int, int], mode: str, name: str, work: str, says: str
-) -> None:
+def test_the_largest_images_and_depth_maps_take_bounded_memory(tmp_path: Path, mode: str, name: str, work: str) -> None:
     path = tmp_path / name
     options: dict[str, Any] = {"compression": "tiff_deflate"} if mode == "F" else {"compress_level": 1}
-    Image.new(mode, size, 3 if mode != "RGB" else (90, 200, 30)).save(path, **options)
+    Image.new(mode, (7680, 4320), 3 if mode == "F" else (90, 200, 30)).save(path, **options)
     assert path.stat().st_size < 3 << 20
     message, peak = attack(work, path)
-    assert says in message
-    assert bool(message) == bool(says)
+    assert not message
     assert peak < 600
 
 
@@ -303,14 +302,16 @@ def test_raw_files_beyond_the_read_ahead_are_read_one_by_one(
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
 
 
-def no_thread(thread: threading.Thread) -> None:
-    raise RuntimeError("can't start new thread")
+def test_files_are_read_one_by_one_without_a_thread(
+    drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoThreads(ThreadPoolExecutor):
+        def submit(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("can't start new thread")
 
-
-def test_packing_works_without_threads(drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = write_split(tmp_path / "s", *LINES)
     run_pack(split, drive, tmp_path / "expected")
-    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    monkeypatch.setattr(encode, "ThreadPoolExecutor", NoThreads)
     run_pack(split, drive, tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
 
