@@ -31,7 +31,16 @@ from prep.raw.calibration import StereoCalibration
 from prep.raw.files import read, read_many
 from prep.raw.splits import CameraSide
 from prep.raw.text import printable
-from prep.raw.velodyne import Convention, depth_png, encode_png, open_image, points_in_view, project, read_scan
+from prep.raw.velodyne import (
+    MAX_PIXELS,
+    Convention,
+    depth_png,
+    encode_png,
+    open_image,
+    points_in_view,
+    project,
+    read_scan,
+)
 from prep.raw.zips import Ref
 from shards.errors import DatasetError, SampleError, StorageError, UsageError
 from shards.files import temporary
@@ -43,8 +52,6 @@ _END = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 """End of a whole file. One without it may decode here and fail in another decoder."""
 _PNG_DEPTH = 24
 """Offset of the bits of a channel in a PNG."""
-_MAX_PIXELS = 32 << 20
-"""Of a raw frame, as in 8K video. Pillow holds four bytes a pixel, up to three times while it encodes."""
 READ_AHEAD = 4
 """Time steps to fetch at once; as many are fetched while those are encoded: 2 x 4 x (2 images + 1 scan)."""
 _READ_AHEAD_BYTES = 64 << 20
@@ -434,8 +441,8 @@ def _check_size(native: tuple[int, int], expected: tuple[int, int] | None, ref: 
             f"{ref.place}: {native[0]}x{native[1]} pixels, but the calibration is for {expected[0]}x{expected[1]}; "
             "prep needs the frames at their own size"
         )
-    if native[0] * native[1] > _MAX_PIXELS:
-        raise SampleError(f"{ref.place}: {native[0]}x{native[1]} pixels; at most {_MAX_PIXELS:,} are read")
+    if native[0] * native[1] > MAX_PIXELS:
+        raise SampleError(f"{ref.place}: {native[0]}x{native[1]} pixels; at most {MAX_PIXELS:,} are read")
 
 
 def smooth_chroma(picture: Image.Image, blur: float) -> Image.Image:

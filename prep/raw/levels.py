@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from prep.raw.files import read
+from prep.raw.velodyne import MAX_PIXELS, open_image
 from prep.raw.zips import Ref
 from shards.errors import InputError, SampleError
 
@@ -16,6 +16,8 @@ _PNG_DEPTH, _PNG_COLOUR = 24, 25
 """Offsets in a PNG of the bits of a channel, and of the kind of channels."""
 _SAMPLED = 9
 """Number of frames that decide the range."""
+_ENOUGH = 1 << 21
+"""Pixels of a frame; of a larger one fewer rows are used."""
 _FULL_HIGH, _FULL_RANGE = 1 << 15, 1 << 14
 """The upper 8 bits suffice if a drive's values reach the first number and span the second."""
 _COLOUR_HIGH, _COLOUR_RANGE = 1 << 6, 1 << 4
@@ -42,8 +44,10 @@ def find_levels(refs: Sequence[Ref]) -> tuple[int, int] | None:
             data = read(ref)
             if len(data) <= _PNG_COLOUR or data[_PNG_DEPTH] != 16:
                 return None
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                samples.append(np.asarray(image)[::2].ravel())
+            with open_image(data, "PNG") as image:
+                pixels = image.width * image.height
+                if pixels <= MAX_PIXELS:
+                    samples.append(np.asarray(image)[:: max(2, pixels // _ENOUGH)].ravel())
         except (SampleError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             continue  # a broken frame is named when it is packed
     if not samples:

@@ -26,6 +26,8 @@ _FARTHEST = 1000.0
 _IMPLAUSIBLE = 0.05
 _ZERO_TAIL = 4096
 """An interrupted copy ends in whole pages of zeros on a file system that reserves space."""
+MAX_PIXELS = 32 << 20
+"""Of a frame or depth map, as in 8K video. Pillow holds four bytes a pixel, up to three times while it encodes."""
 _BLOCK = 1 << 20
 """Pixels of a depth map to convert at once."""
 
