@@ -37,8 +37,7 @@ _RECTIFYING = {0: (0.24, -0.43, -0.56), 1: (-0.25, 1.34, 0.51), 2: (0.05, -0.16,
 
 def dot(a: _Values, b: _Values) -> _Values:
     """Scalar products of vectors (…,3), term by term: a matrix product may round differently with more threads."""
-    product: _Values = a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]
-    return product
+    return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]  # type: ignore[return-value]
 
 
 def rotation(x: float, y: float, z: float) -> Array:
