@@ -270,7 +270,11 @@ def test_a_damaged_chunk_is_noticed(drive: Path, tmp_path: Path) -> None:
     path = tmp_path / name
     chunk = read_chunk(path)
     assert chunk is not None
-    assert (sorted(chunk.files), chunk.sizes["image 1 l"], chunk.broken) == (["image 1 l", "image 2 l"], (192, 64), {})
+    assert (sorted(chunk.files), chunk.sizes["image d 1 l"], chunk.broken) == (
+        ["image d 1 l", "image d 2 l"],
+        (192, 64),
+        {},
+    )
     content = {label: extent.read(tmp_path) for label, extent in chunk.files.items()}
     assert all(data.startswith(b"\x89PNG") for data in content.values())
     whole = path.read_bytes()
@@ -282,7 +286,7 @@ def test_a_damaged_chunk_is_noticed(drive: Path, tmp_path: Path) -> None:
         if damaged is not None and set(damaged.files) == set(content):
             with suppress(DatasetError):
                 assert {label: extent.read(tmp_path) for label, extent in damaged.files.items()} == content
-    extent = chunk.files["image 1 l"]
+    extent = chunk.files["image d 1 l"]
     path.write_bytes(whole[: extent.offset] + bytes([whole[extent.offset] ^ 1]) + whole[extent.offset + 1 :])
     with pytest.raises(DatasetError, match=r"\.chunk: damaged scratch file"):
         extent.read(tmp_path)
