@@ -46,7 +46,7 @@ def prep(
         ),
     ] = None,
     dataset: Annotated[
-        Literal["kitti", "folder"], typer.Option(help="kitti, or your own drives: frames and a camera.yaml.")
+        Literal["kitti", "folder"], typer.Option(help="kitti, or your own drives: videos or frames, and a camera.yaml.")
     ] = "kitti",
     raw: Annotated[
         list[str],
@@ -125,8 +125,8 @@ def prep(
     from prep.request import make_request
     from prep.workers import start_workers
 
-    request = make_request(**asked)
     with _bar() as bar:
+        request = make_request(**asked, progress=bar)
         bar.phase("looking at drives", request.drives(part), "drives")
         # A check lists what is broken beside what is missing.
         plan = request.plan("skip" if check else on_error, part, progress=lambda drive: bar.advance(1))
@@ -163,7 +163,7 @@ class _Bar:
     def phase(self, label: str, total: int, unit: str) -> None:
         self.stop()
         self._progress = progress_bar(unit)
-        self._task = self._progress.add_task(label, total=total, rate=0.0, note="")
+        self._task = self._progress.add_task(label, total=total or None, rate=0.0, note="")
         self._began, self._done = time.monotonic(), 0
         self._progress.start()
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from prep.packing.encode import encode_image
+from prep.packing.encode import depth_map, encode_image
 from prep.packing.plan import BROKEN_DRIVE, Content, PackingPlan
 from prep.raw.calibration import other
 from prep.raw.files import PUBLIC_ARCHIVE, read
 from prep.raw.splits import CameraSide, SplitLists
-from prep.raw.velodyne import depth_png, encode_png, points_in_view, project, read_scan
+from prep.raw.velodyne import encode_png, points_in_view, project, read_scan
 from shards.errors import SampleError
 
 _BYTES_PER_PIXEL = {"jpeg": 0.68, "png": 1.8, "ppm": 3.0}
@@ -80,10 +80,11 @@ def _measure(plan: PackingPlan) -> tuple[int, int, bool, list[str]]:
     steps = [(name, step) for name, steps in sorted(plan.time_steps.items()) for step in steps]
     images, maps, broken = list[int](), list[int](), list[str]()
     for name, time_step in steps[:: max(1, len(steps) // _TRIED)][:_TRIED]:
-        calibration = plan.drives[name].calibration
+        drive = plan.drives[name]
+        calibration = drive.calibration
         try:
             side, ref = next(iter(time_step.images.items()))
-            data, native = encode_image(read(ref), ref, calibration.size, plan.content.format, plan.drives[name].levels)
+            data, native = encode_image(read(ref), ref, calibration.size, plan.content.format, drive.levels, drive.view)
             images.append(len(data))
             scan = time_step.scan
             if scan is not None and side in time_step.depth_sides:
@@ -91,7 +92,7 @@ def _measure(plan: PackingPlan) -> tuple[int, int, bool, list[str]]:
                 points = read_scan(read(scan), scan.place, time_step.typical_scan)
                 seen = points_in_view(points, [matrix], native[0])
                 maps.append(len(encode_png(project(seen, matrix, native))))
-            maps += [len(depth_png(read(ready), native, ready.place)) for ready in time_step.depth_maps.values()]
+            maps += [len(depth_map(read(ready), ready, native, drive.view)) for ready in time_step.depth_maps.values()]
         except SampleError as error:
             broken.append(str(error))
     image = sum(images) // len(images) if images else _usual_image_bytes(plan.content)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from prep.packing.encode import ImageFormat
 from prep.packing.plan import Content, DepthSource, OnError, PackingPlan, make_plan
 from prep.raw.files import PUBLIC_ARCHIVE, RawData
-from prep.raw.folder import FolderLayout, split_drives
+from prep.raw.folder import FolderLayout, size_note, split_drives
 from prep.raw.kitti import Kitti, Layout
 from prep.raw.missing import what_is_there
 from prep.raw.splits import NamedSplit, SplitLists, read_split
 from prep.raw.velodyne import Convention
+from prep.workers import Progress
 from shards.errors import InputError, UsageError
 from shards.sample import Chroma, Codec
 
@@ -162,9 +163,13 @@ def make_request(
     download: str | None,
     out: str | None,
     follow_links: bool = False,
+    progress: Progress | None = None,
     **content: Any,
 ) -> Request:
     """The request of a command line; `content` are the options of `make_content`.
+
+    Args:
+        progress: of videos, which are decoded to choose their frames.
 
     Raises:
         UsageError: options that are impossible or contradict each other.
@@ -175,7 +180,7 @@ def make_request(
         for option, value in (("--download", download), ("--depth-source", content.get("depth_source"))):
             if value is not None:
                 raise UsageError(f"{option} is for KITTI; --dataset folder takes what lies at --raw")
-        return _own_drives(split, splits, RawData(urls, follow_links), out, content)
+        return _own_drives(split, splits, RawData(urls, follow_links), out, content, progress)
     if split is None:
         raise UsageError("--split is missing: eigen_zhou, eigen_full, eigen, eigen_benchmark, odom, a file or a folder")
     lists = read_split(split, splits)
@@ -185,10 +190,15 @@ def make_request(
 
 
 def _own_drives(
-    split: str | None, splits: Path | None, raw: RawData, out: str | None, content: dict[str, Any]
+    split: str | None,
+    splits: Path | None,
+    raw: RawData,
+    out: str | None,
+    content: dict[str, Any],
+    progress: Progress | None,
 ) -> Request:
     """The request for own drives. Stereo and ground truth default to whether the drives have them."""
-    layout = FolderLayout(raw, depth=bool(content["depth"]), stereo=content["stereo"])
+    layout = FolderLayout(raw, bool(content["depth"]), content["stereo"], progress)
     drives = [drive for name in layout.drives() if (drive := layout.open(name)) is not None]
     pairs = any(drive.images["r"] for drive in drives)
     if content["stereo"] and not pairs:
@@ -199,6 +209,7 @@ def _own_drives(
     unsplit = SplitLists(name, {}, {}, "")
     what = make_content(unsplit, **{**content, "depth_source": "dense" if content["depth"] else None})
     lists = split_drives(drives, name, what.frames, what.stereo) if split is None else read_split(split, splits)
+    lists = replace(lists, notes=(*lists.notes, *size_note(drives, what.format.size)))
     return Request(lists, layout, what, raw.urls, out or f"./shards/{lists.name}")
 
 

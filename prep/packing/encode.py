@@ -41,6 +41,8 @@ from prep.raw.velodyne import (
     project,
     read_scan,
 )
+from prep.raw.video import VideoFrame
+from prep.raw.view import View
 from prep.raw.zips import Ref
 from shards.errors import DatasetError, SampleError, StorageError, UsageError
 from shards.files import temporary
@@ -126,7 +128,10 @@ class TimeStep:
 
 @dataclass(frozen=True)
 class ChunkJob:
-    """A stretch of the drive with the key `drive` to encode into one chunk. `versions` are the main process's."""
+    """A stretch of the drive with the key `drive` to encode into one chunk.
+
+    `versions` are the main process's; `levels` and `view` are those of the `Drive`.
+    """
 
     drive: str
     time_steps: tuple[TimeStep, ...]
@@ -137,6 +142,7 @@ class ChunkJob:
     folder: Path
     versions: str
     levels: tuple[int, int] | None = None
+    view: View | None = None
 
     @property
     def images(self) -> int:
@@ -149,7 +155,7 @@ class ChunkJob:
         steps, projection, velodyne = self.time_steps, self.calibration.projection, self.calibration.velodyne
         spec = [
             self.drive,
-            [(r.path, r.url, r.size, r.member.crc if r.member else 0) for step in steps for r in step.refs()],
+            [(r.path, r.url, r.size, r.crc) for step in steps for r in step.refs()],
             [(step.frame, sorted(step.images), step.depth_sides, sorted(step.depth_maps)) for step in steps],
             [self.calibration.size, *(matrix.tolist() for _, matrix in sorted(projection.items()))],
             None if velodyne is None else velodyne.tolist(),
@@ -157,6 +163,7 @@ class ChunkJob:
             self.convention,
             self.versions,
             self.levels,
+            self.view and asdict(self.view),
         ]
         return hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:32] + ".chunk"
 
@@ -280,7 +287,7 @@ class _Encoder:
         for side, ref in step.images.items():
             name = label("image", job.drive, step.frame, side)
             try:
-                data, size = encode_image(content(ref), ref, job.calibration.size, job.format, job.levels)
+                data, size = encode_image(content(ref), ref, job.calibration.size, job.format, job.levels, job.view)
             except SampleError as error:
                 self._note(step, name, error)
                 continue
@@ -294,7 +301,7 @@ class _Encoder:
             try:
                 if side in step.depth_maps:
                     ready = step.depth_maps[side]
-                    data = depth_png(content(ready), native[side], ready.place)
+                    data = depth_map(content(ready), ready, native[side], job.view)
                 else:
                     if points is None:  # both cameras have images of one size
                         assert step.scan is not None
@@ -359,6 +366,15 @@ def _take(files: dict[Ref, bytes | SampleError], ref: Ref) -> bytes:
     return content
 
 
+def depth_map(data: bytes, ref: Ref, size: tuple[int, int], view: View | None) -> bytes:
+    """Ready-made ground truth as it is stored; as `depth_png`, of the view's part of the frames."""
+    if view is None:
+        return depth_png(data, size, ref.place)
+    with Image.open(io.BytesIO(depth_png(data, view.frame, ref.place))) as image:
+        depth = np.asarray(image).astype(np.uint16)
+    return encode_png(view.apply_depth(depth))
+
+
 def _to_rgb(picture: Image.Image, levels: tuple[int, int] | None) -> Image.Image:
     """Any mode as 8-bit RGB.
 
@@ -380,6 +396,7 @@ def encode_image(
     expected: tuple[int, int] | None,
     form: ImageFormat,
     levels: tuple[int, int] | None = None,
+    view: View | None = None,
 ) -> tuple[bytes, tuple[int, int]]:
     """Decode, resize (antialiased, Lanczos) and encode one raw image.
 
@@ -388,16 +405,17 @@ def encode_image(
     Args:
         data: the raw file's content.
         expected: native size by the calibration, if known.
-        levels: values that become 0 and 255, for frames of more than 8 bits; see `Drive.levels`.
+        levels, view: as `Drive`.
 
     Returns:
-        The stored bytes, and the native (width, height).
+        The stored bytes, and the native (width, height), of the view if there is one.
 
     Raises:
         SampleError: not a whole image, too large, or not of the size of the calibration.
     """
+    expected = view.frame if view else expected
     try:
-        with open_image(data, "PNG", "JPEG") as image:
+        with open_image(data, *(("PPM",) if isinstance(ref, VideoFrame) else ("PNG", "JPEG"))) as image:
             oriented = 0x0112 in image.getexif()
             # Before the pixels take memory. An image to be turned may have its sides swapped.
             _check_size(image.size[::-1] if oriented and expected == image.size[::-1] else image.size, expected, ref)
@@ -411,9 +429,11 @@ def encode_image(
         raise SampleError(f"{ref.place}: broken image ({error}); fetch it again") from error
     native = picture.size
     _check_size(native, expected, ref)
+    if view is not None:
+        picture, native = view.apply(picture), view.size
     deep = kind == "PNG" and data[_PNG_DEPTH] != 8
-    untouched = form.size in (None, native) and mode == "RGB" and not oriented and not deep
-    if untouched and kind == form.codec.upper() and data.endswith(_END[kind]):
+    untouched = form.size in (None, native) and mode == "RGB" and not oriented and not deep and view is None
+    if untouched and kind == form.codec.upper() and data.endswith(_END.get(kind, b"")):
         return data, native
     if form.size is not None and form.size != native:
         picture = picture.resize(form.size, Image.Resampling.LANCZOS)

@@ -143,9 +143,15 @@ class PackingPlan:
 
     @property
     def inputs_sha256(self) -> str:
-        """Hash of the KITTI paths and sizes of the raw files. It changes if files are mended or converted."""
+        """Hash of the KITTI paths and sizes of the raw files. It changes if files are mended or converted.
+
+        Of own drives also of the camera, which is corrected more often than frames are.
+        """
         digest = hashlib.sha256()
-        for _, steps in sorted(self.time_steps.items()):
+        for name, steps in sorted(self.time_steps.items()):
+            drive = self.drives[name]
+            if not drive.kitti:
+                digest.update(f"{drive.calibration.projection} {drive.view} {drive.digest}\n".encode())
             for ref in (ref for step in steps for ref in step.refs()):
                 digest.update(f"{ref.path} {ref.size}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
@@ -160,6 +166,7 @@ class PackingPlan:
                     time_steps=tuple(steps[start : start + TIME_STEPS_PER_CHUNK]),
                     calibration=drive.calibration,
                     levels=drive.levels,
+                    view=drive.view,
                     format=content.format,
                     convention=content.convention,
                     skip_broken=skip_broken,

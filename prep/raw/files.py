@@ -24,9 +24,11 @@ from typing import Any
 import fsspec
 from fsspec.core import url_to_fs
 
+from prep.raw.video import VideoFrame, read_frames
 from prep.raw.zips import MAX_FILE_BYTES, Directories, Ref, unpack
 from shards.errors import InputError, SampleError, UsageError, first_line
 from shards.storage.retry import MissingError, Retrier
+from shards.video import VIDEO_SUFFIXES
 
 PUBLIC_ARCHIVE = "https://s3.eu-central-1.amazonaws.com/avg-kitti"
 """Base URL of KITTI's public archives (CC BY-NC-SA 3.0)."""
@@ -163,6 +165,8 @@ class FolderLocation:
         self._zips: list[str] | None = None
         if self._local and os.path.isfile(self._root):  # noqa: PTH113  (fsspec's paths are strings)
             if not self._root.lower().endswith(".zip"):
+                if self._root.lower().endswith(tuple(VIDEO_SUFFIXES)):
+                    raise InputError(f"{self.url}: a video; give its folder as --raw, with a camera.yaml in it")
                 raise InputError(f"{self.url}: not a zip; --raw is a folder of drives or zips, a zip, or a base URL")
             self._zips = [self._root]
         self._real = os.path.realpath(self._root) if self._local else ""
@@ -376,9 +380,10 @@ def read_many(refs: Sequence[Ref], limit: int = MAX_FILE_BYTES) -> list[bytes | 
     for ref in refs:
         if (size := max(ref.size, ref.transfer)) > limit:
             results[ref] = SampleError(f"{ref.place}: {size:,} bytes; no such file has more than {limit:,}")
-        else:
+        elif not isinstance(ref, VideoFrame):
             scheme, colon, _ = ref.url.partition("://")
             groups.setdefault(scheme if colon else "file", []).append(ref)
+    results |= read_frames([ref for ref in refs if isinstance(ref, VideoFrame) and ref not in results])
     for protocol, group in groups.items():
         if protocol == "file":
             results |= {ref: _attempt(ref, partial(_read_local, ref)) for ref in group}

@@ -1,6 +1,7 @@
 """Your own drives: folders of frames and a small YAML with the camera.
 
 drives/camera.yaml              one for all drives, or one in each (prep/raw/camera.py)
+drives/tuesday.mp4              a drive that is a video, of one camera
 drives/monday/left/000001.png   frames of the (left) camera, .png or .jpg, in the order of their names
 drives/monday/right/000001.png  optional, the right camera of a rectified pair, under the same names
 drives/monday/depth/000001.png  optional ground truth of the left frames: 16-bit PNG, metres x 256, 0 = none;
@@ -15,6 +16,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
+from PIL import Image
+
 from prep.raw.calibration import other
 from prep.raw.camera import CAMERA_FILE, Camera, parse_camera
 from prep.raw.clips import clip_starts, counter_of, natural
@@ -22,13 +25,17 @@ from prep.raw.files import MAX_TEXT_BYTES, RawData, read
 from prep.raw.kitti import Drive, FrameRefs
 from prep.raw.levels import find_levels, levels_note
 from prep.raw.splits import CameraSide, SplitLine, SplitLists
+from prep.raw.velodyne import open_image
+from prep.raw.video import find_frames
+from prep.raw.view import View
 from prep.raw.zips import Ref
-from shards.errors import InputError
+from prep.workers import Progress, Quiet
+from shards.errors import InputError, first_line
+from shards.video import VIDEO_SUFFIXES
 
 _IMAGE = re.compile(r"(.+)\.(png|jpg|jpeg)", re.IGNORECASE)
 _DEPTH = re.compile(r"(.+)\.(png|npy|tiff?)", re.IGNORECASE)
 _OTHER_IMAGE = re.compile(r".+\.(bmp|tiff?|pgm|ppm|webp|gif|heic|exr|npy|npz|raw)", re.IGNORECASE)
-_VIDEO = re.compile(r".+\.(mp4|avi|mov|mkv|ts|webm|m4v|wmv|flv)", re.IGNORECASE)
 _CAMERA_LIKE = re.compile(r"(cam|calib|intrinsic)\w*\.(ya?ml|txt|json|xml)", re.IGNORECASE)
 _MOST_FOLDERS = 500
 _FEW_DRIVES = 3
@@ -36,6 +43,10 @@ _SIDE_WORD = re.compile(r"left|right|(?:(?<=[_\-. \d])|^)(?:l|r|cam[01]|image_?0
 _NOTES = ("txt", "csv", "json", "yaml", "yml", "md", "db")
 """Files that may lie anywhere."""
 _DEEPEST = 4
+_USUAL_AREAS = (640 * 192, 640 * 320, 1024 * 320)
+_MOST_SQUEEZE = 1.3
+_TURNED = 5
+"""EXIF orientations from here on swap width and height."""
 _LONGEST_KEY = 70
 """A tar's names are below 100 characters, of which side, frame and component take 24."""
 _FORMS = "frames are read as PNG or JPEG"
@@ -56,17 +67,21 @@ class FolderLayout:
         raw: folders that hold the drives.
         depth: whether ground truth is wanted.
         stereo: False ignores the right camera.
+        progress: of videos, which are decoded to choose their frames.
     """
 
-    def __init__(self, raw: RawData, depth: bool = True, stereo: bool | None = None) -> None:
+    def __init__(
+        self, raw: RawData, depth: bool = True, stereo: bool | None = None, progress: Progress | None = None
+    ) -> None:
         self.raw = raw
+        self._progress = progress or Quiet()
         self._depth = depth
         self._stereo = stereo
         self._cameras: dict[str, Camera | None] = {}
         self._drives: dict[str, Drive | None] = {}
 
     def drives(self) -> list[str]:
-        """Names of all drives, sorted: folders, relative to the raw location, that hold frames.
+        """Names of all drives, sorted: folders that hold frames, and videos, relative to the raw location.
 
         Raises:
             InputError: no drive was found, with what was found instead; or a camera file is malformed.
@@ -80,9 +95,10 @@ class FolderLayout:
         camera = self._camera(folder)
         if camera is not None and folder and self._images(folder, camera.left):
             return [folder]
-        if level == _DEEPEST:
-            return []
-        return sorted(name for path in self._inner(folder) for name in self._below(path, level + 1))
+        found = [_join(folder, name) for name in self.raw.files(folder) if camera is not None and _is_video(name)]
+        if level < _DEEPEST:
+            found += [name for path in self._inner(folder) for name in self._below(path, level + 1)]
+        return sorted(found)
 
     def _inner(self, folder: str) -> list[str]:
         names = [name for name in self.raw.folders(folder) if not name.startswith(".")]
@@ -90,26 +106,20 @@ class FolderLayout:
 
     def _what_is_there(self) -> Iterator[str]:
         """Likely reasons why no drive was found, and what to do; the likeliest first."""
-        cameras, videos, strange, flat = list[str](), list[str](), list[str](), list[str]()
+        cameras, strange, flat = list[str](), list[str](), list[str]()
         folders = [("", 0)]
         for folder, level in folders:
             names = [name for name in self.raw.files(folder) if not name.startswith(".")]
             cameras += [_join(folder, name) for name in names if _CAMERA_LIKE.fullmatch(name) and name != CAMERA_FILE]
-            videos += [_join(folder, name) for name in names if _VIDEO.fullmatch(name)]
             strange += [_join(folder, name) for name in names if _OTHER_IMAGE.fullmatch(name)]
             flat += [folder] if any(_IMAGE.fullmatch(name) for name in names) else []
             if level < _DEEPEST + 4 and len(folders) < _MOST_FOLDERS:
                 folders += [(path, level + 1) for path in self._inner(folder)]
-        if videos and not flat:
-            yield (
-                f"{videos[0]} is a video: extract its frames first, for example ffmpeg -i {videos[0]} "
-                "drives/monday/left/%06d.png"
-            )
         if not any(CAMERA_FILE in self.raw.files(folder) for folder, _ in folders):
             renamed = f"; rename {cameras[0]} to {CAMERA_FILE}" if cameras else ""
             yield (
-                f"there is no {CAMERA_FILE}{renamed}; it holds width, height, fx, fy, cx, cy and lies above the drives "
-                "or in each of them (docs/prep.md)"
+                f"there is no {CAMERA_FILE}{renamed}; it holds width, height, fx, fy, cx, cy, or only fov: 90 if no "
+                "more is known, and lies above the drives or in each of them (docs/camera.md)"
             )
         if flat and flat[0].count("/") > _DEEPEST:
             yield f"frames lie too deep, in {flat[0]}; give a folder nearer to them as --raw"
@@ -122,8 +132,8 @@ class FolderLayout:
         if strange:
             yield f"{strange[0]}: {_FORMS}; convert them"
         yield (
-            f"expected: {CAMERA_FILE} with width, height, fx, fy, cx, cy, and a folder for each drive with its frames "
-            "in left/, for example drives/monday/left/000001.png"
+            f"expected: {CAMERA_FILE} with width, height, fx, fy, cx, cy (or fov), and for each drive a video or a "
+            "folder with its frames in left/, for example drives/monday/left/000001.png"
         )
 
     def open(self, name: str) -> Drive | None:
@@ -137,6 +147,9 @@ class FolderLayout:
         camera = self._camera(name)
         if camera is None:
             raise InputError(f"{name}: no {CAMERA_FILE} in this drive's folder or above it")
+        folder, _, file = name.rpartition("/")
+        if _is_video(file) and file in self.raw.files(folder):
+            return self._open_video(name, camera, self.raw.files(folder)[file])
         left = self._images(name, camera.left)
         if not left:
             return None
@@ -153,18 +166,54 @@ class FolderLayout:
             )
         levels = find_levels([left[stem] for stem in stems])
         notes += levels_note(name, levels)
+        if camera.lens is not None and right:
+            raise InputError(
+                f"{name}: frames of a pair must be rectified and undistorted (cv2.stereoRectify), or give --no-stereo"
+            )
+        view = self._view(name, camera, (0, 0) if camera.width else _frame_size(left[stems[0]]))
         return Drive(
             name=name,
             key=drive_key(name),
             images={"l": _frames(left, numbers), "r": _frames(right, numbers)},
             scans={},
             depth_maps={"l": _frames(depth, numbers), "r": {}},
-            calibration=camera.calibration(_join(name, CAMERA_FILE)),
+            calibration=camera.calibration(view, view.where),
             kitti=False,
             levels=levels,
+            view=_needed(view),
             clip_starts=tuple(starts),
             notes=tuple(notes),
         )
+
+    def _open_video(self, name: str, camera: Camera, ref: Ref) -> Drive:
+        self._progress.phase(f"looking at {name}", 0, "frames")
+        video = find_frames(ref, name, camera.rate, self._progress.advance)
+        view = self._view(name, camera, video.size)
+        if view.frame != video.size:
+            raise InputError(
+                f"{ref.place}: {video.size[0]}x{video.size[1]} pixels, but {view.where} is for "
+                f"{view.frame[0]}x{view.frame[1]}"
+            )
+        return Drive(
+            name=name,
+            key=drive_key(name),
+            images={"l": dict[int, Ref](enumerate(video.frames)), "r": {}},
+            scans={},
+            depth_maps={"l": {}, "r": {}},
+            calibration=camera.calibration(view, view.where),
+            kitti=False,
+            view=_needed(view),
+            digest=hashlib.sha256(repr([frame.crc for frame in video.frames]).encode()).hexdigest(),
+            clip_starts=tuple(video.starts),
+            notes=tuple(video.notes),
+        )
+
+    def _view(self, name: str, camera: Camera, frame: tuple[int, int]) -> View:
+        """What is packed of a drive's frames of this size."""
+        folder = name
+        while CAMERA_FILE not in self.raw.files(folder):
+            folder = folder.rpartition("/")[0]
+        return camera.view(frame, self.raw.files(folder)[CAMERA_FILE].place)
 
     def _images(self, drive: str, folder: str) -> dict[str, Ref]:
         return matching(self.raw.files(_join(drive, folder)), _IMAGE)
@@ -245,6 +294,57 @@ class FolderLayout:
             above = None if not folder else self._camera(folder.rpartition("/")[0])
             self._cameras[folder] = above if ref is None else parse_camera(read(ref, MAX_TEXT_BYTES), ref.place)
         return self._cameras[folder]
+
+
+def _is_video(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(tuple(VIDEO_SUFFIXES))
+
+
+def _needed(view: View) -> View | None:
+    """The view, unless it is the frames as they are, which can be copied."""
+    return None if view.lens is None and view.size == view.frame else view
+
+
+def _frame_size(ref: Ref) -> tuple[int, int]:
+    """(width, height) of a frame, upright.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with open_image(read(ref), "PNG", "JPEG") as image:
+            return image.size[::-1] if image.getexif().get(0x0112, 1) >= _TURNED else image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{ref.place}: broken image ({first_line(error)}); fetch it again") from error
+
+
+def fitting_sizes(frame: tuple[float, float]) -> list[tuple[int, int]]:
+    """Sizes to pack frames of this shape at: multiples of 32, squeezed least, near the usual numbers of pixels."""
+    found = []
+    for area in _USUAL_AREAS:
+        sizes = [(w, h) for w in range(128, 1281, 32) for h in range(128, 1281, 32) if 0.7 < w * h / area < 1.4]
+        found += [min(sizes, key=lambda size: (round(squeeze(frame, size), 2), abs(size[0] * size[1] - area)))]
+    return list(dict.fromkeys(found))
+
+
+def squeeze(frame: tuple[float, float], stored: tuple[int, int]) -> float:
+    """How much more one side is reduced than the other, 1 or more."""
+    ratio = frame[0] * stored[1] / (frame[1] * stored[0])
+    return max(ratio, 1 / ratio)
+
+
+def size_note(drives: list[Drive], stored: tuple[int, int] | None) -> list[str]:
+    """A note if the stored size has another shape than what the frames show."""
+    for drive in drives:
+        frame, p = drive.calibration.size or (0, 0), drive.calibration.projection["l"]
+        shape = frame[0] * p[1, 1] / p[0, 0], frame[1]
+        if stored is not None and (much := squeeze(shape, stored)) > _MOST_SQUEEZE:
+            sizes = " or ".join(f"{width}x{height}" for width, height in fitting_sizes(shape))
+            return [
+                f"{drive.name}: pictures of {frame[0]}x{frame[1]} become {stored[0]}x{stored[1]}, which squeezes them "
+                f"{much:.2f} times; --size {sizes} keeps their shape"
+            ]
+    return []
 
 
 def _without_side(stem: str) -> str:

@@ -18,6 +18,7 @@ from prep.raw.files import RawData, read
 from prep.raw.levels import find_levels, levels_note
 from prep.raw.poses import MAX_POSE_BYTES, parse_poses
 from prep.raw.splits import CameraSide
+from prep.raw.view import View
 from prep.raw.zips import Ref
 from shards.errors import InputError
 
@@ -55,6 +56,8 @@ class Drive:
         kitti: whether KITTI's licence applies to the images.
         poses: (N, 3, 4) camera-to-world poses by frame, metres; None without poses.
         levels: lowest and highest value of frames with more than 8 bits; they become 0 and 255.
+        view: what is packed of the frames; None: all of them, as they are.
+        digest: of what paths and sizes of the files do not tell; empty if they do.
         clip_starts: first frames of clips; no sample reaches from one clip into another.
         problems: side -> why frames may be missing (a broken zip).
         notes: remarks for the user.
@@ -69,6 +72,8 @@ class Drive:
     kitti: bool = True
     poses: Matrix | None = None
     levels: tuple[int, int] | None = None
+    view: View | None = None
+    digest: str = ""
     clip_starts: tuple[int, ...] = ()
     problems: dict[CameraSide, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -65,6 +65,11 @@ class Ref:
         return self.member.packed if self.member else self.size
 
     @property
+    def crc(self) -> int:
+        """Checksum of the content; 0 if it is not known."""
+        return self.member.crc if self.member else 0
+
+    @property
     def place(self) -> str:
         """The file for messages; of a zip member also the zip."""
         return f"{self.url}: {self.path}" if self.member else self.url

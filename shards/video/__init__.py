@@ -97,6 +97,17 @@ class VideoSource:
         if self.frames is not None and number < self.frames - 1 - self.frames // 100:
             raise DamagedVideoError(f"{self.name}: cut short, it ends after {number} of {self.frames} frames")
 
+    def seek(self, pts: int) -> None:
+        """Let `decode` begin at the last key frame before a time stamp of the stream's.
+
+        Raises:
+            DamagedVideoError: the file cannot be searched.
+        """
+        try:
+            self._container.seek(pts, stream=self._container.streams.video[0])
+        except import_av().error.FFmpegError as error:
+            raise DamagedVideoError(f"{self.name}: cannot be searched by time ({error.strerror})") from error
+
     def close(self) -> None:
         self._container.close()
 

@@ -305,8 +305,8 @@ def test_a_narrow_range_far_up_is_scaled_too(tmp_path: Path) -> None:
         ({"cx": 900.0}, r"cx = 900 lies outside the 48x32 image"),
         ({"cy": -40}, r"cy = -40 lies outside"),
         ({"cx": 0.5, "cy": 0.5}, r"look normalised; in pixels they are cx: 24, cy: 16"),
-        ({"k1": -0.28}, r"k1 describes a lens distortion.*undistort"),
-        ({"distortion_model": "equidistant"}, "distortion_model describes a lens distortion"),
+        ({"k1": -0.28}, r"k1: a lens is written as distortion: \[k1"),
+        ({"distortion_model": "equidistant"}, "distortion_model: a lens is written as"),
         ({"left": "../../private"}, "left: .*a folder inside the drive's"),
         ({"depth": "/etc"}, "depth: .*a folder inside the drive's"),
         ({"fx": "abc"}, r"fx: .*it is 'abc'"),
@@ -324,17 +324,6 @@ def test_camera_files_of_other_tools() -> None:
     assert parse_camera(b"%YAML:1.0\n---\n" + plain.encode(), "camera.yaml") == expected
     assert parse_camera(plain.encode("utf-16"), "camera.yaml") == expected
     assert parse_camera(b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode(), "camera.yaml") == expected
-    opencv = (
-        "%YAML:1.0\n---\nimage_width: 640\nimage_height: 480\ncamera_matrix: !!opencv-matrix\n   rows: 3\n   cols: 3\n"
-    )
-    opencv += "   dt: d\n   data: [ 500.5, 0., 320., 0., 501., 240., 0., 0., 1. ]\n"
-    says = (
-        r"\(its camera_matrix\); undistort the frames, then write width: 640, height: 480, fx: 500.5, fy: 501, cx: 320"
-    )
-    with pytest.raises(InputError, match=says):
-        parse_camera(opencv.encode(), "camera.yaml")
-    with pytest.raises(InputError, match=r"\(its K\).*fx: 500"):
-        parse_camera(b"K: [[500, 0, 320], [0, 500, 240], [0, 0, 1]]\n", "camera.yaml")
 
 
 @pytest.mark.parametrize("text", ["[" * 5000, "a: " + "{a: " * 5000, "x: &a [1]\n" * 3 + "- y"])
@@ -378,9 +367,7 @@ def test_drives_that_are_not_found_say_what_is_there(tmp_path: Path) -> None:
     assert "frames lie too deep, in 1/2/3/4/5/6/left" in no_drives(tmp_path / "e")
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "drive.mp4").write_bytes(b"x")
-    assert "drive.mp4 is a video: extract its frames first, for example ffmpeg" in no_drives(tmp_path / "f")
-    with pytest.raises(InputError, match="not a zip"):
-        RawData([str(tmp_path / "f" / "drive.mp4")])
+    assert "there is no camera.yaml; it holds width, height, fx, fy, cx, cy, or only fov" in no_drives(tmp_path / "f")
 
 
 # Names and paths
