@@ -148,8 +148,10 @@ def imported_libraries() -> dict[str, str]:
 
 
 def test_imported_libraries_are_declared_and_declared_ones_are_imported() -> None:
-    """But for development: bench/ and tests/ use what `dev` lists."""
-    extras = [r for name, extra in PROJECT["optional-dependencies"].items() if name != "dev" for r in extra]
+    """But for development: bench/ and tests/ use what `dev` and `bench` list."""
+    extras = [
+        r for name, extra in PROJECT["optional-dependencies"].items() if name not in ("dev", "bench") for r in extra
+    ]
     declared = {canonical(requirement) for requirement in [*PROJECT["dependencies"], *extras]}
     provided = packages_distributions()
     imported = {
