@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from bench.plain import Setting
+from shards.errors import InputError, first_line
+from shards.files import open_regular
 
 SETTINGS = {
     "stereo": Setting((0,), True),
@@ -26,6 +28,8 @@ SHARDS: dict[str, list[str]] = {
     "md2 jpeg 93 4:4:4": ["--quality", "93", "--chroma", "444"],
 }
 """md2 from shards as prep packs them with these options."""
+LARGEST = 16 << 20
+"""Bytes that are read of the file of runs, thousands of which fit."""
 SIGMAS, FLOOR = 2.5, 0.03
 """Worse is what lies above the reference by so many standard errors, and by this share of it."""
 
@@ -72,7 +76,23 @@ def final(run: dict[str, Any], what: str = "abs_rel") -> float:
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Return the runs in a file of JSON lines; none if there is no file.
+
+    Raises:
+        InputError: it cannot be read, or a line is no run.
+    """
+    if not path.exists():
+        return []
+    try:
+        with open_regular(path) as file:
+            runs = [json.loads(line) for line in file.read(LARGEST).decode().splitlines()]
+        for run in runs:
+            if not all(key in run for key in ("setting", "variant", "seed", "steps")):
+                raise ValueError("a line is no run")
+            final(run), final(run, "loss")
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({first_line(error)}); remove it to train again") from error
+    return runs
 
 
 def by_variant(runs: Sequence[dict[str, Any]], setting: str) -> dict[str, list[dict[str, Any]]]:

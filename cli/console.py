@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import logging
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -31,6 +32,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from md2.process import Libraries, shortage
 from shards.errors import Md2Error, first_line, visible
 from shards.files import require_local
 
@@ -46,6 +48,7 @@ __all__ = [
     "show_log",
     "visible",
     "warn",
+    "with_room",
 ]
 
 console = Console()
@@ -153,6 +156,21 @@ def local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def with_room(libraries: Libraries) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a command that loads these libraries say in one line that the process may not use what they take."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def checked(**options: Any) -> Any:
+            if reason := shortage(libraries):
+                raise Md2Error(reason)
+            return command(**options)
+
+        return checked
+
+    return decorate
+
+
 def debugging(wanted: bool) -> None:
     """Callback of `--debug`: show tracebacks and the warnings of libraries."""
     global _debug  # noqa: PLW0603
@@ -177,7 +195,8 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
             _flush()
             return result if isinstance(result, int) else 0
         except SystemExit as end:
-            code, message = (end.code if isinstance(end.code, int) else int(end.code is not None)), None
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            message = end.code if isinstance(end.code, str) else None
         except KeyboardInterrupt:
             announce(signal.SIGINT)
             return 128 + signal.SIGINT
@@ -234,10 +253,12 @@ def _reason(error: BaseException) -> str:
     name, text = type(error).__name__, first_line(error)
     small = text.lower()
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or any(mark in small for mark in _OUT_OF_MEMORY):
-        return f"{name}: not enough memory; take smaller batches or fewer workers"
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        most = "" if limit == resource.RLIM_INFINITY else f" (ulimit -v allows {limit / 1e9:.1f} GB of addresses)"
+        return f"{name}: not enough memory{most}; take smaller batches or fewer workers"
     if isinstance(error, RecursionError):
         return f"{name}: an input is nested too deeply"
-    if "can't start new thread" in text:
+    if "can't start new thread" in text or "resource temporarily unavailable" in small:
         return f"{name}: the system allows no further thread (see ulimit -u, and the container's limits)"
     if isinstance(error, OSError) and error.strerror:
         return f"{name}: {f'{error.filename}: ' if error.filename else ''}{error.strerror}"

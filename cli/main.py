@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.bench import SETTINGS, bench
-from cli.console import debugging, local_paths, run, show_log
+from cli.console import debugging, local_paths, run, show_log, with_room
 from cli.doctor import doctor
 from cli.eval import evaluate
 from cli.export import export
@@ -20,6 +20,7 @@ from cli.sample import sample
 from cli.shards import app as shards_app
 from cli.train import train
 from cli.zoo import zoo
+from md2.process import DALI
 from shards.version import __version__
 
 app = typer.Typer(
@@ -49,12 +50,12 @@ def md2(
 
 app.command()(local_paths(sample))
 app.command(cls=PrepCommand)(local_paths(prep))
-app.command()(local_paths(train))
-app.command("eval")(local_paths(evaluate))
-app.command()(local_paths(predict))
-app.command()(local_paths(odometry))
-app.command()(local_paths(export))
-app.command()(local_paths(report))
+app.command()(local_paths(with_room(DALI)(train)))
+app.command("eval")(local_paths(with_room(DALI)(evaluate)))
+app.command()(local_paths(with_room("PyTorch")(predict)))
+app.command()(local_paths(with_room("PyTorch")(odometry)))
+app.command()(local_paths(with_room("PyTorch")(export)))
+app.command()(local_paths(with_room(DALI)(report)))
 app.command(context_settings=SETTINGS)(bench)
 app.command()(zoo)
 app.command()(doctor)

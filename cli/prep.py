@@ -176,8 +176,9 @@ class _Bar:
     def note(self, text: str) -> None:
         warn(f"note: {text}")
 
-    def stop(self) -> None:
+    def stop(self, *, wiped: bool = False) -> None:
         if self._progress is not None:
+            self._progress.live.transient = wiped
             self._progress.stop()
             self._progress = None
 
@@ -187,8 +188,10 @@ def _bar() -> Iterator[_Bar]:
     bar = _Bar()
     try:
         yield bar
-    finally:
-        bar.stop()
+    except BaseException:
+        bar.stop(wiped=True)  # so that the message stands alone
+        raise
+    bar.stop()
 
 
 def _summarise(packed: Packed, asked: str) -> None:

@@ -44,8 +44,9 @@ class BarReporter:
     def message(self, text: str) -> None:
         errors.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def stop(self) -> None:
+    def stop(self, *, wiped: bool = False) -> None:
         if self.task is not None:
+            self.bar.live.transient = wiped
             self.bar.stop()
 
 
@@ -77,8 +78,10 @@ def train(
     reporter = BarReporter()
     try:
         result = run_command(config, overrides or [], run, resume, reporter)
-    finally:
-        reporter.stop()
+    except BaseException:
+        reporter.stop(wiped=True)  # so that the message stands alone
+        raise
+    reporter.stop()
     if reporter.main:
         done = "stopped early" if result.stopped.early else "done"
         reporter.message(f"{done} at step {result.stopped.step}: {result.run}")

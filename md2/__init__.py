@@ -8,22 +8,20 @@ result.depth, result.unit      # (H, W) float32; "metres" or "unknown"
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from shards.version import __version__
+from md2 import process
+
+# Before anything else is imported: see md2/process.py.
+process.begin()
+
+from shards.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from md2.inference.predictor import Predictor
 
 __all__ = ["__version__", "load"]
-
-_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-if not any(name in os.environ for name in _WAITING):
-    # OpenMP reads this when torch loads it. Otherwise its threads spin while they wait for one another. On a busy
-    # machine a spinning thread takes the core that the awaited one needs (figures: bench/RESULTS.md, Waiting).
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def load(path: str | Path, device: Literal["auto", "cpu", "gpu"] = "auto") -> Predictor:

@@ -34,6 +34,7 @@ LAYERS = {
         "prep.evaluation prep.check",
     ],
     "md2": [
+        "md2.process",
         "md2.config md2.geometry md2.visualize",
         "md2.zoo md2.distributed md2.networks md2.checkpoint md2.data",
         "md2.model md2.photometric md2.pipeline",
@@ -43,12 +44,12 @@ LAYERS = {
         "md2.training",
         "md2.report md2.train",
     ],
-    "cli": ["cli.console", "cli.*", "cli.main", "cli.start"],
+    "cli": ["cli.console", "cli.*", "cli.main"],
 }
 OTHER_ROOMS = {"shards": set(), "prep": {"shards"}, "md2": {"shards"}, "cli": {"shards", "prep", "md2"}}
 STARTS = {
     # `python -m md2` is the command line.
-    "md2.__main__": {"cli.start"},
+    "md2.__main__": {"cli.main"},
 }
 LAZY = {
     # `md2.load` and the console script import what they need when they are called.

@@ -11,10 +11,11 @@ import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from math import ceil, inf
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Barrier
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from md2.process import cgroup_values, threads_that_fit
+
 SHARED_FROM = 1 << 22
 """Bytes of float images from which on they are shared: handing over less costs more than it saves."""
 
@@ -30,7 +33,7 @@ SHARED_FROM = 1 << 22
 def cores() -> int:
     """Cores for this process: those that it may use, shared with the other ranks on this machine."""
     quota = cpu_quota()
-    allowed = min(len(os.sched_getaffinity(0)), quota if quota == inf else ceil(quota))
+    allowed = min(len(os.sched_getaffinity(0)), quota if quota == inf else ceil(quota), threads_that_fit())
     return max(1, int(allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -40,29 +43,10 @@ def cpu_quota(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
     More threads than that would be stopped all at once when the time is used up.
     """
     quota = inf
-    try:
-        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:
-        return quota
-    for number, controllers, path in groups:
-        if number == "0":
-            root, files = cgroups, ["cpu.max"]
-        elif "cpu" in controllers.split(","):
-            root, files = cgroups / controllers, ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
-            root = root if root.is_dir() else cgroups / "cpu"
-        else:
-            continue
-        # In a container its own group is the root, whatever path the host knows it by.
-        for folder in {
-            root,
-            *(root / parent for parent in (PurePosixPath(path[1:]), *PurePosixPath(path[1:]).parents)),
-        }:
-            try:
-                limit, period = " ".join((folder / file).read_text() for file in files).split()
-                if limit not in ("max", "-1"):
-                    quota = min(quota, int(limit) / int(period))
-            except (OSError, ValueError):
-                continue
+    for values in cgroup_values("cpu", ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"], cgroups, own):
+        with suppress(ValueError):  # no limit, or not two numbers
+            limit, period = map(int, values)
+            quota = min(quota, limit / period if limit >= 0 else inf)
     return quota
 
 
