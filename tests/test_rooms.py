@@ -52,8 +52,8 @@ STARTS = {
     "md2.__main__": {"cli.main"},
 }
 LAZY = {
-    # `md2.load` and the console script import what they need when they are called.
-    "md2": {"md2.inference"},
+    # `md2.load` imports what it needs when it is called.
+    "md2": {"md2.inference", "md2.process"},
 }
 
 
