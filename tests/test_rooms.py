@@ -43,6 +43,7 @@ LAYERS = {
         "md2.evaluation",
         "md2.training",
         "md2.report md2.train",
+        "md2.__main__",
     ],
     "cli": ["cli.console", "cli.*", "cli.main"],
 }
