@@ -22,6 +22,7 @@ WHAT = {
     "prep": "md2 prep against decoding, resizing and encoding alone",
     "scale": "what the loader costs with 10 to 10,000 shards, and over 10,000 steps",
     "parity": "whether md2 learns as well as the method trained the plain way; what each deviation does",
+    "camera": "own cameras: what lens distortion and a wrong focal length do to the depth that is learned",
     "storage": "reading from object storage, with latency and faults (from a checkout)",
     "gpu": "every check and measurement that needs a GPU, into a folder",
 }
