@@ -102,7 +102,7 @@ def threads_that_fit() -> float:
     room = inf
     if address_space != resource.RLIM_INFINITY:
         room = (address_space - needed_bytes(DALI)) / THREAD_BYTES
-    return max(1.0, min(room, free_threads() - OTHER_THREADS) // THREADS_A_CORE)
+    return max(1.0, min(room, free_threads() - OTHER_THREADS) / THREADS_A_CORE)  # not //: inf // 4 is not a number
 
 
 def free_threads(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:

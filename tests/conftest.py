@@ -11,8 +11,9 @@ from pathlib import Path
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parents[1]), str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH", "")]
 ).rstrip(os.pathsep)
-# Set before torch is imported: idle OpenMP threads spin, which starves the other processes of the tests.
+# Set before torch is imported: with a thread for each core in each process, the tests' processes starve one another.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

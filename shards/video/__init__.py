@@ -78,6 +78,8 @@ class VideoSource:
         Raises:
             DamagedVideoError: the rest cannot be read, or its pictures have another size.
         """
+        # Looked up before: a generator that is still open when Python ends is closed after imports have ceased to work.
+        failure = import_av().error.FFmpegError
         number = 0
         size: tuple[int, int] | None = None
         try:
@@ -91,7 +93,7 @@ class VideoSource:
                     )
                 yield frame
                 number += 1
-        except import_av().error.FFmpegError as error:
+        except failure as error:
             raise DamagedVideoError(f"{self.name}: damaged after {number} frames ({error.strerror})") from error
         # Containers count a frame or so wrong now and then; a file cut short lacks many.
         if self.frames is not None and number < self.frames - 1 - self.frames // 100:

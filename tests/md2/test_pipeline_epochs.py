@@ -206,8 +206,12 @@ def test_a_containers_share_of_the_cores_is_read(tmp_path: Path, files: dict[str
 def test_threads_keep_to_a_containers_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(md2.data.cpu.os, "sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr(md2.data.cpu, "cpu_quota", lambda: 2.5)
+    monkeypatch.setattr(md2.data.cpu, "threads_that_fit", lambda: inf)
     assert cores() == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert cores() == 1
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(md2.data.cpu, "threads_that_fit", lambda: 1.75)
     assert cores() == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -355,6 +356,26 @@ def test_a_film_whose_size_changes_ends_there(tmp_path: Path, stereo: Predictor,
     kept = open_video(tmp_path / "out" / "change.mp4")
     assert len(list(kept)) == found.images
     kept.close()
+
+
+def test_a_film_that_is_open_when_python_ends_says_nothing(tmp_path: Path, pictures: list[Array]) -> None:
+    """prep keeps the last video open; its frames are let go when nothing can be imported any more."""
+    path = film(tmp_path / "a.mp4", pictures[:3])
+    lines = [
+        "import builtins",
+        "from pathlib import Path",
+        "from shards.video import open_video",
+        f"builtins.kept = open_video(Path({str(path)!r})).decode()",
+        "print(next(builtins.kept).height)",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("64\n", "")
 
 
 def test_frames_keep_their_times(tmp_path: Path, stereo: Predictor, pictures: list[Array]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from md2.process import free_threads, memory_limit, shortage
+from md2.process import free_threads, memory_limit, shortage, threads_that_fit
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -105,23 +105,28 @@ def test_with_little_address_space_there_are_fewer_threads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "own", "free"),
+    ("files", "own", "free", "cores"),
     [
-        ({"pids.max": "max", "pids.current": "7"}, "0::/", inf),
-        ({"a/pids.max": "40", "a/pids.current": "7", "a/b/pids.max": "max", "a/b/pids.current": "3"}, "0::/a/b", 33),
-        ({"pids/x/pids.max": "20", "pids/x/pids.current": "18"}, "8:pids:/x", 2),
-        ({}, "", inf),
+        ({"pids.max": "max", "pids.current": "7"}, "0::/", inf, inf),
+        ({"a/pids.max": "40", "a/pids.current": "7", "a/b/pids.max": "max", "a/b/pids.current": "3"}, "0::/a/b", 33, 3),
+        ({"pids/x/pids.max": "20", "pids/x/pids.current": "18"}, "8:pids:/x", 2, 1),
+        ({}, "", inf, inf),
     ],
 )
 def test_a_containers_limit_on_threads_is_found(
-    tmp_path: Path, files: dict[str, str], own: str, free: float, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, files: dict[str, str], own: str, free: float, cores: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And for how many cores they are enough, without a limit for all."""
     for name, text in {**files, "own": own}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n" if text else "")
     assert free_threads(tmp_path, tmp_path / "own") == free
     monkeypatch.setattr("md2.process.free_threads", lambda: free)
     assert (shortage("PyTorch with DALI") is None) == (free > 21)
+    threads_that_fit.cache_clear()
+    fitting = threads_that_fit()
+    threads_that_fit.cache_clear()
+    assert fitting // 1 == cores if cores < inf else fitting == inf
 
 
 def test_a_containers_limit_on_memory_is_found(tmp_path: Path) -> None:
