@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prep.raw.calibration import StereoCalibration, read_raw_calibration
+from prep.raw.files import RawData
+from prep.raw.kitti import Kitti
 from prep.raw.velodyne import points_in_view, project, read_scan
 from shards.errors import InputError
 from shards.sample import DEPTH_SCALE
@@ -40,7 +42,6 @@ NEAR_METRES = 15.0
 PARALLAX = 0.5
 """A neighbouring frame says little about points near the direction of travel: its parallax must be this much of the
 stereo pair's."""
-_EARTH_RADIUS = 6378137.0
 
 
 @dataclass(frozen=True)
@@ -292,34 +293,13 @@ def find_poses(raw: Path, folder: Path, calibration: StereoCalibration) -> dict[
     if exact.exists():
         matrices = np.loadtxt(exact).reshape(-1, 3, 4)
         return {number: np.vstack([matrix, [0, 0, 0, 1]]) for number, matrix in enumerate(matrices)}
-    records = sorted((folder / "oxts/data").glob("*.txt"))
-    lines = (raw / folder.parent.name / "calib_imu_to_velo.txt").read_text().splitlines() if records else []
-    rows = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
-    if not records or calibration.velodyne is None:
+    drive = Kitti(RawData([str(raw)], follow_links=True), None, motion=True).open(f"{folder.parent.name}/{folder.name}")
+    if drive is None or drive.motion is None or drive.motion.poses is None:
         return {}
-    velodyne = np.eye(4)
-    velodyne[:3, :3], velodyne[:3, 3] = np.reshape([float(v) for v in rows["R"]], (3, 3)), [float(v) for v in rows["T"]]
     camera = np.eye(4)
-    projection = calibration.projection["l"]
-    camera[:3, 3] = np.linalg.solve(projection[:, :3], projection[:, 3])
-    camera_to_imu = np.linalg.inv(camera @ calibration.velodyne @ velodyne)
-    first = float(records[0].read_text().split()[0])
-    return {int(path.stem): imu_pose(path.read_text(), first) @ camera_to_imu for path in records}
-
-
-def imu_pose(record: str, latitude: float) -> Array:
-    """(4, 4) IMU to world out of a line of oxts; Mercator projection at `latitude`, as in KITTI's development kit."""
-    lat, lon, alt, roll, pitch, yaw = (float(word) for word in record.split()[:6])
-    scale = math.cos(math.radians(latitude)) * _EARTH_RADIUS
-    (sr, cr), (sp, cp), (sy, cy) = ((math.sin(a), math.cos(a)) for a in (roll, pitch, yaw))
-    pose = np.eye(4)
-    pose[:3, :3] = (
-        np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
-        @ np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]])
-        @ np.array([[1, 0, 0], [0, cr, -sr], [0, sr, cr]])
-    )
-    pose[:3, 3] = scale * math.radians(lon), scale * math.log(math.tan(math.pi * (90 + lat) / 360)), alt
-    return pose
+    camera[:3, 3] = calibration.shift("l")
+    rectified = (np.vstack([pose, [0, 0, 0, 1]]) for pose in drive.motion.poses)
+    return {frame: pose @ np.linalg.inv(camera) for frame, pose in zip(drive.motion.rows, rectified, strict=True)}
 
 
 def measure(

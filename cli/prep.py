@@ -71,6 +71,9 @@ def prep(
         Literal["camera_z", "lidar_x"] | None,
         typer.Option(help="Which depth a lidar point has (default: camera_z; lidar_x for eigen, as published)."),
     ] = None,
+    motion: Annotated[
+        bool, typer.Option("--motion", help="Pack how the camera moves (OXTS, poses or speeds): docs/prep.md.")
+    ] = False,
     codec: Annotated[
         Literal["jpeg", "png", "ppm"],
         typer.Option(

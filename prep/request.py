@@ -78,6 +78,7 @@ def make_content(
     depth: bool = True,
     depth_source: DepthSource | None = None,
     depth_convention: Convention | None = None,
+    motion: bool = False,
     codec: Codec = "jpeg",
     quality: int | None = None,
     chroma: Chroma | None = None,
@@ -112,6 +113,7 @@ def make_content(
         depth=source if depth else None,
         convention=convention,
         format=ImageFormat(parse_size(size), codec, quality, chroma or "420"),
+        motion=motion,
         seed=seed,
         limit=limit,
         shard_bytes=shard_mb << 20,
@@ -185,7 +187,9 @@ def make_request(
         raise UsageError("--split is missing: eigen_zhou, eigen_full, eigen, eigen_benchmark, odom, a file or a folder")
     lists = read_split(split, splits)
     what = make_content(lists, **content)
-    layout = Kitti(RawData(urls, follow_links), what.depth, "; for your own drives give --dataset folder")
+    layout = Kitti(
+        RawData(urls, follow_links), what.depth, "; for your own drives give --dataset folder", motion=what.motion
+    )
     return Request(lists, layout, what, urls, out or f"./kitti_shards/{lists.name}")
 
 
@@ -198,7 +202,7 @@ def _own_drives(
     progress: Progress | None,
 ) -> Request:
     """The request for own drives. Stereo and ground truth default to whether the drives have them."""
-    layout = FolderLayout(raw, bool(content["depth"]), content["stereo"], progress)
+    layout = FolderLayout(raw, bool(content["depth"]), content["stereo"], progress, content.get("motion", False))
     drives = [drive for name in layout.drives() if (drive := layout.open(name)) is not None]
     pairs = any(drive.images["r"] for drive in drives)
     if content["stereo"] and not pairs:

@@ -5,6 +5,9 @@ m1.jpg, p1.jpg       frames t-1 and t+1 (mN / pN for any offset)
 s.jpg                stereo partner: the same time step from the other camera
 k.f32                fx, fy, cx, cy of the stored images, float32, pixel centres at integers
 t.f32                x translation, metres, that takes target-camera coordinates to the partner's
+poses.f32            of each temporal frame, in the manifest's order: 3x4, row-major, metres, takes target-camera
+                     coordinates to that frame's; only with `md2 prep --motion`
+distances.f32        of each temporal frame: metres between its camera's position and the target's; likewise
 depth.png            16-bit, metres x 256, 0 = no measurement, native resolution
 meta.json            drive, frame, side, native size, source of each component
 """
@@ -24,6 +27,8 @@ Offset = int | Literal["s"]
 
 INTRINSICS = "k.f32"
 STEREO_TRANSLATION = "t.f32"
+POSES = "poses.f32"
+DISTANCES = "distances.f32"
 DEPTH = "depth.png"
 META = "meta.json"
 DEPTH_SCALE = 256.0

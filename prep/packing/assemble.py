@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from shards.manifest import Shard
 from shards.publish import Store
 from shards.sample import (
     DEPTH,
+    DISTANCES,
     INTRINSICS,
     META,
+    POSES,
     STEREO_TRANSLATION,
     Sample,
     image_component,
@@ -150,6 +152,7 @@ def _sample_job(plan: PackingPlan, encoded: Encoded, sample: PlannedSample) -> S
     small = {INTRINSICS: intrinsics.astype("<f4").tobytes(), META: _meta(plan, sample, drive, native)}
     if content.stereo:
         small[STEREO_TRANSLATION] = np.array(drive.calibration.stereo_translation(sample.side), dtype="<f4").tobytes()
+    small |= motion_components(content.temporal, sample, drive)
     labels = {
         image_component(offset, content.format.codec): label("image", drive.key, *sample.image(offset))
         for offset in content.offsets
@@ -158,6 +161,20 @@ def _sample_job(plan: PackingPlan, encoded: Encoded, sample: PlannedSample) -> S
         labels[DEPTH] = label("depth", drive.key, sample.frame, sample.side)
     files = {component: encoded.files[name] for component, name in labels.items()}
     return SampleJob(sample.key, small, files)
+
+
+def motion_components(temporal: Sequence[int], sample: PlannedSample, drive: Drive) -> dict[str, bytes]:
+    """`poses.f32` and `distances.f32`, each if the motion to all temporal frames is known."""
+    if drive.motion is None or not temporal:
+        return {}
+    shift = drive.calibration.shift(sample.side)
+    places = [(sample.frame, sample.frame + offset, shift) for offset in temporal]
+    found: dict[str, list[Any]] = {
+        POSES: [drive.motion.transform(*place) for place in places],
+        DISTANCES: [drive.motion.distance(*place) for place in places],
+    }
+    known = {name: values for name, values in found.items() if all(value is not None for value in values)}
+    return {name: np.array(values, dtype="<f4").tobytes() for name, values in known.items()}
 
 
 def _meta(plan: PackingPlan, sample: PlannedSample, drive: Drive, native: tuple[int, int]) -> bytes:
@@ -183,4 +200,6 @@ def count_components(plan: PackingPlan, packed: dict[str, list[PlannedSample]]) 
     with_depth = sum(sample.depth for samples in packed.values() for sample in samples)
     if with_depth:
         counts[DEPTH] = with_depth
+    for sample in (sample for samples in packed.values() for sample in samples):
+        counts.update(motion_components(content.temporal, sample, plan.drives[sample.drive]).keys())
     return counts

@@ -38,6 +38,7 @@ class Content:
         frames: offsets, 0 first.
         depth: ground truth to pack if present, or None.
         convention: depth of a lidar point.
+        motion: pack how the camera moves, where it is known.
         seed: seed of the global shuffle.
         limit: number of lines to take of each part; None: all.
         shard_bytes: size at which a shard ends.
@@ -48,9 +49,14 @@ class Content:
     depth: DepthSource | None
     convention: Convention
     format: ImageFormat
+    motion: bool = False
     seed: int = 0
     limit: int | None = None
     shard_bytes: int = SHARD_BYTES
+
+    @property
+    def temporal(self) -> tuple[int, ...]:
+        return tuple(frame for frame in self.frames if frame)
 
     @property
     def offsets(self) -> list[Offset]:
@@ -139,6 +145,8 @@ class PackingPlan:
         for name, drive in sorted(self.drives.items()):
             if drive.poses is not None:
                 digest.update(f"{name} {hashlib.sha256(drive.poses.tobytes()).hexdigest()}\n".encode())
+            for values in (drive.motion.poses, drive.motion.travelled) if drive.motion is not None else ():
+                digest.update(b"" if values is None else hashlib.sha256(values.tobytes()).digest())
         return digest.hexdigest()
 
     @property

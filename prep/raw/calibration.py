@@ -40,6 +40,7 @@ class StereoCalibration:
         projection: side -> (3, 4), pixels = projection · rectified point (homogeneous), at native size.
         size: native (width, height) in pixels; None if not known (odometry).
         velodyne: (4, 4), lidar coordinates -> rectified coordinates; None without lidar calibration.
+        imu: (4, 4), coordinates of the GPS/IMU unit -> rectified coordinates; None unless asked for.
         where: the calibration's file, for messages.
     """
 
@@ -47,6 +48,7 @@ class StereoCalibration:
     size: tuple[int, int] | None
     velodyne: Matrix | None
     where: str
+    imu: Matrix | None = None
 
     def intrinsics(self, side: CameraSide, native: tuple[int, int], stored: tuple[int, int]) -> npt.NDArray[np.float32]:
         """(4,) fx, fy, cx, cy in pixels of the stored image.
@@ -70,6 +72,12 @@ class StereoCalibration:
         target, partner = self.projection[side], self.projection[other(side)]
         return float((partner[0, 3] - target[0, 3]) / target[0, 0])
 
+    def shift(self, side: CameraSide) -> Matrix:
+        """(3,) metres: camera coordinates of a side = rectified coordinates + shift."""
+        p = self.projection[side]
+        z = p[2, 3]
+        return np.array([(p[0, 3] - p[0, 2] * z) / p[0, 0], (p[1, 3] - p[1, 2] * z) / p[1, 1], z])
+
     def lidar_projection(self, side: CameraSide) -> Matrix:
         """(3, 4), pixels (homogeneous, native size) = result · lidar point; the third row gives camera z.
 
@@ -81,24 +89,30 @@ class StereoCalibration:
         return _product(self.projection[side], self.velodyne)
 
 
-def read_raw_calibration(date: str, read: Read, depth: bool) -> StereoCalibration:
-    """Calibration of a date of KITTI raw, from `calib_cam_to_cam.txt` and, for depth, `calib_velo_to_cam.txt`.
+def read_raw_calibration(date: str, read: Read, depth: bool, imu: bool = False) -> StereoCalibration:
+    """Calibration of a date of KITTI raw, from `calib_cam_to_cam.txt`.
+
+    Args:
+        depth: also read `calib_velo_to_cam.txt`.
+        imu: also read that and `calib_imu_to_velo.txt`.
 
     Raises:
         InputError: a file or a line is missing or malformed; names both.
     """
     cameras = _CalibrationFile(f"{date}/calib_cam_to_cam.txt", read)
-    velodyne = None
-    if depth:
-        lidar = _CalibrationFile(f"{date}/calib_velo_to_cam.txt", read)
+    velodyne = unit = None
+    if depth or imu:
         rectify = _homogeneous(cameras.matrix("R_rect_00", 3, 3))
-        velodyne = _product(rectify, _homogeneous(np.hstack([lidar.matrix("R", 3, 3), lidar.matrix("T", 3, 1)])))
+        velodyne = _product(rectify, _CalibrationFile(f"{date}/calib_velo_to_cam.txt", read).transform())
+    if imu:
+        assert velodyne is not None
+        unit = _product(velodyne, _CalibrationFile(f"{date}/calib_imu_to_velo.txt", read).transform())
     width, height = cameras.matrix("S_rect_02", 1, 2)[0]
     size = (int(min(width, 1e6)), int(min(height, 1e6)))
     projection: dict[CameraSide, Matrix] = {
         side: cameras.camera(f"P_rect_{number}", size) for side, number in CAMERA_NUMBER.items()
     }
-    return StereoCalibration(projection, size, velodyne, cameras.path)
+    return StereoCalibration(projection, size, velodyne, cameras.path, unit)
 
 
 def read_odometry_calibration(folder: str, read: Read, depth: bool) -> StereoCalibration:
@@ -172,6 +186,10 @@ class _CalibrationFile:
         if len(values) != rows * columns or not np.isfinite(values).all():
             raise InputError(f"{where} has {len(values)} numbers, not {rows * columns} finite ones; {remedy}")
         return np.array(values, dtype=np.float64).reshape(rows, columns)
+
+    def transform(self) -> Matrix:
+        """(4, 4) from the lines R and T."""
+        return _homogeneous(np.hstack([self.matrix("R", 3, 3), self.matrix("T", 3, 1)]))
 
     def camera(self, name: str, size: tuple[int, int] | None) -> Matrix:
         """A projection matrix, whose intrinsics are checked against the image's size."""

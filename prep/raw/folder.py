@@ -6,6 +6,8 @@ drives/monday/left/000001.png   frames of the (left) camera, .png or .jpg, in th
 drives/monday/right/000001.png  optional, the right camera of a rectified pair, under the same names
 drives/monday/depth/000001.png  optional ground truth of the left frames: 16-bit PNG, metres x 256, 0 = none;
                                 or .npy or .tif of metres, floating-point
+drives/monday/poses.txt         optional, with --motion: the left camera's pose of each frame (prep/raw/poses.py)
+drives/monday/speed.txt         or SECONDS METRES_PER_SECOND of each frame
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from prep.raw.clips import clip_starts, counter_of, natural
 from prep.raw.files import MAX_TEXT_BYTES, RawData, read
 from prep.raw.kitti import Drive, FrameRefs
 from prep.raw.levels import find_levels, levels_note
+from prep.raw.poses import MAX_POSE_BYTES, Motion, parse_poses, pose_motion, speed_motion
 from prep.raw.splits import CameraSide, SplitLine, SplitLists
 from prep.raw.velodyne import open_image
 from prep.raw.video import find_frames
@@ -68,15 +71,22 @@ class FolderLayout:
         depth: whether ground truth is wanted.
         stereo: False ignores the right camera.
         progress: of videos, which are decoded to choose their frames.
+        motion: look for poses and speeds.
     """
 
     def __init__(
-        self, raw: RawData, depth: bool = True, stereo: bool | None = None, progress: Progress | None = None
+        self,
+        raw: RawData,
+        depth: bool = True,
+        stereo: bool | None = None,
+        progress: Progress | None = None,
+        motion: bool = False,
     ) -> None:
         self.raw = raw
         self._progress = progress or Quiet()
         self._depth = depth
         self._stereo = stereo
+        self._motion = motion
         self._cameras: dict[str, Camera | None] = {}
         self._drives: dict[str, Drive | None] = {}
 
@@ -179,6 +189,7 @@ class FolderLayout:
             depth_maps={"l": _frames(depth, numbers), "r": {}},
             calibration=camera.calibration(view, view.where),
             kitti=False,
+            motion=self._find_motion(name, [numbers[stem] for stem in stems], notes) if self._motion else None,
             levels=levels,
             view=_needed(view),
             clip_starts=tuple(starts),
@@ -266,6 +277,23 @@ class FolderLayout:
                 "or give --no-depth"
             )
         return maps
+
+    def _find_motion(self, drive: str, frames: list[int], notes: list[str]) -> Motion | None:
+        """Motion of the frames, out of a line for each frame.
+
+        Raises:
+            InputError: the file is malformed, or has not one line for each frame.
+        """
+        files = self.raw.files(drive)
+        if (ref := files.get("poses.txt")) is not None:
+            poses = parse_poses(read(ref, MAX_POSE_BYTES), ref.place)
+            if len(poses) != len(frames):
+                raise InputError(f"{ref.place}: {len(poses)} poses for {len(frames)} frames; one for each is needed")
+            return pose_motion(poses, frames)
+        if (ref := files.get("speed.txt")) is not None:
+            return speed_motion(read(ref, MAX_POSE_BYTES), frames, ref.place)
+        notes.append(f"{drive}: no poses.txt or speed.txt, so its samples have no motion")
+        return None
 
     def _refuse_others(self, folder: str, forms: str, option: str) -> None:
         names = [name for name in self.raw.files(folder) if not name.startswith(".")]

@@ -14,13 +14,13 @@ from prep.raw.calibration import (
     read_odometry_calibration,
     read_raw_calibration,
 )
-from prep.raw.files import RawData, read
+from prep.raw.files import MAX_TEXT_BYTES, RawData, read, read_many
 from prep.raw.levels import find_levels, levels_note
-from prep.raw.poses import MAX_POSE_BYTES, parse_poses
+from prep.raw.poses import MAX_POSE_BYTES, Motion, oxts_motion, parse_poses, pose_motion
 from prep.raw.splits import CameraSide
 from prep.raw.view import View
 from prep.raw.zips import Ref
-from shards.errors import InputError
+from shards.errors import InputError, SampleError
 
 KITTI_LICENCE = """\
 Made from the KITTI raw data: Geiger, Lenz, Stiller, Urtasun, "Vision meets Robotics: The KITTI Dataset", IJRR 2013,
@@ -35,6 +35,7 @@ FrameRefs = dict[int, Ref]
 
 _IMAGE = re.compile(r"(\d{1,18})\.(png|jpg|jpeg)", re.IGNORECASE)
 _SCAN = re.compile(r"(\d{1,18})\.bin", re.IGNORECASE)
+_OXTS = re.compile(r"(\d{1,18})\.txt", re.IGNORECASE)
 _DEPTH = re.compile(r"(\d{1,18})\.png", re.IGNORECASE)
 _RAW_DRIVE = re.compile(r"(\d{4}_\d\d_\d\d)/(\1_drive_\d{4}_(?:sync|extract))")
 _BARE_DRIVE = re.compile(r"(\d{4}_\d\d_\d\d)_drive_\d{4}_(?:sync|extract)")
@@ -54,7 +55,8 @@ class Drive:
         scans: lidar scans by frame; empty if depth is not wanted.
         depth_maps: side -> ready-made ground truth by frame (improved or dense); empty if not wanted.
         kitti: whether KITTI's licence applies to the images.
-        poses: (N, 3, 4) camera-to-world poses by frame, metres; None without poses.
+        poses: (N, 3, 4) camera-to-world poses by frame, metres, of KITTI odometry; None without poses.
+        motion: how the camera moves; None if not wanted or not known.
         levels: lowest and highest value of frames with more than 8 bits; they become 0 and 255.
         view: what is packed of the frames; None: all of them, as they are.
         digest: of what paths and sizes of the files do not tell; empty if they do.
@@ -71,6 +73,7 @@ class Drive:
     calibration: StereoCalibration
     kitti: bool = True
     poses: Matrix | None = None
+    motion: Motion | None = None
     levels: tuple[int, int] | None = None
     view: View | None = None
     digest: str = ""
@@ -109,12 +112,14 @@ class Kitti:
 
     Args:
         depth: ground truth to look for, or None.
+        motion: look for OXTS records.
         advice: about a drive of another layout, for messages.
     """
 
-    def __init__(self, raw: RawData, depth: str | None, advice: str = "") -> None:
+    def __init__(self, raw: RawData, depth: str | None, advice: str = "", *, motion: bool = False) -> None:
         self.raw = raw
         self._advice = advice
+        self._motion = motion
         self._depth = depth
         self._calibrations: dict[tuple[str, bool], StereoCalibration] = {}
 
@@ -142,8 +147,9 @@ class Kitti:
         maps = {side: self._improved(date, drive, number) for side, number in CAMERA_NUMBER.items()}
         known = (date, bool(scans))
         if known not in self._calibrations:
-            self._calibrations[known] = read_raw_calibration(date, self.raw.read, depth=bool(scans))
+            self._calibrations[known] = read_raw_calibration(date, self.raw.read, bool(scans), self._motion)
         levels = _levels(images)
+        motion, notes = self._oxts(folder, self._calibrations[known].imu)
         return Drive(
             name=folder,
             key=drive,
@@ -152,8 +158,9 @@ class Kitti:
             depth_maps=maps,
             calibration=self._calibrations[known],
             kitti=_NOT_KITTI not in self.raw.files(folder),
+            motion=motion,
             levels=levels,
-            notes=tuple(levels_note(folder, levels)),
+            notes=(*notes, *levels_note(folder, levels)),
             problems=self._problems(folders),
         )
 
@@ -164,6 +171,19 @@ class Kitti:
         if not scans and (problem := self.raw.problem(folder)) is not None:
             raise InputError(problem)
         return scans
+
+    def _oxts(self, folder: str, imu: Matrix | None) -> tuple[Motion | None, list[str]]:
+        """Motion by a drive's OXTS records, and notes on what is missing; images and depth do not need it."""
+        if imu is None:
+            return None, []
+        refs = numbered(self.raw.files(f"{folder}/oxts/data"), _OXTS)
+        found = dict(zip(refs, read_many(list(refs.values()), MAX_TEXT_BYTES), strict=True))
+        records = {frame: data for frame, data in found.items() if not isinstance(data, SampleError)}
+        if not records:
+            return None, [f"{folder}: no oxts/data, so its samples have no motion"]
+        motion, bad = oxts_motion(records, imu)
+        bad += found.keys() - records.keys()
+        return motion, [f"{folder}: {len(bad)} broken OXTS records (first: frame {min(bad)})"] if bad else []
 
     def _problems(self, folders: dict[CameraSide, str]) -> dict[CameraSide, str]:
         found = {side: self.raw.problem(folder) for side, folder in folders.items()}
@@ -204,6 +224,7 @@ class Kitti:
             depth_maps={"l": {}, "r": {}},
             calibration=read_odometry_calibration(folder, self.raw.read, depth=bool(scans)),
             poses=poses,
+            motion=pose_motion(poses) if self._motion and poses is not None else None,
             levels=levels,
             problems=self._problems(folders),
             notes=(*notes, *levels_note(f"sequence {number}", levels)),

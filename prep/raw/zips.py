@@ -13,7 +13,7 @@ from typing import Any
 from shards.errors import InputError, SampleError
 from shards.storage.retry import Retrier
 
-_UNUSED = re.compile(r"/(image_0?[01]|oxts)(/|$)")
+_UNUSED = re.compile(r"/image_0?[01](/|$)")
 _KNOWN_TOP = re.compile(r"(?:^|(?<=/))(\d{4}_\d\d_\d\d/|sequences/|poses/|(train|val)/\d{4}_\d\d_\d\d_drive_)")
 """Begin of KITTI's own paths; anything in front was added when the data was zipped again."""
 _JUNK = re.compile(r"(^|/)(__MACOSX/|\._)")
@@ -24,7 +24,7 @@ _DIRECTORY_BLOCK = 1 << 20
 _MAX_DIRECTORY = 16 << 20
 """KITTI's largest directory has 14 MB. With shorter names than KITTI's, this much becomes 230 MB in memory."""
 _MAX_FILES = 300_000
-"""Files that are kept of all zips together, in 170 MB. Those of KITTI raw and of the depth benchmark are 240,000."""
+"""Files that are kept of all zips together, in 170 MB. Those of KITTI raw and of the depth benchmark are 285,000."""
 _MAX_NAME = 250
 _TAIL = 1 << 17
 MAX_FILE_BYTES = 64 << 20

@@ -179,14 +179,17 @@ def test_oxts_give_the_poses_of_the_cameras(street: Path, tmp_path: Path) -> Non
     exact = find_poses(street, street / DATE / DRIVE, calibration)
     without = tmp_path / DATE / DRIVE
     without.mkdir(parents=True)
-    (without / "oxts").symlink_to(street / DATE / DRIVE / "oxts")
-    (tmp_path / DATE / "calib_imu_to_velo.txt").symlink_to(street / DATE / "calib_imu_to_velo.txt")
+    for name in ("oxts", "image_02"):
+        (without / name).symlink_to(street / DATE / DRIVE / name)
+    for path in (street / DATE).glob("calib_*"):
+        (tmp_path / DATE / path.name).symlink_to(path)
     found = find_poses(tmp_path, without, calibration)
     assert sorted(found) == sorted(exact) == list(range(6))
     for frame in range(5):
         steps = [np.linalg.inv(poses[frame]) @ poses[frame + 1] for poses in (found, exact)]
         np.testing.assert_allclose(*steps, atol=2e-3)
-    assert find_poses(tmp_path, tmp_path / "none", calibration) == {}
+    (without / "oxts").unlink()
+    assert find_poses(tmp_path, without, calibration) == {}
 
 
 def test_routes_are_lists_of_words(street: Path, tmp_path: Path) -> None:

@@ -51,7 +51,9 @@ def run_pack(
     lists = read_split(str(split))
     content = make_content(lists, **{"size": "96x32", **content_options})
     urls = raw if isinstance(raw, list) else [str(raw)]
-    plan = make_plan(lists, Kitti(RawData(urls, follow_links), content.depth), content, on_error, parts)
+    plan = make_plan(
+        lists, Kitti(RawData(urls, follow_links), content.depth, motion=content.motion), content, on_error, parts
+    )
     scratch = out.with_name(f".{out.name}.scratch")
     if workers is not None:
         return pack(plan, lists, str(out), scratch, workers, skip_broken=on_error == "skip")
