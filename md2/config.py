@@ -88,6 +88,8 @@ class ModelConfig(Section):
 
     encoder: Encoder = "resnet18"
     """ResNet of the depth network and of a `separate_resnet` pose network."""
+    decoder: Literal["monodepth2", "hrdepth"] = "monodepth2"
+    """Decoder of the depth network; `hrdepth` has dense skip connections (Lyu et al., AAAI 2021)."""
     weights: str = "imagenet"
     """Weights at the start: `imagenet`, `scratch`, a torchvision ResNet file, a run, a checkpoint, or a folder of
     official Monodepth2 weights."""

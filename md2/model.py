@@ -19,6 +19,7 @@ from md2.config import DataConfig, LossConfig, ModelConfig
 from md2.data.batch import Offset
 from md2.geometry import transform_from_axis_angle
 from md2.networks.decoder import DepthDecoder
+from md2.networks.hrdepth import HRDepthDecoder
 from md2.networks.pose import PoseCNN, PoseDecoder
 from md2.networks.resnet import ResNetEncoder
 from md2.networks.states import load_states
@@ -101,7 +102,8 @@ class Networks(nn.Module):
         self.pose_network = model.pose_network
         self.pairs = model.pose_input == "pairs"
         self.encoder = ResNetEncoder(model.encoder)
-        self.depth = DepthDecoder(self.encoder.channels, model.scales)
+        decoder = HRDepthDecoder if model.decoder == "hrdepth" else DepthDecoder
+        self.depth = decoder(self.encoder.channels, model.scales)
         if self.temporal:
             self._add_pose_network(model)
         if loss.predictive_mask:

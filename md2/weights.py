@@ -247,6 +247,9 @@ def _load_common(networks: Networks, states: Mapping[str, Mapping[str, Tensor]],
     """
     if "encoder" in states:
         _check_encoder(networks, states["encoder"], where)
+    if "depth" in states and _is_monodepth2(states["depth"]) != _is_monodepth2(networks.depth.state_dict()):
+        given = "monodepth2" if _is_monodepth2(states["depth"]) else "hrdepth"
+        raise InputError(f"{where}: weights of another decoder than model.decoder: train with model.decoder={given}")
     children: dict[str, nn.Module] = dict(networks.named_children())
     if "pose" in states and "pose_encoder" in children and "pose_encoder" not in states:
         raise InputError(f"{where}: pose_encoder is missing, which pose needs; remove pose too, to train both anew")
@@ -260,6 +263,11 @@ def _check_encoder(networks: Networks, state: Mapping[str, Tensor], where: str) 
     name = _encoder_of(state)
     if name not in (None, networks.encoder_name):
         raise InputError(f"{where}: weights of a {name}, but model.encoder is {networks.encoder_name}")
+
+
+def _is_monodepth2(depth: Mapping[str, Tensor]) -> bool:
+    """Whether the weights are of Monodepth2's decoder."""
+    return any(key.startswith("decoder.") for key in depth)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -156,7 +156,13 @@ def export_monodepth2(model: str | Path, folder: Path) -> Exported:
 
 
 def _check_official(config: Config, path: Path) -> None:
-    """Refuse what an official folder cannot express: its readers assume depth 0.1 to 100, and stereo units of 5.4 m."""
+    """Refuse what readers of an official folder do not know: they assume Monodepth2's decoder, depth 0.1 to 100, and
+    stereo units of 5.4 m."""
+    if config.model.decoder != "monodepth2":
+        raise UsageError(
+            f"{path} has model.decoder {config.model.decoder}, which readers of Monodepth2 weights do not know: "
+            "export with --to onnx or torch"
+        )
     if config.data.baseline != "paper":
         raise UsageError(
             f"{path} has depth in metres, but readers of Monodepth2 weights multiply stereo depth by 5.4: "

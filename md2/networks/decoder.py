@@ -62,7 +62,7 @@ def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-class _Conv3x3(nn.Module):
+class Conv3x3(nn.Module):
     """3x3 convolution after reflection padding; `full`: in float32, whatever autocast says."""
 
     def __init__(self, inputs: int, outputs: int, full: bool = False) -> None:
@@ -77,12 +77,12 @@ class _Conv3x3(nn.Module):
         return y
 
 
-class _ConvBlock(nn.Module):
+class ConvBlock(nn.Module):
     """3x3 convolution and ELU."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv = _Conv3x3(inputs, outputs)
+        self.conv = Conv3x3(inputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.elu(self.conv(x), inplace=True)
@@ -105,13 +105,13 @@ class DepthDecoder(nn.Module):
         inputs = channels[-1]
         for stage in reversed(range(5)):
             skip = channels[stage - 1] if stage > 0 else 0
-            pair = [_ConvBlock(inputs, WIDTHS[stage]), _ConvBlock(WIDTHS[stage] + skip, WIDTHS[stage])]
+            pair = [ConvBlock(inputs, WIDTHS[stage]), ConvBlock(WIDTHS[stage] + skip, WIDTHS[stage])]
             if stage < self.lowest:
                 # Unused, but official files have their names; frozen, so that DDP expects no gradient.
                 pair = [block.requires_grad_(False) for block in pair]
             blocks += pair
             inputs = WIDTHS[stage]
-        heads = [_Conv3x3(WIDTHS[scale], outputs, full=True) for scale in self.scales]
+        heads = [Conv3x3(WIDTHS[scale], outputs, full=True) for scale in self.scales]
         self.decoder = nn.ModuleList([*blocks, *heads])
 
     def forward(self, features: Sequence[Tensor]) -> dict[int, Tensor]:

@@ -278,6 +278,8 @@ def test_scales_choose_the_heads() -> None:
         ({"pose_network": "shared"}, (0, -1, 1), True, True),
         ({"pose_network": "posecnn", "pose_input": "all"}, (0, -1, 1), False, False),
         ({"scales": [0]}, (0,), True, False),
+        ({"decoder": "hrdepth"}, (0,), True, True),
+        ({"decoder": "hrdepth", "scales": [0]}, (0,), True, False),
     ],
 )
 def test_every_trainable_parameter_gets_a_gradient(
