@@ -2,7 +2,7 @@
 Estimation", ICCV 2019, section 3. The options are those of its official implementation.
 
     loss = ReprojectionLoss(config.loss, config.model)
-    loss(batch, prediction, noise=generator).total.backward()
+    loss(batch, prediction).total.backward()
 
 `Reprojection` below is the method in plain operators. Training runs `photometric.reprojection.Reprojection`, which
 computes the same in fewer passes over memory; the tests hold the two to equal values and gradients. `fast=False` is
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,10 @@ from md2.photometric.ssim import C1, C2, SSIM_WEIGHT
 
 Pyramids = Mapping[Offset, Mapping[int, Tensor]]
 """Offset -> level s -> image (B, 3, H / 2^s, W / 2^s) in [0, 1]."""
-Noise = torch.Generator | Tensor | Mapping[int, Tensor] | None
+Noise = Tensor | Mapping[int, Tensor] | None
 
 NOISE_SCALE = 1e-5
+NOISE_STARTS = 1 << 20
 MASK_WEIGHT = 0.2
 
 
@@ -180,9 +182,9 @@ def reprojection_loss(
         stereo: (B, 4, 4), target camera to partner; needed with the source "s".
         config: the options.
         min_depth, max_depth: depth at disparity 1 and 0.
-        noise: standard normal numbers; times 1e-5 they break ties between warped and unwarped sources. A generator
-            (one draw for all scales of a resolution), (B, N, H, W) for all scales or scale -> (B, N, h, w); N is the
-            number of sources, 1 with `avg_reprojection`. None: no noise.
+        noise: standard normal numbers; times 1e-5 they break ties between warped and unwarped sources. Seeds (B,) int64
+            (`seeded_noise`, once for all scales of a resolution), (B, N, H, W) for all scales or scale -> (B, N, h, w);
+            N is the number of sources, 1 with `avg_reprojection`. None: no noise.
         panels: also return images to look at.
         fast: the engine of `md2/photometric/`; False: `Reprojection` above.
 
@@ -237,11 +239,25 @@ def _least_identity(errors: Tensor, scales: list[int], noise: Noise, average: bo
         errors = errors.mean(dim=1, keepdim=True)
     if isinstance(noise, Mapping):
         return {scale: (errors + NOISE_SCALE * noise[scale]).amin(dim=1, keepdim=True) for scale in scales}
-    if isinstance(noise, torch.Generator):
-        # On the generator's device, so that a seed gives the same numbers everywhere.
-        noise = torch.randn(errors.shape, generator=noise, device=noise.device).to(errors.device)
+    if noise is not None and noise.dim() == 1:
+        noise = seeded_noise(noise, errors[0].shape)
     least = (errors if noise is None else errors + NOISE_SCALE * noise).amin(dim=1, keepdim=True)
     return dict.fromkeys(scales, least)
+
+
+def seeded_noise(seeds: Tensor, shape: torch.Size) -> Tensor:
+    """Standard normal numbers (B, *shape) of samples with these seeds (B,) int64, whatever else is in the batch.
+
+    Each sample has a stretch of one fixed table, which begins where its seed says: one of a million places, the same
+    on every device. Fresh numbers for 12 samples of 640x192 take a CPU 15 ms, these 1 ms.
+    """
+    table = _noise_table(shape.numel(), seeds.device)
+    return table.unfold(0, shape.numel(), 1)[seeds % NOISE_STARTS].view(-1, *shape)
+
+
+@lru_cache(maxsize=8)
+def _noise_table(length: int, device: torch.device) -> Tensor:
+    return torch.randn(NOISE_STARTS + length, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 class ReprojectionLoss:
@@ -253,7 +269,7 @@ class ReprojectionLoss:
     def __call__(
         self, batch: Batch, prediction: Prediction, *, noise: Noise = None, panels: bool = False
     ) -> LossOutput:
-        """The loss of one batch; `noise` and `panels` as in `reprojection_loss`.
+        """The loss of one batch; `noise` (default: by the batch's seeds) and `panels` as in `reprojection_loss`.
 
         A prediction on the CPU that is not finite gives NaN and no panels: torch's CPU sampler would turn a NaN
         coordinate into a wild index and end in a segmentation fault. A GPU's sampler checks its bounds, and asking
@@ -273,7 +289,7 @@ class ReprojectionLoss:
             self.config,
             min_depth=self.min_depth,
             max_depth=self.max_depth,
-            noise=noise,
+            noise=batch.seeds if noise is None else noise,
             panels=panels,
         )
 

@@ -253,7 +253,6 @@ class Loader:
 
     def _batches(self) -> Iterator[Request]:
         epoch, begin = self.epoch, self._begin
-        drawn = DRAWS if self._plan.flip or self._plan.jitter else 0
         while True:
             order, (_, last) = self._order.epoch(epoch), self._order.shard_uses(epoch)
             passed = epoch * self.samples
@@ -262,7 +261,7 @@ class Loader:
                 for first in range(mine, mine + self._accumulate * self.batch_size, self.batch_size):
                     samples = order[first : first + self.batch_size]
                     until = {shard: passed + int(last[shard]) for shard in set(self._order.shards(samples).tolist())}
-                    draws = uniform_draws(self.seed, epoch, samples, drawn)
+                    draws = uniform_draws(self.seed, epoch, samples, DRAWS)
                     yield Request(samples, draws, until, passed + step)
             epoch, begin = epoch + 1, 0
 
@@ -271,7 +270,7 @@ class Loader:
         for begin in range(first, last, self.batch_size):
             samples = np.arange(begin, min(begin + self.batch_size, last))
             until = {shard: int(self._order.starts[shard + 1]) for shard in set(self._order.shards(samples).tolist())}
-            yield Request(samples, np.empty((len(samples), 0)), until, begin)
+            yield Request(samples, uniform_draws(self.seed, 0, samples, DRAWS), until, begin)
 
     def _take(self) -> None:
         """Count the next batch; read if it has not been read yet."""
@@ -317,6 +316,7 @@ class Loader:
             depth=depth,
             depth_size=depth_size,
             keys=self._keys[mine],
+            seeds=self._to_device(host["seeds"]),
         )
 
     def _jitter(self, host: dict[str, Tensor]) -> Jitter:

@@ -29,6 +29,7 @@ class Batch:
             right and the bottom to the largest of the batch. None unless asked for.
         depth_size: (B, 2) int64, height and width of each sample's depth before padding.
         keys: the samples' keys, for messages.
+        seeds: (B,) int64, drawn for each sample by the run's seed and the epoch, for the loss's noise. None: no noise.
     """
 
     images: dict[Offset, Tensor]
@@ -39,6 +40,7 @@ class Batch:
     depth: Tensor | None
     depth_size: Tensor | None
     keys: list[str]
+    seeds: Tensor | None = None
 
     @property
     def size(self) -> int:

@@ -39,8 +39,8 @@ fn, types = dali.fn, dali.types
 DECODER_BYTES = 1 << 20
 """nvJPEG's first buffers, on the GPU and on the host, for each thread of each decoder; they grow. DALI's own 16 and
 8 MB would be a gigabyte and more with a decoder for each image of a sample and a thread for each core."""
-DRAWS = 6
-"""Uniform numbers of a sample: coins for flip and jitter, then brightness, contrast, saturation and hue."""
+DRAWS = 7
+"""Uniform numbers of a sample: coins for flip and jitter, brightness, contrast, saturation, hue, the noise's seed."""
 _FLIP = "flip"
 DecodeDevice = Literal["cpu", "gpu"]
 
@@ -128,7 +128,7 @@ class Request(NamedTuple):
 
     Attributes:
         samples: (n,) their numbers in the part.
-        draws: (n, `DRAWS`) uniform numbers of each; (n, 0) if nothing is drawn.
+        draws: (n, `DRAWS`) uniform numbers of each.
         until: for each shard that they are in, the place at which it is no longer needed.
         place: where in the order of all epochs they are; shards that are needed until before it are closed.
     """
@@ -145,7 +145,7 @@ class Read(NamedTuple):
     Attributes:
         keys: of the samples.
         tensors: `ReadPlan.outputs` (images uint8 (n, H, W, 3) on the device, the rest on the host), `flip` and `jitter`
-            (n,) bool, `draws` (n, 4) from [-1, 1), and `ReadPlan.numbers`.
+            (n,) bool, `draws` (n, 4) from [-1, 1), `seeds` (n,) int64, and `ReadPlan.numbers`.
     """
 
     keys: list[str]
@@ -321,9 +321,11 @@ class Reader:
 
     def _drawn(self, draws: npt.NDArray[np.float64]) -> dict[str, Tensor]:
         uniform = torch.from_numpy(draws)
-        found = {"flip": uniform[:, 0] < FLIP_PROBABILITY} if self.plan.flip else {}
+        found = {"seeds": (uniform[:, 6] * 2**53).long()}
+        if self.plan.flip:
+            found["flip"] = uniform[:, 0] < FLIP_PROBABILITY
         if self.plan.jitter:
-            found |= {"jitter": uniform[:, 1] < JITTER_PROBABILITY, "draws": (2 * uniform[:, 2:DRAWS] - 1).float()}
+            found |= {"jitter": uniform[:, 1] < JITTER_PROBABILITY, "draws": (2 * uniform[:, 2:6] - 1).float()}
         return found
 
     def _numbers(self, keys: list[str], name: str, count: int, files: list[Bytes]) -> Tensor:

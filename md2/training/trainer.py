@@ -2,8 +2,8 @@
 
 An epoch is one pass of the loader. After it the validation part is measured, the learning rate stepped and a checkpoint
 written; within it a checkpoint is written every `checkpoint_every` steps. A checkpoint holds everything that the next
-steps depend on: weights, optimiser, schedule, scaler, the place in the order of samples. The noise that breaks
-auto-masking ties is seeded by the step. So a resumed run repeats the numbers of an uninterrupted one.
+steps depend on: weights, optimiser, schedule, scaler, the place in the order of samples. So a resumed run repeats the
+numbers of an uninterrupted one.
 
 Batch normalisation uses each rank's own batch statistics; the saved running averages are rank 0's.
 """
@@ -151,7 +151,6 @@ class Trainer:
         self.guard = FiniteGuard(device)
         skips = self.amp.scaled or config.train.on_nan == "skip"
         self.averages = FiniteBuffers(self.networks.buffers() if skips else ())
-        self.noise = torch.Generator(device)
         if resume is not None:
             self._restore(resume)
         # A replayed graph writes gradients into its own memory, which the next replay fills again. Those that are
@@ -261,7 +260,7 @@ class Trainer:
         self.losses = torch.zeros(1 + len(self.config.model.scales), device=self.ranks.device)
         for index, batch in enumerate(group):
             with self._without_sync(index < len(group) - 1):
-                prediction, losses = self._forward(batch, index)
+                prediction, losses = self._forward(batch)
                 self.scaler.scale(losses.total / len(group)).backward()  # type: ignore[no-untyped-call]
             self.losses += torch.stack([losses.total, *losses.per_scale.values()]).detach() / len(group)
         self.averages.mend()
@@ -270,12 +269,10 @@ class Trainer:
         self._check_steps()
         return prediction, losses
 
-    def _forward(self, batch: Batch, index: int) -> tuple[Prediction, LossOutput]:
+    def _forward(self, batch: Batch) -> tuple[Prediction, LossOutput]:
         with self.amp.autocast():
             prediction = self._predict(self.amp.inputs(batch.augmented))
-        seed = ((self.config.train.seed * 1_000_003 + self.step) * 64 + index) * 4096 + self.ranks.rank
-        self.noise.manual_seed(seed % 2**63)
-        return prediction, self.loss(batch, prediction, noise=self.noise, panels=self._wants_panel())
+        return prediction, self.loss(batch, prediction, panels=self._wants_panel())
 
     def _predict(self, images: dict[Offset, Tensor]) -> Prediction:
         """The networks' outputs; uncompiled from the first call on if they do not compile and need not."""

@@ -39,13 +39,11 @@ def validate(
     networks.eval()
     sums = torch.zeros(2 + 1 + len(METRICS), dtype=torch.float64, device=ranks.device)
     picture: Picture | None = None
-    noise = torch.Generator(ranks.device)
-    for index, batch in enumerate(batches):
-        noise.manual_seed(index)
+    for batch in batches:
         with amp.autocast():
             prediction: Prediction = networks(amp.inputs(batch.augmented))
         wanted = picture is None and ranks.main
-        losses = loss(batch, prediction, noise=noise, panels=wanted)
+        losses = loss(batch, prediction, panels=wanted)
         if losses.panels:
             picture = panel(batch, prediction, losses)
         sums[:2] += torch.stack([losses.total.double() * batch.size, losses.total.new_tensor(batch.size).double()])

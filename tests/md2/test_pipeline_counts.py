@@ -162,10 +162,10 @@ def test_reading_a_sample_takes_a_bounded_number_of_python_calls(
 
 
 def test_small_tensors_alone_are_copied_to_the_device(dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the batch's size: flips, cameras, baseline, and three of jitter, as few copies as there are tensors."""
+    """Whatever the batch's size: flips, cameras, seeds, baseline, three of jitter; a copy for each of these tensors."""
     copied: list[torch.Tensor] = []
     monkeypatch.setattr(Loader, "_to_device", lambda self, tensor: copied.append(tensor) or tensor)
-    expected = {"mono": 1, "stereo": 2, "mono+stereo": 2, "augmented": 6}
+    expected = {"mono": 2, "stereo": 3, "mono+stereo": 3, "augmented": 7}
     for mode, (chosen, _) in MODES.items():
         for size in (8, 24):
             copied.clear()

@@ -36,10 +36,10 @@ def make(dataset: LocalDataset, *, state: Any = None, **changes: Any) -> Loader:
 
 
 def digest(batch: Batch) -> str:
-    """Of everything in a batch: keys, pixels of every image, jittered ones too, camera and baseline."""
+    """Of everything in a batch: keys, pixels of every image, jittered ones too, camera, baseline and seeds."""
     found = hashlib.sha256(" ".join(batch.keys).encode())
-    assert batch.stereo is not None
-    for tensor in (*batch.images.values(), *batch.augmented.values(), batch.intrinsics, batch.stereo):
+    assert batch.stereo is not None and batch.seeds is not None
+    for tensor in (*batch.images.values(), *batch.augmented.values(), batch.intrinsics, batch.stereo, batch.seeds):
         found.update(tensor.contiguous().numpy().tobytes())
     return found.hexdigest()
 
@@ -156,14 +156,15 @@ def test_how_much_is_read_at_once_may_change(dataset: LocalDataset, monkeypatch:
     assert take(make(dataset, state=state), 6) == take(here, 6)
 
 
-def samples(batches: Loader, count: int) -> list[tuple[str, float, bytes]]:
-    """Of the next batches, sample by sample: key, baseline (its sign is the flip) and the jittered image."""
-    found: list[tuple[str, float, bytes]] = []
+def samples(batches: Loader, count: int) -> list[tuple[str, float, int, bytes]]:
+    """Of the next batches, sample by sample: key, baseline (its sign is the flip), seed and the jittered image."""
+    found: list[tuple[str, float, int, bytes]] = []
     while count:
         for batch in batches:
-            assert batch.stereo is not None
+            assert batch.stereo is not None and batch.seeds is not None
             shifts, images = batch.stereo[:, 0, 3].tolist(), batch.augmented[0].contiguous().numpy()
-            found += [(k, s, i.tobytes()) for k, s, i in zip(batch.keys, shifts, images, strict=True)]
+            parts = zip(batch.keys, shifts, batch.seeds.tolist(), images, strict=True)
+            found += [(key, shift, seed, image.tobytes()) for key, shift, seed, image in parts]
             if not (count := count - 1):
                 break
     return found
@@ -187,11 +188,22 @@ def test_a_steps_samples_and_draws_are_the_same_on_any_number_of_ranks(
 ) -> None:
     expected, state = steps(dataset, None, 7, 1, 4, 1)
     assert len({key for key, *_ in expected[:20]}) == 20
+    assert len({seed for _, _, seed, _ in expected}) == 28, "each epoch draws anew"
     assert steps(dataset, None, 7, *way) == (expected, state)
     first, middle = steps(dataset, None, 3, *way)
     rest, end = steps(dataset, middle, 4, 1, 4, 1)
     assert (first + rest, end) == (expected, state)
     assert make(dataset, state=middle).note is None
+
+
+def test_a_samples_seed_is_the_same_in_every_evaluation(dataset: LocalDataset) -> None:
+    def seeds(**changes: Any) -> dict[str, int]:
+        batches = [batch for batch in make(dataset, train=False, **changes) if batch.seeds is not None]
+        return {k: s for batch in batches for k, s in zip(batch.keys, batch.seeds.tolist(), strict=True)}  # type: ignore[union-attr]
+
+    expected = seeds(batch_size=4)
+    assert len(set(expected.values())) == 23
+    assert seeds(rank=0, world_size=2, batch_size=3) | seeds(rank=1, world_size=2, batch_size=5) == expected
 
 
 def test_with_other_steps_a_loader_continues_at_the_same_place_and_says_so(dataset: LocalDataset) -> None:
