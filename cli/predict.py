@@ -31,7 +31,8 @@ def predict(
         float | None, typer.Option(metavar="METRES", help="Metres per unit of depth; overrides the model's own.")
     ] = None,
     intrinsics: Annotated[
-        str | None, typer.Option(metavar="FX,FY,CX,CY", help="Camera in pixels, for ply. (default: KITTI's, nominal)")
+        str | None,
+        typer.Option(metavar="FX,FY,CX,CY", help="Camera in pixels, for ply. (default: learned, or KITTI's)"),
     ] = None,
     max_depth: Annotated[float, typer.Option(metavar="METRES", help="Leave farther points out of ply.")] = 80.0,
     limit: Annotated[

@@ -39,10 +39,13 @@ class DataConfig(Section):
     """Width of the networks' input in pixels; stored images of another size are resized."""
     height: int = Field(192, ge=64, multiple_of=32)
     """Height of the networks' input in pixels."""
-    intrinsics: Literal["calibrated", "nominal"] = "calibrated"
-    """Camera matrices: `calibrated` is each drive's own, `nominal` the paper's one for all images.
+    intrinsics: Literal["calibrated", "nominal", "learned"] = "calibrated"
+    """Camera matrices: `calibrated` is each drive's own, `nominal` the paper's one for all images, `learned` one camera
+    that is learned with the depth (Gordon et al., ICCV 2019), whatever the dataset says.
 
     Nominal: fx = 0.58 width, fy = 1.92 height, the centre at width / 2, height / 2."""
+    fov: float = Field(75.0, ge=5, le=150)
+    """Horizontal field of view, in degrees, at which learned intrinsics begin."""
     baseline: Literal["paper", "metres"] = "paper"
     """Unit of the stereo translation, and so of depth: `paper` is 5.4 m (a baseline of 0.1 for 0.54 m)."""
     flip: bool = True
@@ -75,6 +78,8 @@ class DataConfig(Section):
             raise ValueError(f"frames {self.frames}: an offset appears twice")
         if self.frames == [0] and not self.stereo:
             raise ValueError("frames [0] without stereo leaves no source image to warp: add offsets or stereo=true")
+        if self.intrinsics == "learned" and not self.temporal:
+            raise ValueError("intrinsics learned without temporal frames: only motion shows the focal length")
         return self
 
     @property
@@ -180,6 +185,8 @@ class TrainConfig(Section):
     """Steps between panels, the pictures of a training batch."""
     loggers: list[Literal["wandb", "mlflow"]] = []
     """Further loggers of the metrics; each needs its own package and reads its settings from the environment."""
+    camera_from: int = Field(1000, ge=0)
+    """Steps before learned intrinsics begin to move: depth and motion must be roughly right first."""
     val_batches: int | None = Field(None, gt=0)
     """Batches to validate on; None: the whole `val` part."""
 

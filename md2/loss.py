@@ -23,6 +23,7 @@ from md2.config import LossConfig, ModelConfig
 from md2.data.batch import Batch, Offset
 from md2.geometry import disparity_to_depth, scale_intrinsics, warp
 from md2.model import Prediction
+from md2.networks.camera import matrices
 from md2.photometric import reprojection
 from md2.photometric.ssim import C1, C2, SSIM_WEIGHT
 
@@ -281,10 +282,14 @@ class ReprojectionLoss:
             nan = torch.stack([tensor.float().sum() for tensor in tensors]).sum() * torch.nan
             return LossOutput(nan, dict.fromkeys(prediction.disparities, nan), {})
         pyramids = image_pyramid(batch.images, prediction.disparities, self.config.v1_multiscale)
+        intrinsics = batch.intrinsics
+        if prediction.camera is not None:
+            size = batch.images[0].shape[2:]
+            intrinsics = matrices(prediction.camera, (size[0], size[1]), batch.flipped, batch.size)
         return reprojection_loss(
             prediction,
             pyramids,
-            batch.intrinsics,
+            intrinsics,
             batch.stereo,
             self.config,
             min_depth=self.min_depth,

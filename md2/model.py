@@ -4,7 +4,7 @@
     prediction = networks(batch.augmented)
 
 The children are named as official checkpoint files are: `encoder`, `depth`, `pose_encoder`, `pose`,
-`predictive_mask`. Their state dicts have the official key names.
+`predictive_mask`. Their state dicts have the official key names. Learned intrinsics are one more child, `camera`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from md2.config import DataConfig, LossConfig, ModelConfig
 from md2.data.batch import Offset
 from md2.geometry import transform_from_axis_angle
+from md2.networks.camera import LearnedCamera
 from md2.networks.decoder import DepthDecoder
 from md2.networks.hrdepth import HRDepthDecoder
 from md2.networks.pose import PoseCNN, PoseDecoder
@@ -62,16 +63,19 @@ class Prediction:
         poses: temporal source offset -> pose. The stereo partner has none, since its transform is known.
         masks: scale s -> (B, sources, H / 2^s, W / 2^s) in (0, 1), one channel per source in the order of
             the configuration, the stereo partner last. Empty unless `predictive_mask`.
+        camera: (4,), the learned intrinsics as shares of the image's size (`LearnedCamera`); None unless learned.
     """
 
     disparities: dict[int, Tensor]
     poses: dict[Offset, Pose] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
+    camera: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """All tensors in it."""
         motions = [part for pose in self.poses.values() for part in (pose.axis_angle, pose.translation)]
-        return [*self.disparities.values(), *motions, *self.masks.values()]
+        camera = [] if self.camera is None else [self.camera]
+        return [*self.disparities.values(), *motions, *self.masks.values(), *camera]
 
 
 class Networks(nn.Module):
@@ -89,7 +93,7 @@ class Networks(nn.Module):
 
     Args:
         model: which networks.
-        data: `frames` and `stereo` set the source images.
+        data: `frames` and `stereo` set the source images; `intrinsics: learned` adds the camera.
         loss: `predictive_mask` adds the mask decoder.
     """
 
@@ -108,6 +112,7 @@ class Networks(nn.Module):
             self._add_pose_network(model)
         if loss.predictive_mask:
             self.predictive_mask = DepthDecoder(self.encoder.channels, model.scales, len(self.sources))
+        self.camera = LearnedCamera(data.width, data.height, data.fov) if data.intrinsics == "learned" else None
 
     def _add_pose_network(self, model: ModelConfig) -> None:
         images = 2 if self.pairs else len(self.frames)
@@ -119,6 +124,11 @@ class Networks(nn.Module):
             self.pose_encoder = ResNetEncoder(model.encoder, images)
             # Two motions although a pair needs one: official checkpoints have 12 channels here.
             self.pose = PoseDecoder(self.pose_encoder.channels, inputs=1, motions=max(2, images - 1))
+
+    def hold_camera(self, held: bool) -> None:
+        """Keep learned intrinsics, if there are any, as they are while `held`."""
+        if self.camera is not None:
+            self.camera.hold(held)
 
     def drop_poses(self) -> None:
         """Remove the pose network: depth alone is predicted from here on."""
@@ -139,7 +149,8 @@ class Networks(nn.Module):
             features = {0: self.encoder(augmented[0])}
         disparities = self.depth(features[0])
         masks = self.predictive_mask(features[0]) if hasattr(self, "predictive_mask") else {}
-        return Prediction(disparities, self._poses(augmented, features), masks)
+        camera = None if self.camera is None else self.camera()
+        return Prediction(disparities, self._poses(augmented, features), masks, camera)
 
     def disparities(self, images: Tensor) -> dict[int, Tensor]:
         """Depth network alone: images (B, 3, H, W) -> scale s -> disparity (B, 1, H / 2^s, W / 2^s)."""

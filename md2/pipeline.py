@@ -317,6 +317,7 @@ class Loader:
             depth_size=depth_size,
             keys=self._keys[mine],
             seeds=self._to_device(host["seeds"]),
+            flipped=mirror,
         )
 
     def _jitter(self, host: dict[str, Tensor]) -> Jitter:

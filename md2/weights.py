@@ -243,7 +243,7 @@ def save_monodepth2(
 def _load_common(networks: Networks, states: Mapping[str, Mapping[str, Tensor]], where: str) -> list[str]:
     """Load the sub-networks that both sides have, so that an old depth network may get a new pose network.
 
-    Returns the names of those that only `networks` has.
+    Returns the names of those that only `networks` has, and that stay random: not the camera, which has a start.
     """
     if "encoder" in states:
         _check_encoder(networks, states["encoder"], where)
@@ -255,7 +255,7 @@ def _load_common(networks: Networks, states: Mapping[str, Mapping[str, Tensor]],
         raise InputError(f"{where}: pose_encoder is missing, which pose needs; remove pose too, to train both anew")
     for name in [name for name in children if name in states]:
         load_state(children[name], states[name], f"{where}: {name}")
-    return [name for name in children if name not in states]
+    return [name for name in children if name not in states and name != "camera"]
 
 
 def _check_encoder(networks: Networks, state: Mapping[str, Tensor], where: str) -> None:

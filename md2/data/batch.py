@@ -30,6 +30,7 @@ class Batch:
         depth_size: (B, 2) int64, height and width of each sample's depth before padding.
         keys: the samples' keys, for messages.
         seeds: (B,) int64, drawn for each sample by the run's seed and the epoch, for the loss's noise. None: no noise.
+        flipped: (B,) bool, which samples are mirrored; None: none.
     """
 
     images: dict[Offset, Tensor]
@@ -41,6 +42,7 @@ class Batch:
     depth_size: Tensor | None
     keys: list[str]
     seeds: Tensor | None = None
+    flipped: Tensor | None = None
 
     @property
     def size(self) -> int:

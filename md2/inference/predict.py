@@ -70,7 +70,7 @@ class PredictOptions:
         flip: average with the prediction for the mirrored image.
         cmap: matplotlib's name of the colour map.
         scale: metres per unit of depth; None: the model's own.
-        intrinsics: camera for point clouds; None: KITTI's, nominally.
+        intrinsics: camera for point clouds; None: the learned one if there is one, else KITTI's, nominally.
         max_depth: a point cloud leaves farther points out; in depth's unit.
         limit: predict the first frames of a video or camera only, this number.
         batch_size: images in one pass; a camera's frames are predicted one by one.
@@ -306,7 +306,7 @@ def _picture(kind: OutputKind, result: DepthMap, ends: tuple[float, float], cmap
 def _cloud(result: DepthMap, options: PredictOptions) -> bytes:
     height, width = result.depth.shape
     # KITTI's camera as the published code approximates it: 0.58 and 1.92 of the size, centred.
-    camera = options.intrinsics or (0.58 * width, 1.92 * height, 0.5 * width, 0.5 * height)
+    camera = options.intrinsics or result.intrinsics or (0.58 * width, 1.92 * height, 0.5 * width, 0.5 * height)
     points, kept = point_cloud(result.depth, camera, options.max_depth)
     unit = "metres" if result.metric else "unknown (right up to one factor)"
     return ply_bytes(points, result.image[kept], f"unit {unit}; x right, y down, z forward")

@@ -29,6 +29,7 @@ from md2.distributed import pick_device
 from md2.geometry import disparity_to_depth
 from md2.inference.images import ImageLike, to_pil
 from md2.model import Networks
+from md2.networks.camera import in_pixels
 from md2.weights import is_monodepth2, load_monodepth2
 from shards.errors import UsageError
 
@@ -44,11 +45,13 @@ class DepthMap:
         image: (H, W, 3) uint8, the image itself.
         depth: (H, W) float32 along the camera's z, in `unit`.
         unit: "metres", or "unknown": depth is right up to one factor, the same for all images of a model.
+        intrinsics: fx, fy, cx, cy in pixels of the image, if the model has learned them; else None.
     """
 
     image: NDArray[np.uint8]
     depth: NDArray[np.float32]
     unit: Unit
+    intrinsics: tuple[float, float, float, float] | None = None
 
     @property
     def metric(self) -> bool:
@@ -142,10 +145,16 @@ class Predictor:
             return []
         disparities = self.disparity(torch.stack([self.input(picture) for picture in pictures]), flip=flip)
         factor = 1.0 if self.metres_per_unit is None else self.metres_per_unit
-        return [
-            DepthMap(np.asarray(picture), _depth_at(one, picture.height, picture.width, factor), self.unit)
-            for picture, one in zip(pictures, disparities, strict=True)
-        ]
+        results = []
+        for picture, one in zip(pictures, disparities, strict=True):
+            depth = _depth_at(one, picture.height, picture.width, factor)
+            results.append(DepthMap(np.asarray(picture), depth, self.unit, self.intrinsics(picture.size)))
+        return results
+
+    def intrinsics(self, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
+        """Learned fx, fy, cx, cy in pixels of images of this width and height; None if they were not learned."""
+        camera = self.networks.camera
+        return None if camera is None else in_pixels(camera(), (size[1], size[0]))
 
     def input(self, picture: Image.Image) -> Tensor:
         """Resize to (3, height, width) in [0, 1], with antialiasing, as prep and the published code do."""

@@ -28,6 +28,7 @@ from md2.data.batch import Batch, Offset
 from md2.distributed import Ranks, describe
 from md2.loss import LossOutput, ReprojectionLoss
 from md2.model import Networks, Prediction
+from md2.networks.camera import figures
 from md2.pipeline import Loader, resize_warning
 from md2.training.amp import AmpSettings
 from md2.training.finite import FiniteBuffers, FiniteGuard
@@ -255,6 +256,7 @@ class Trainer:
 
     def _step(self, group: list[Batch]) -> tuple[Prediction, LossOutput]:
         """One optimiser step over a group of batches, whose gradients are averaged."""
+        self.networks.hold_camera(self.step < self.config.train.camera_from)
         self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
         self.averages.keep()
         self.losses = torch.zeros(1 + len(self.config.model.scales), device=self.ranks.device)
@@ -316,7 +318,8 @@ class Trainer:
         if self.log is not None and due:
             scales = {f"loss/{scale}": value for scale, value in zip(output[1].per_scale, per_scale, strict=True)}
             rates = {"lr": float(self.schedule.get_last_lr()[0]), **self.window.rates()}
-            self.log.scalars("train", self.step, self.epoch, {"loss": loss, **scales, **rates})
+            learned = figures(output[0].camera, (self.config.data.height, self.config.data.width))
+            self.log.scalars("train", self.step, self.epoch, {"loss": loss, **scales, **rates, **learned})
             self.reporter.step(self.step, self.epoch, loss, rates["images_per_second"])
         elif self.ranks.main:
             self.reporter.step(self.step, self.epoch, None, self.window.images_per_second)

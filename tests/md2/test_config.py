@@ -95,7 +95,7 @@ def test_resolved_yaml_loads_back_equal(tmp_path: Path) -> None:
         ("data.height=100", "multiple of 32"),
         ("data.frames=0", "valid list"),
         ("data.frames=[]", "comes first"),
-        ("data.intrinsics=measured", "'calibrated' or 'nominal'"),
+        ("data.intrinsics=measured", "'calibrated', 'nominal' or 'learned'"),
         ("loss.disparity_smoothness=-1", "disparity_smoothness = -1"),
         ("train.learning_rate=.nan", "learning_rate = nan"),
         ("train.batch_size", "key.sub=value"),

@@ -15,6 +15,7 @@ from md2.config import LossConfig
 from md2.data.batch import Offset
 from md2.loss import LossOutput, reprojection_loss
 from md2.model import Pose, Prediction
+from md2.networks.camera import matrices
 from md2.photometric import reprojection
 from md2.photometric.ssim import Target, photometric_error
 
@@ -168,7 +169,8 @@ def loss(
         {-1: Pose(leaves[2], leaves[3], True), 1: Pose(leaves[4], leaves[5])},
         {0: leaves[6], 1: leaves[7]} if config.predictive_mask else {},
     )
-    K = torch.tensor([[16.0, 0, 10], [0, 18, 6], [0, 0, 1]]).expand(2, 3, 3).to(device)
+    leaves.append(torch.tensor([0.8, 1.5, 0.525, 6.5 / 12]).to(device).requires_grad_())
+    K = matrices(leaves[-1], (12, 20), None, 2)
     stereo = torch.eye(4).repeat(2, 1, 1)
     stereo[:, 0, 3] = 0.1
     output = reprojection_loss(prediction, images, K, stereo.to(device), config, panels=True)
