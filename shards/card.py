@@ -1,6 +1,15 @@
-"""README.md of a dataset: its content, how it was packed, how to read it with and without md2."""
+"""README.md of a dataset: its content, how it was packed, how to read it with and without md2.
+
+The YAML in front is for the Hugging Face Hub and its `datasets` library, which without it refuses a shard where only
+some of the first samples have `depth.png`.
+"""
 
 from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
 
 from shards.manifest import MANIFEST, Manifest
 from shards.sample import DEPTH, INTRINSICS, META, STEREO_TRANSLATION
@@ -11,13 +20,17 @@ _COMPONENTS = {
     DEPTH: "ground truth, 16-bit PNG, metres x 256, 0 = no measurement, native resolution",
     META: "drive, frame, side, native size, origin of each component",
 }
+_CREATIVE_COMMONS = re.compile(r"\bCC (BY(?:-(?:NC|SA|ND))*|0) (\d\.\d)")
+_SIZES = [("n<1K", 1000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000)]
+"""The Hub's names for numbers of samples."""
+_FRONT_MATTER = re.compile(r"---\n.*?\n---\n+", re.DOTALL)
 _NO_LICENCE = """\
 The images' own licence applies. md2 does not know it: add it here, by hand, before you share the dataset.
 """
 
 
 def card(manifest: Manifest, url: str = "URL", licence: str | None = None) -> str:
-    """Return the Markdown text of a dataset's README.md.
+    """Return the text of a dataset's README.md: YAML, then Markdown.
 
     Args:
         manifest: of the dataset.
@@ -28,6 +41,7 @@ def card(manifest: Manifest, url: str = "URL", licence: str | None = None) -> st
     parts = manifest.parts
     example = "train" if "train" in parts else parts[0]
     sections = [
+        f"---\n{yaml.safe_dump(_front_matter(manifest, licence), sort_keys=False, allow_unicode=True)}---\n",
         f"# {manifest.split.name}\n\n"
         "Training samples for self-supervised depth (Monodepth2) as WebDataset tar shards, packed by md2 "
         f"{manifest.md2_version}. `{MANIFEST}` is the machine-readable form, with the sha256 of every file.\n",
@@ -42,6 +56,66 @@ def card(manifest: Manifest, url: str = "URL", licence: str | None = None) -> st
         f"## Licence\n\n{licence or _NO_LICENCE}",
     ]
     return "\n".join(section for section in sections if section)
+
+
+def without_front_matter(text: str) -> str:
+    """Return the Markdown of a card."""
+    return text[found.end() :] if (found := _FRONT_MATTER.match(text)) else text
+
+
+def _front_matter(manifest: Manifest, licence: str | None) -> dict[str, Any]:
+    """What the Hub and `datasets` read: https://huggingface.co/docs/hub/datasets-cards."""
+    known = _CREATIVE_COMMONS.search(licence or "")
+    samples = sum(shard.samples for shard in manifest.shards)
+    size = sum(shard.bytes for shard in manifest.shards)
+    return {
+        "pretty_name": manifest.split.name,
+        "license": f"cc-{known[1]}-{known[2]}".lower() if known else "other" if licence else "unknown",
+        "task_categories": ["depth-estimation"],
+        "tags": ["webdataset", "monocular-depth", "self-supervised", *(["stereo"] if manifest.stereo else [])],
+        "size_categories": [next((name for name, end in _SIZES if samples < end), "n>1M")],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": part, "path": f"{part}/*.tar"} for part in manifest.parts],
+            }
+        ],
+        "dataset_info": {
+            "features": _features(manifest),
+            "splits": [
+                {
+                    "name": part,
+                    "num_bytes": sum(shard.bytes for shard in manifest.part(part)),
+                    "num_examples": manifest.samples(part),
+                }
+                for part in manifest.parts
+            ],
+            "download_size": size,
+            "dataset_size": size,
+        },
+    }
+
+
+def _features(manifest: Manifest) -> list[dict[str, Any]]:
+    """Each component with its type, missing or not; of JSON the fields that prep writes."""
+    names = sorted({*manifest.components, *manifest.optional_components})
+    sources = [{"name": name, "dtype": "string"} for name in names if _is_image(name)]
+    meta = [
+        {"name": "drive", "dtype": "string"},
+        {"name": "frame", "dtype": "int64"},
+        {"name": "side", "dtype": "string"},
+        {"name": "native_size", "list": "int64"},
+        {"name": "pose", "list": "float64"},
+        {"name": "sources", "struct": sources},
+    ]
+    types: dict[str, dict[str, Any]] = {name: {"dtype": "image"} for name in names if _is_image(name)}
+    types[META] = {"struct": meta}
+    columns = [{"name": name, **types.get(name, {"dtype": "binary"})} for name in names]
+    return [*columns, {"name": "__key__", "dtype": "string"}, {"name": "__url__", "dtype": "string"}]
+
+
+def _is_image(component: str) -> bool:
+    return component.endswith((".jpg", ".png", ".ppm"))
 
 
 def _parts_table(manifest: Manifest) -> str:
@@ -101,6 +175,11 @@ Without md2, with the `webdataset` library (not with its `.decode("pil")`, which
     for sample in webdataset.WebDataset("{part}/000000.tar", shardshuffle=False):
         image = Image.open(io.BytesIO(sample["{manifest.image_component(0)}"]))
         intrinsics = numpy.frombuffer(sample["{INTRINSICS}"], "<f4"){depth}
+
+With the `datasets` library, which knows the components from the head of this file (missing ones are None):
+
+    import datasets
+    samples = datasets.load_dataset("{url}", split="{part}", streaming=True)
 
 or with nothing but tar: `tar -tf {part}/000000.tar`. The `.idx` beside each tar is NVIDIA DALI's index for
 `fn.readers.webdataset`.

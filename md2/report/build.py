@@ -30,6 +30,7 @@ from md2.inference.predictor import DeviceChoice, load
 from md2.training.curves import Curve, curves_of, draw
 from md2.training.runlog import ENVIRONMENT, read_metrics
 from md2.visualize import Picture, require_writable, write_file
+from shards.card import without_front_matter
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import InputError, Md2Error, first_line, visible
 from shards.manifest import CARD
@@ -272,7 +273,7 @@ def _card(dataset: LocalDataset | None) -> str | None:
     path = dataset.folder / CARD
     if not path.is_file() or path.stat().st_size > MOST_BYTES:
         return None
-    return path.read_text(encoding="utf-8", errors="replace")
+    return without_front_matter(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _environment(run: Path) -> dict[str, Any]:
