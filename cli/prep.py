@@ -15,7 +15,7 @@ from rich.progress import Progress, TaskID
 from typer.core import TyperCommand
 
 from cli.console import progress_bar, say, warn
-from shards.errors import INCOMPLETE
+from shards.errors import INCOMPLETE, UsageError
 from shards.manifest import REPORT
 from shards.sample import DEPTH
 
@@ -34,7 +34,7 @@ class PrepCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-_HOW = ("part", "workers", "scheduler", "scratch", "check", "on_error")
+_HOW = ("part", "workers", "scheduler", "task", "scratch", "check", "on_error")
 """Options that say how the work is done; the others say what the dataset holds."""
 
 
@@ -105,6 +105,10 @@ def prep(
     scheduler: Annotated[
         str | None, typer.Option(metavar="tcp://HOST:PORT", help="Let a dask cluster do the work.")
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Do share I of N processes, such as a job array's; the last one commits."),
+    ] = None,
     scratch: Annotated[
         Path | None,
         typer.Option(
@@ -124,10 +128,14 @@ def prep(
     """
     asked = {name: value for name, value in locals().items() if name not in _HOW}
     from prep.check import check as check_plan
-    from prep.packing.pack import pack, scratch_folder
+    from prep.packing.pack import pack_share, scratch_folder
+    from prep.packing.tasks import Task, Unfinished, parse_task
     from prep.request import make_request
     from prep.workers import start_workers
 
+    share = Task() if task is None else parse_task(task)
+    if task is not None and scheduler is not None:
+        raise UsageError("--task and --scheduler divide the work in different ways: give one of them")
     with _bar() as bar:
         request = make_request(**asked, progress=bar)
         bar.phase("looking at drives", request.drives(part), "drives")
@@ -140,15 +148,21 @@ def prep(
             sys.exit(INCOMPLETE if any(skip.wanted for skip in plan.skipped) else 0)
         request.refuse_empty(plan)
         with start_workers(workers or len(os.sched_getaffinity(0)), scheduler) as pool:
-            packed = pack(
+            packed = pack_share(
                 plan,
                 request.lists,
                 request.out,
                 scratch_folder(request.out, scratch),
                 pool,
+                share,
                 skip_broken=on_error == "skip",
                 progress=bar,
             )
+    if isinstance(packed, Unfinished):
+        late = ", ".join(map(str, packed.late))
+        say(f"{packed.url}: share {task} is encoded, but not those of {_count(len(packed.late), 'task')}: {late}")
+        say(f"the last one to finish commits; run a lost one again, such as --task {packed.late[0]}/{share.count}")
+        return
     _summarise(packed, request.out)
     if any(skip.wanted for skip in packed.skipped):
         sys.exit(INCOMPLETE)

@@ -271,8 +271,29 @@ class Store:
         Raises:
             StorageError: the storage fails.
         """
-        receipt = self._receipt(shard.name)
-        return receipt is not None and receipt.shard == shard and self._has_arrived(receipt)
+        receipt = self.arrived(shard.name)
+        return receipt is not None and receipt.shard == shard
+
+    def arrived(self, name: str) -> Receipt | None:
+        """Return the receipt of a shard that arrived whole by now, from whichever writer.
+
+        Raises:
+            StorageError: the storage fails.
+        """
+        receipt = self._receipt(name)
+        return receipt if self._has_arrived(receipt) else None
+
+    def is_published(self) -> bool:
+        """Return whether exactly this dataset is committed by now; another writer may have done it.
+
+        Raises:
+            DatasetError: the storage fails, or a broken manifest is there.
+        """
+        found = read_manifest(self.storage)
+        if found is not None and self._is_planned(found):
+            self.published = found.manifest
+            self._tidy()
+        return self.published is not None
 
     def put_shard(
         self, shard: Shard, tar: Path, index: Path, note: Mapping[str, Any] | None = None, *, move: bool = False

@@ -54,13 +54,14 @@ class SampleJob:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard: its samples, the scratch folder that holds them, and the store to write it to."""
+    """One shard: its samples, the scratch folder that holds them, the store to write it to, and whose work it is."""
 
     part: str
     number: int
     samples: list[SampleJob]
     folder: Path
     store: Store
+    task: int = 1
 
     @property
     def name(self) -> str:
@@ -86,7 +87,7 @@ def write_shard(job: ShardJob) -> Shard:
         StorageError: the scratch folder or the store cannot be written.
         DatasetError: a scratch file is damaged.
     """
-    tar = job.folder / "shards" / job.name
+    tar = job.folder / "shards" / str(job.task) / job.name
     try:
         writer = ShardWriter(tar)
         try:
@@ -131,6 +132,7 @@ def cut_shards(
     samples: list[PlannedSample],
     folder: Path,
     store: Store,
+    task: int,
 ) -> Iterator[ShardJob]:
     """Jobs for a part's shards. One ends after `SAMPLES_PER_SHARD` samples, or when it has `shard_bytes`."""
     batch: list[SampleJob] = []
@@ -139,10 +141,10 @@ def cut_shards(
         batch.append(_sample_job(plan, encoded, sample))
         size += batch[-1].tar_bytes
         if len(batch) >= SAMPLES_PER_SHARD or size >= plan.content.shard_bytes:
-            yield ShardJob(part, number, batch, folder, store)
+            yield ShardJob(part, number, batch, folder, store, task)
             batch, size, number = [], 0, number + 1
     if batch:
-        yield ShardJob(part, number, batch, folder, store)
+        yield ShardJob(part, number, batch, folder, store, task)
 
 
 def _sample_job(plan: PackingPlan, encoded: Encoded, sample: PlannedSample) -> SampleJob:

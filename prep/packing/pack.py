@@ -9,7 +9,8 @@ a SIGKILL: existing chunks and shards are not made again, and the dataset has th
 any number of workers and either engine.
 
 Memory: about 75 MB a worker for frames of KITTI's size, besides the interpreter, and about 1 kB a sample in the main
-process. The scratch folder holds each needed frame once, encoded, and one shard for each worker. It is removed when
+process. Several processes may pack one dataset together, each with its share of the chunks: see `prep.packing.tasks`.
+The scratch folder holds each needed frame once, encoded, and one shard for each worker. It is removed when
 the dataset is committed.
 """
 
@@ -20,7 +21,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,15 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from prep.packing.assemble import SHARD_SPEC, ShardJob, count_components, cut_shards, sample_jobs, write_shard
-from prep.packing.encode import SCRATCH_ADVICE, ChunkJob, Encoded, encode_chunk, read_chunk, scratch_error, versions
+from prep.packing.encode import SCRATCH_ADVICE, ChunkJob, Encoded, read_chunk, scratch_error, versions
 from prep.packing.plan import PackingPlan, PlannedSample, Skipped
+from prep.packing.tasks import Chunks, Task, Unfinished, owners
 from prep.raw.kitti import KITTI_LICENCE
 from prep.raw.splits import SplitLists
 from prep.workers import Progress, Quiet, Workers, run
 from shards.card import card
 from shards.dataset import describe_components
-from shards.errors import InputError, StorageError
+from shards.errors import InputError, Md2Error, StorageError
 from shards.files import cache_folder
 from shards.locks import FileLock
 from shards.manifest import CARD, REPORT, DepthInfo, Manifest, Shard, Split
@@ -54,6 +56,19 @@ class Packed:
     manifest: Manifest
     skipped: list[Skipped]
     already: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the steps of one call of `pack` share."""
+
+    plan: PackingPlan
+    lists: SplitLists
+    store: Store
+    scratch: Path
+    workers: Workers
+    progress: Progress
+    task: Task
 
 
 def scratch_folder(out: str, within: Path | None = None) -> Path:
@@ -94,13 +109,34 @@ def pack(
         InputError: no sample can be made, or a raw file is broken, unless `skip_broken`.
         StorageError: `scratch` or `out` cannot be written, or another run is at work there.
     """
+    packed = pack_share(plan, lists, out, scratch, workers, Task(), skip_broken=skip_broken, progress=progress)
+    assert isinstance(packed, Packed)
+    return packed
+
+
+def pack_share(
+    plan: PackingPlan,
+    lists: SplitLists,
+    out: str,
+    scratch: Path,
+    workers: Workers,
+    task: Task,
+    *,
+    skip_broken: bool = False,
+    progress: Progress | None = None,
+) -> Packed | Unfinished:
+    """As `pack`, for one of several processes: it encodes its share, and does the rest if all shares are encoded.
+
+    Raises:
+        InputError, StorageError: as `pack`.
+    """
     if plan.total == 0:
         raise InputError(_nothing(plan, plan.skipped))
     store = Store(out)
     progress = progress or Quiet()
     for note in plan.notes:
         progress.note(note)
-    with _locked(scratch):
+    with _locked(scratch, task):
         identity = _identity(plan, lists)
         receipts = store.begin(identity)
         if store.published is not None and _published_report(store).inputs_sha256 not in (None, plan.inputs_sha256):
@@ -108,26 +144,32 @@ def pack(
             store = Store(out)
             receipts = store.begin({**identity, "inputs_sha256": plan.inputs_sha256})
         if store.published is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-            lines = _published_report(store).skipped_lines
-            return Packed(store.url, store.published, plan.skipped if lines is None else lines, already=True)
+            return _published(plan, store, scratch)
         if store.url != store.asked_url:
             progress.note(f"another dataset is at {store.asked_url} and stays as it is; this one goes to {store.url}")
-        jobs = list(plan.jobs(scratch, skip_broken, versions()))
-        _encode(jobs, scratch, workers, progress)
-        encoded = Encoded()
-        for job in jobs:
-            chunk = read_chunk(scratch / job.name)
-            if chunk is None:
-                raise StorageError(f"{scratch / job.name}: gone or damaged; run the same command again")
-            encoded.add(chunk)
-        manifest, skipped = _assemble(plan, lists, encoded, store, receipts, scratch, workers, progress)
-        licence = KITTI_LICENCE if any(drive.kitti for drive in plan.drives.values()) else None
-        store.put_text(CARD, card(manifest, licence=licence))
-        store.put_text(REPORT, report(plan, manifest, skipped))
-        manifest = store.commit(manifest)
-        shutil.rmtree(scratch, ignore_errors=True)
-    return Packed(store.url, manifest, skipped, already=False)
+        step = _Run(plan, lists, store, scratch, workers, progress, task)
+        try:
+            jobs = list(plan.jobs(scratch, skip_broken, versions()))
+            late = _encode(step, jobs)
+            packed = None if late else _publish(step, jobs, receipts)
+        except Md2Error:
+            # Another task that found all chunks commits, and then removes what this one reads.
+            if task.alone or not store.is_published():
+                raise
+            packed = None
+        if packed is None and store.is_published():
+            return _published(plan, store, scratch)
+        if packed is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return packed or Unfinished(store.url, late)
+
+
+def _published(plan: PackingPlan, store: Store, scratch: Path) -> Packed:
+    """The dataset that is published at the store's URL, by an earlier run or another task."""
+    assert store.published is not None
+    shutil.rmtree(scratch, ignore_errors=True)
+    lines = _published_report(store).skipped_lines
+    return Packed(store.url, store.published, plan.skipped if lines is None else lines, already=True)
 
 
 def _identity(plan: PackingPlan, lists: SplitLists) -> dict[str, Any]:
@@ -142,82 +184,86 @@ def _identity(plan: PackingPlan, lists: SplitLists) -> dict[str, Any]:
 
 
 @contextmanager
-def _locked(scratch: Path) -> Iterator[None]:
-    """Lock the scratch folder for this process. The lock of a killed process ends with it."""
-    lock = FileLock(scratch / _LOCK, f"{SCRATCH_ADVICE} on another")
-    try:
-        taken = lock.try_acquire()
-    except OSError as error:
-        raise StorageError(
-            f"{scratch}: cannot be written ({error.strerror or error}); this folder for unfinished work is beside "
-            f"--out by default: give another --out, or {SCRATCH_ADVICE}"
-        ) from error
-    if not taken:
-        raise StorageError(f"{scratch}: another md2 prep is at work there; wait for it, or stop it")
-    with lock:
+def _locked(scratch: Path, task: Task) -> Iterator[None]:
+    """Lock the scratch folder for this process, or for this task and its like. A killed process's lock ends with it."""
+    names = [_LOCK] if task.alone else [_LOCK, f"{_LOCK}-{task.number}"]
+    with ExitStack() as stack:
+        for name in names:
+            lock = FileLock(scratch / name, f"{SCRATCH_ADVICE} on another")
+            try:
+                taken = lock.try_acquire(shared=name == _LOCK and not task.alone)
+            except OSError as error:
+                raise StorageError(
+                    f"{scratch}: cannot be written ({error.strerror or error}); this folder for unfinished work is "
+                    f"beside --out by default: give another --out, or {SCRATCH_ADVICE}"
+                ) from error
+            if not taken:
+                what = "another md2 prep" if name == _LOCK else f"another md2 prep --task {task}"
+                raise StorageError(f"{scratch}: {what} is at work there; wait for it, or stop it")
+            stack.enter_context(lock)
         yield
 
 
-def _encode(jobs: list[ChunkJob], scratch: Path, workers: Workers, progress: Progress) -> None:
-    """Make the chunks that do not exist yet, and remove those of earlier runs with other options or input."""
-    names = {job.name: job for job in jobs}
+def _encode(this: _Run, jobs: list[ChunkJob]) -> list[int]:
+    """Make the task's chunks that do not exist yet; return the tasks whose chunks are not there.
+
+    Alone, also remove the chunks of earlier runs with other options or input.
+    """
+    scratch, store, task = this.scratch, this.store, this.task
+    names = {job.name for job in jobs}
     try:
-        for path in scratch.iterdir():
+        for path in scratch.iterdir() if task.alone else ():
             if path.is_file() and path.name not in names and path.name != _LOCK:
                 path.unlink()
     except OSError as error:
         raise scratch_error(scratch, error) from error
-    progress.phase("encoding frames", sum(job.images for job in jobs), "images")
-    missing = []
-    for name, job in names.items():
-        chunk = read_chunk(scratch / name)
-        if chunk is None or chunk.broken:  # a broken file may have been mended
-            missing.append(job)
-        else:
-            progress.advance(job.images)
-    for name in run(workers, encode_chunk, missing):
-        progress.advance(names[name].images)
+    through_bucket = not is_local(store.url) and (store.resumed or not task.alone)
+    chunks = Chunks(scratch, store.storage if through_bucket else None, sends=not task.alone)
+    owner = owners(jobs, task.count)
+    own = [job for job, number in zip(jobs, owner, strict=True) if number == task.number]
+    chunks.encode(own, this.workers, this.progress)
+    late = chunks.late(jobs, owner)
+    if not late:
+        chunks.fetch(jobs)
+    return late
 
 
-def _assemble(
-    plan: PackingPlan,
-    lists: SplitLists,
-    encoded: Encoded,
-    store: Store,
-    receipts: Mapping[str, Receipt],
-    scratch: Path,
-    workers: Workers,
-    progress: Progress,
-) -> tuple[Manifest, list[Skipped]]:
+def _publish(this: _Run, jobs: list[ChunkJob], receipts: Mapping[str, Receipt]) -> Packed:
+    """Assemble the shards from the chunks, and commit the dataset."""
+    plan, store, encoded = this.plan, this.store, Encoded()
+    for job in jobs:
+        chunk = read_chunk(this.scratch / job.name)
+        if chunk is None:
+            path = this.scratch / job.name
+            raise StorageError(f"{path}: gone or damaged; remove it if it is there, and run the same command again")
+        encoded.add(chunk)
+    manifest, skipped = _assemble(this, encoded, receipts)
+    licence = KITTI_LICENCE if any(drive.kitti for drive in plan.drives.values()) else None
+    store.put_text(CARD, card(manifest, licence=licence))
+    store.put_text(REPORT, report(plan, manifest, skipped))
+    return Packed(store.url, store.commit(manifest), skipped, already=False)
+
+
+def _assemble(this: _Run, encoded: Encoded, receipts: Mapping[str, Receipt]) -> tuple[Manifest, list[Skipped]]:
+    plan = this.plan
     skipped, packed = list(plan.skipped), dict[str, list[PlannedSample]]()
     for part in sorted(plan.samples):
         packed[part], bad = sample_jobs(plan, encoded, part)
         skipped += bad
     if not any(packed.values()):
         raise InputError(_nothing(plan, skipped))
-    progress.phase("writing shards", sum(map(len, packed.values())), "samples")
+    total = sum(map(len, packed.values()))
+    this.progress.phase("writing shards", total, "samples")
 
     shards: list[Shard] = []
-
-    def shard_jobs() -> Iterator[ShardJob]:
-        for part, samples in packed.items():
-            for job in cut_shards(plan, encoded, part, samples, scratch, store):
-                receipt = receipts.get(job.name)
-                if receipt is not None and receipt.note.get(SHARD_SPEC) == job.spec:
-                    shards.append(receipt.shard)
-                    progress.advance(receipt.shard.samples)
-                else:
-                    yield job
-
-    for shard in run(workers, write_shard, shard_jobs()):
+    for shard in run(this.workers, write_shard, _shard_jobs(this, encoded, receipts, packed, shards)):
         shards.append(shard)
-        progress.advance(shard.samples)
+        this.progress.advance(shard.samples)
     content = plan.content
-    total = sum(len(samples) for samples in packed.values())
     components, optional = describe_components(count_components(plan, packed), total)
     manifest = Manifest(
         md2_version=__version__,
-        split=Split(name=lists.name, sha256=lists.sha256),
+        split=Split(name=this.lists.name, sha256=this.lists.sha256),
         frames=list(content.frames),
         stereo=content.stereo,
         depth=None if content.depth is None else DepthInfo(source=content.depth, convention=content.convention),
@@ -232,6 +278,34 @@ def _assemble(
         shards=sorted(shards, key=lambda shard: shard.name),
     )
     return manifest, skipped
+
+
+def _shard_jobs(
+    this: _Run,
+    encoded: Encoded,
+    receipts: Mapping[str, Receipt],
+    packed: Mapping[str, list[PlannedSample]],
+    shards: list[Shard],
+) -> Iterator[ShardJob]:
+    """Jobs for the shards that are not published yet; adds those that are to `shards`.
+
+    Tasks that end at the same moment begin at different shards, and each leaves alone what another has published.
+    """
+    plan, task = this.plan, this.task
+    begin = sum(map(len, packed.values())) * (task.number - 1) // task.count
+    for behind in (True,) if task.alone else (True, False):
+        seen = 0
+        for part, samples in packed.items():
+            for job in cut_shards(plan, encoded, part, samples, this.scratch, this.store, task.number):
+                seen += len(job.samples)
+                if (seen > begin) != behind:
+                    continue
+                receipt = receipts.get(job.name) if task.alone else this.store.arrived(job.name)
+                if receipt is not None and receipt.note.get(SHARD_SPEC) == job.spec:
+                    shards.append(receipt.shard)
+                    this.progress.advance(receipt.shard.samples)
+                else:
+                    yield job
 
 
 def report(plan: PackingPlan, manifest: Manifest, skipped: list[Skipped]) -> str:

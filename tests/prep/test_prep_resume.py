@@ -101,7 +101,7 @@ def test_sigkill_at_any_moment(long: tuple[Path, Path], expected: dict[str, byte
         ("a chunk under way", lambda: bool(list(scratch.glob(".*.tmp")))),
         ("2 chunks", lambda: len(chunks()) >= 2),
         ("6 chunks", lambda: len(chunks()) >= 6),
-        ("a shard under way", lambda: bool(list(scratch.glob("shards/*/*.tmp")))),
+        ("a shard under way", lambda: bool(list(scratch.glob("shards/*/*/*.tmp")))),
         ("a shard published", lambda: len(receipts()) >= 1),
     ]
     print()
