@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="List, check, copy and remove packed datasets in folders and buckets.", no_args_is_help=True)
 
-Url = Annotated[str, typer.Argument(metavar="URL", help="Folder, s3://, gs:// or http(s)://.")]
+Url = Annotated[str, typer.Argument(metavar="URL", help="Folder, s3://, gs://, hf:// or http(s)://.")]
 Writable = Annotated[str, typer.Argument(metavar="URL", help="Folder, s3:// or gs://.")]
 Parts = Annotated[
     list[str] | None, typer.Option("--part", metavar="PART", help="Copy only this part; repeatable. (default: all)")

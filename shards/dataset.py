@@ -125,7 +125,7 @@ def open_dataset(url: str, *, cache: Cache | None = None) -> LocalDataset:
     Reads only the manifest; shards are fetched when they are needed.
 
     Args:
-        url: folder, `s3://`, `gs://` or `http(s)://`.
+        url: folder, `s3://`, `gs://`, `hf://` or `http(s)://`.
         cache: where remote datasets are kept; None: as `MD2_CACHE` and `MD2_CACHE_LIMIT` say.
 
     Raises:

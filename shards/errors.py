@@ -28,7 +28,7 @@ _USER = re.compile(
     r"(?:[^\s/'\"<>@]*(?:@[^\s/'\"<>@]*)*@|[^\s/:'\"<>]*:(?!\d{1,5}(?:/|$))[^\s'\"<>]*@)"
 )
 _OTHER_KIND = re.compile(
-    r"(?P<scheme>\b(?!(?:s3a?|gs|gcs|file|https?|memory):)[A-Za-z][A-Za-z0-9+.-]{0,30}:/{2,3})[^\s'\"<>]*@",
+    r"(?P<scheme>\b(?!(?:s3a?|gs|gcs|hf|file|https?|memory):)[A-Za-z][A-Za-z0-9+.-]{0,30}:/{2,3})[^\s'\"<>]*@",
     re.IGNORECASE,
 )
 """URLs whose first part is no bucket or host that md2 knows: everything up to the last @ counts."""
@@ -43,6 +43,7 @@ _PARAMETER = re.compile(
     r"|api_?key|token|sig|secret|password|passwd)(?P<equals>=|['\"]\s*:\s*['\"]?)[^&\s'\",;)]+",
     re.IGNORECASE,
 )
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 _AUTHORIZATION = re.compile(r"(?P<name>(?:proxy-)?authorization['\"]?\s*[:=]\s*)[^\n]+", re.IGNORECASE)
 _VARIABLE = re.compile(r"^(AWS_(SECRET_ACCESS_KEY|SESSION_TOKEN)|.*(SECRET|TOKEN|PASSWORD|PASSWD|API_KEY)(_.*)?)$")
 _SHORTEST = 8
@@ -103,14 +104,14 @@ def conceal(text: str) -> str:
     """`text` without credentials.
 
     Removes from URLs, chained ones included, the user part and the query; from anything else the values of parameters
-    and headers that carry credentials, and the values of environment variables named like secrets.
+    and headers that carry credentials, tokens of the Hub, and the values of environment variables named like secrets.
     """
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and _VARIABLE.match(name):
             text = text.replace(value, "…")
     if ":/" in text:
         text = _WORD.sub(_conceal_url, text)
-    text = _AUTHORIZATION.sub(r"\g<name>…", text)
+    text = _AUTHORIZATION.sub(r"\g<name>…", _HUB_TOKEN.sub("…", text))
     return _PARAMETER.sub(r"\g<name>\g<equals>…", text)
 
 

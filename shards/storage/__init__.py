@@ -19,8 +19,8 @@ CHUNK = 8 << 20
 """Bytes that one request asks for while a whole object is read."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_TYPO = re.compile(r"(s3a?|gs|gcs|https?|file):(?!//)", re.IGNORECASE)
-KINDS = "folders, s3://, gs://, http(s)://"
+_TYPO = re.compile(r"(s3a?|gs|gcs|hf|https?|file):(?!//)", re.IGNORECASE)
+KINDS = "folders, s3://, gs://, hf://, http(s)://"
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def open_storage(url: str) -> Storage:
         UsageError: an unknown or chained kind of URL, or one with credentials in it.
     """
     from shards.storage.http import HttpStorage
+    from shards.storage.hub import HubStorage, is_hub
     from shards.storage.local import LocalStorage
     from shards.storage.remote import RemoteStorage
 
@@ -126,6 +127,8 @@ def open_storage(url: str) -> Storage:
         raise UsageError(f"{url}: chained URLs are not supported; the kinds are {KINDS}")
     if scheme[1].lower() in ("http", "https"):
         return HttpStorage(url)
+    if is_hub(url):
+        return HubStorage(url)
     return RemoteStorage(url)
 
 

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -79,6 +80,7 @@ class HttpStorage(Storage):
             raise UsageError(f"{parts.scheme}://{parts.netloc}{parts.path}: a dataset's address has no ? and no #")
         if not parts.hostname or ".." in parts.hostname or len(parts.hostname) > 253:
             raise UsageError(f"{url}: no valid host in it; the form is https://host/path")
+        self._address = self.url
         self._retry = Retrier(_CREDENTIALS)
 
     def __reduce__(self) -> tuple[Callable[[str], HttpStorage], tuple[str]]:
@@ -87,12 +89,19 @@ class HttpStorage(Storage):
     def cancel(self) -> None:
         self._retry.cancelled.set()
 
-    def _url(self, name: str) -> str:
-        return f"{self.url}/{check_name(name)}"
+    def _headers(self) -> dict[str, str]:
+        """Return what a request to this server carries; aiohttp sends no credentials to the host of a redirect."""
+        return {}
+
+    def _check(self, answer: Any) -> None:
+        """Raise what the server means, if it says more than its status."""
+
+    def _request(self, name: str) -> _Request:
+        return _Request(f"{self.url}/{name}", f"{self._address}/{check_name(name)}", self._headers, self._check)
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         parts, left = [], size
-        for piece in _stream(self._url(name), start, start + size, self._retry):
+        for piece in _stream(self._request(name), start, start + size, self._retry):
             parts.append(piece[:left])
             left -= len(parts[-1])
             if not left:
@@ -101,19 +110,20 @@ class HttpStorage(Storage):
 
     def stream(self, name: str, start: int = 0) -> Iterator[bytes]:
         """Yield the content from `start`; a cut connection is resumed where it broke."""
-        return _stream(self._url(name), start, None, self._retry)
+        return _stream(self._request(name), start, None, self._retry)
 
     def stat(self, name: str) -> Stat | None:
-        url = self._url(name)
+        request = self._request(name)
 
         async def head() -> Stat:
             session = await _session.get()
-            async with session.head(url, allow_redirects=True) as answer:
+            async with session.head(request.address, headers=request.headers(), allow_redirects=True) as answer:
+                request.check(answer)
                 answer.raise_for_status()
                 return Stat(int(answer.headers.get("Content-Length", -1)), answer.headers.get("ETag", ""))
 
         try:
-            return self._retry.run(url, _loop(), head)
+            return self._retry.run(request.shown, _loop(), head)
         except MissingError:
             return None
 
@@ -127,11 +137,21 @@ class HttpStorage(Storage):
     write = create = create_file = delete = sweep = _refuse_writing
 
 
-def _stream(url: str, start: int, stop: int | None, retry: Retrier) -> Iterator[bytes]:
-    position, body, loop = start, _Body(url), _loop()
+@dataclass(frozen=True)
+class _Request:
+    """A file's address, as messages show it and as it is asked for, and what `HttpStorage` says of its server."""
+
+    shown: str
+    address: str
+    headers: Callable[[], dict[str, str]]
+    check: Callable[[Any], None]
+
+
+def _stream(request: _Request, start: int, stop: int | None, retry: Retrier) -> Iterator[bytes]:
+    position, body, loop = start, _Body(request), _loop()
     try:
         while stop is None or position < stop:
-            piece = retry.run(url, loop, lambda at=position: body.read(at, stop), CHUNK)  # type: ignore[misc]
+            piece = retry.run(request.shown, loop, lambda at=position: body.read(at, stop), CHUNK)  # type: ignore[misc]
             if piece is None:
                 continue
             if not piece:
@@ -148,8 +168,8 @@ def _stream(url: str, start: int, stop: int | None, retry: Retrier) -> Iterator[
 class _Body:
     """A GET in progress, opened anew at the wanted position after each failure. Used on the event loop only."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, request: _Request) -> None:
+        self._request, self.url = request, request.shown
         self._answer: Any = None
         self._to_skip = 0
 
@@ -171,8 +191,9 @@ class _Body:
 
     async def _open(self, position: int, stop: int | None) -> None:
         session = await _session.get()
-        headers = {"Range": f"bytes={position}-{'' if stop is None else stop - 1}"}
-        self._answer = await session.get(self.url, headers=headers)
+        headers = {**self._request.headers(), "Range": f"bytes={position}-{'' if stop is None else stop - 1}"}
+        self._answer = await session.get(self._request.address, headers=headers)
+        self._request.check(self._answer)
         self._answer.raise_for_status()
         if self._answer.status != 206:
             self._to_skip = position

@@ -185,6 +185,7 @@ class Retrier:
 _ADDRESSES = {
     "http": "check the address",
     "https": "check the address",
+    "hf": "check the network, and HF_ENDPOINT if it is set",
     "s3": "check AWS_ENDPOINT_URL",
     "s3a": "check AWS_ENDPOINT_URL",
 }
@@ -327,6 +328,7 @@ _EXPLANATIONS = {
     "SignatureDoesNotMatch": "the secret key is wrong",
     "ExpiredToken": "the credentials have expired",
     "NotImplemented": "the server cannot do that",
+    "429": "too many requests for its rate limit",
 }
 
 
@@ -346,10 +348,11 @@ def _from_response(error: BaseException) -> Failure | None:
         return None
     kind = _CODES.get(code) or _STATUS.get(status) or ("transient" if status >= 500 else "refused")
     label = " ".join(str(word) for word in (status or "", code) if word)
-    detail = f"{label}: {_EXPLANATIONS[code]}" if code in _EXPLANATIONS else label
+    explanation = _EXPLANATIONS.get(code or str(status))
+    detail = f"{label}: {explanation}" if explanation else label
     words: dict[ErrorKind, str] = {
         "denied": f"access denied ({detail})",
         "no_bucket": "no such bucket; check its name, or create it first",
-        "transient": f"the server answers {label}",
+        "transient": f"the server answers {detail}",
     }
     return Failure(kind, words.get(kind, f"the server refuses ({detail})"))
