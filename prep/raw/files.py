@@ -27,6 +27,7 @@ from fsspec.core import url_to_fs
 from prep.raw.video import VideoFrame, read_frames
 from prep.raw.zips import MAX_FILE_BYTES, Directories, Ref, unpack
 from shards.errors import InputError, SampleError, UsageError, first_line
+from shards.storage.remote import Page, all_pages, filesystem_options, s3_page
 from shards.storage.retry import MissingError, Retrier
 from shards.video import VIDEO_SUFFIXES
 
@@ -138,7 +139,7 @@ def _open(url: str) -> tuple[Any, str]:
             "download the zips into a folder and give that"
         )
     try:
-        found: tuple[Any, str] = url_to_fs(url)
+        found: tuple[Any, str] = url_to_fs(url, **(filesystem_options(scheme.lower()) if colon else {}))
     except (ValueError, ImportError, TypeError, OSError) as error:
         raise UsageError(f"--raw {url}: {first_line(error)}") from error
     return found
@@ -209,8 +210,20 @@ class FolderLocation:
             if entries:
                 self._check_link(path)
             return entries
+        retry = Retrier()
         try:
-            entries = Retrier().call(self.url, partial(self._fs.ls, path, detail=True))
+            if "s3" in self._fs.protocol:
+
+                def page(token: str) -> Page:
+                    return retry.run(self.url, self._fs.loop, lambda: s3_page(self._fs, path, "/", token))
+
+                files, folders = all_pages(self.url, retry.patience, page)
+                found = [{"name": f"{path}/{name}", "type": "directory", "size": 0} for name in folders]
+                return found + [{"name": f"{path}/{name}", "type": "file", "size": n} for name, n in files.items()]
+            if getattr(self._fs, "async_impl", False):
+                entries = retry.run(self.url, self._fs.loop, partial(self._fs._ls, path, detail=True))
+            else:
+                entries = retry.call(self.url, partial(self._fs.ls, path, detail=True))
         except MissingError:
             return []
         return [entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/")]
@@ -410,7 +423,7 @@ def _read_local(ref: Ref) -> bytes:
 
 
 def _fetch(protocol: str, refs: list[Ref]) -> dict[Ref, bytes]:
-    fs = fsspec.filesystem(protocol)
+    fs = fsspec.filesystem(protocol, **filesystem_options(protocol))
     paths = [fs._strip_protocol(ref.url) for ref in refs]
     starts = [ref.member.offset if ref.member else 0 for ref in refs]
     ends = [ref.member.offset + ref.member.header + ref.member.packed if ref.member else ref.size for ref in refs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import zipfile
@@ -103,14 +104,14 @@ class Directories:
         self._known: dict[str, Directory] = {}
         self._files = 0
 
-    def read(self, fs: Any, url: str, **options: Any) -> Directory:
+    def read(self, fs: Any, url: str, size: int | None = None) -> Directory:
         """Files of a zip by folder, under KITTI's own paths; none if it is broken.
 
         Anything in front of those paths in the zip (`dataset/`, `./`, `kitti_data/`) is left out.
 
         Args:
             fs: fsspec's file system of the URL.
-            options: of its `open`.
+            size: of the zip in bytes; None: it is asked for.
 
         Raises:
             InputError: the zips together hold too many files.
@@ -118,7 +119,11 @@ class Directories:
         """
         if url not in self._known:
             try:
-                members = Retrier(credentials="check its permissions").call(url, partial(_members, fs, url, options))
+                retry = Retrier(credentials="check its permissions")
+                if getattr(fs, "async_impl", False):
+                    members = _members(_Ranges(fs, url, size, retry))
+                else:
+                    members = retry.call(url, partial(_local_members, fs, url))
             except _BROKEN as error:
                 text = isinstance(error, UnicodeError)
                 cause = "a name in it is not text" if text else str(error)[:120] or "malformed"
@@ -150,11 +155,44 @@ _BROKEN = (zipfile.BadZipFile, struct.error, EOFError, ValueError, NotImplemente
 """Exceptions of zipfile at malformed directories."""
 
 
-def _members(fs: Any, url: str, options: dict[str, Any]) -> list[zipfile.ZipInfo]:
-    with (
-        fs.open(url, "rb", block_size=_DIRECTORY_BLOCK, **options) as file,
-        zipfile.ZipFile(_Bounded(file)) as archive,
-    ):
+class _Ranges:
+    """A file of a server, for zipfile: each read is a request that the time limit ends."""
+
+    def __init__(self, fs: Any, url: str, size: int | None, retry: Retrier) -> None:
+        self._fs, self._url, self._path, self._retry = fs, url, fs._strip_protocol(url), retry
+        self._size = int(retry.run(url, fs.loop, partial(fs._info, self._path))["size"] if size is None else size)
+        self._position = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if begin + offset < 0:
+            raise ValueError("before the begin of the file")
+        self._position = begin + offset
+        return self._position
+
+    def read(self, size: int) -> bytes:
+        start, stop = self._position, min(self._position + size, self._size)
+        if start >= stop:
+            return b""
+        ranges = partial(self._fs._cat_file, self._path, start=start, end=stop)
+        data: bytes = self._retry.run(self._url, self._fs.loop, ranges, stop - start)[: stop - start]
+        self._position += len(data)
+        return data
+
+
+def _local_members(fs: Any, url: str) -> list[zipfile.ZipInfo]:
+    with fs.open(url, "rb", block_size=_DIRECTORY_BLOCK) as file:
+        return _members(file)
+
+
+def _members(file: Any) -> list[zipfile.ZipInfo]:
+    with zipfile.ZipFile(_Bounded(file)) as archive:
         return archive.infolist()
 
 

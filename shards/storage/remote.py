@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shards.errors import StorageError, UsageError
 from shards.storage import KINDS, Stat, Storage, check_folder, check_name
@@ -21,18 +23,20 @@ from shards.storage.retry import BeyondEndError, ExistsError, MissingError, Retr
 PART = 16 << 20
 """Bytes in one part of a multipart upload; an object of less than two of them goes up in one request."""
 MAX_NAMES = 1_000_000
-"""Objects of one listing; each takes some 200 bytes of memory."""
+"""Objects of one listing."""
+MAX_LISTING = 200 << 20
+"""Bytes of memory that the names of one listing may take."""
+_NAMES_A_SECOND = 100
+"""A listing that gives fewer is given up when the time limit has passed."""
 _CONNECT_TIMEOUT, _READ_TIMEOUT = 5.0, 15.0
 
-_S3_OPTIONS = {
-    "config_kwargs": {
-        "connect_timeout": _CONNECT_TIMEOUT,
-        "read_timeout": _READ_TIMEOUT,
-        "retries": {"mode": "standard", "total_max_attempts": 2},
-        # Some servers return the whole object's checksum with a part of it. The manifest's sha256 covers every byte.
-        "response_checksum_validation": "when_required",
-        "max_pool_connections": 32,
-    },
+_S3_CONFIG = {
+    "connect_timeout": _CONNECT_TIMEOUT,
+    "read_timeout": _READ_TIMEOUT,
+    "retries": {"mode": "standard", "total_max_attempts": 2},
+    # Some servers return the whole object's checksum with a part of it. The manifest's sha256 covers every byte.
+    "response_checksum_validation": "when_required",
+    "max_pool_connections": 32,
 }
 _S3_CREDENTIALS = (
     "check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, instance role) and "
@@ -42,6 +46,20 @@ _GS_CREDENTIALS = "check the credentials (gcloud auth application-default login,
 _CREDENTIALS = {"s3": _S3_CREDENTIALS, "s3a": _S3_CREDENTIALS, "gs": _GS_CREDENTIALS, "gcs": _GS_CREDENTIALS}
 _SCHEMES = (*_CREDENTIALS, "memory")
 """`memory` is fsspec's storage within this process, for experiments."""
+
+
+def filesystem_options(scheme: str) -> dict[str, Any]:
+    """Return the options with which fsspec's file system of this kind never reads an answer beyond a bound."""
+    if scheme in ("s3", "s3a"):
+        from shards.storage.bounded import BoundedSession
+
+        return {"config_kwargs": _S3_CONFIG | {"http_session_cls": BoundedSession}}
+    if scheme in ("gs", "gcs", "http", "https"):
+        from shards.storage.bounded import MAX_CONTENT, MAX_JSON, bounded_response
+
+        name, limit = ("client_kwargs", MAX_CONTENT) if scheme[0] == "h" else ("session_kwargs", MAX_JSON)
+        return {name: {"response_class": bounded_response(limit)}}
+    return {}
 
 
 class _Connections:
@@ -94,11 +112,9 @@ class RemoteStorage(Storage):
     def _connect(self) -> Any:
         import fsspec
 
-        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-        if self._is_s3:
-            options |= _S3_OPTIONS
+        options = {"skip_instance_cache": True, "use_listings_cache": False}
         try:
-            filesystem = fsspec.filesystem(self.scheme, **options)
+            filesystem = fsspec.filesystem(self.scheme, **options, **filesystem_options(self.scheme))
         except ImportError as error:
             raise UsageError(f"{self.url}: {self.scheme}:// needs a package: pip install 'md2[gcs]'") from error
         if self._is_s3:
@@ -199,7 +215,7 @@ class RemoteStorage(Storage):
     def names(self, prefix: str) -> list[str]:
         path = self._path(prefix) if prefix else self._root
         if self._is_s3:
-            found = self._call(prefix, _s3_list, path, "")[0]
+            found = self._list(prefix, path, "")[0]
             return sorted(f"{prefix}/{name}" if prefix else name for name in found)
         try:
             return sorted(name.removeprefix(self._root + "/") for name in self._call(prefix, "find", path))
@@ -209,7 +225,7 @@ class RemoteStorage(Storage):
     def children(self, prefix: str) -> tuple[list[str], list[str]]:
         path = f"{self._root}/{check_folder(prefix)}" if prefix else self._root
         if self._is_s3:
-            files, folders = self._call(prefix, _s3_list, path, "/")
+            files, folders = self._list(prefix, path, "/")
             return sorted(files), sorted(folders)
         try:
             listed = self._call(prefix, "ls", path, detail=True)
@@ -217,6 +233,10 @@ class RemoteStorage(Storage):
             return [], []
         entries = [(entry["name"].rstrip("/").rpartition("/")[2], entry["type"]) for entry in listed]
         return sorted(n for n, kind in entries if kind == "file"), sorted(n for n, kind in entries if kind != "file")
+
+    def _list(self, name: str, path: str, delimiter: str) -> tuple[dict[str, int], list[str]]:
+        url = f"{self.url}/{name}" if name else self.url
+        return all_pages(url, self._retry.patience, lambda token: self._call(name, s3_page, path, delimiter, token))
 
     def sweep(self) -> None:
         """Do nothing: objects are whole or absent. Parts of a killed upload are removed by the bucket's own rules."""
@@ -250,22 +270,54 @@ async def _s3_head(fs: Any, path: str) -> Any:
     return await fs._call_s3("head_object", Bucket=bucket, Key=key)
 
 
-async def _s3_list(fs: Any, path: str, delimiter: str) -> tuple[list[str], list[str]]:
-    """Return names and, with a delimiter, folders below a folder, relative to it; s3fs would list without an end."""
+class Page(NamedTuple):
+    """A page of a listing: sizes by name, and folders, relative to the listed one; and the next page's token.
+
+    The last page has no token. A name that ends in a slash, or is empty, is another tool's mark of a folder.
+    """
+
+    files: dict[str, int]
+    folders: list[str]
+    next: str
+
+
+async def s3_page(fs: Any, path: str, delimiter: str, token: str) -> Page:
+    """Return a page of what is below a folder, and with a delimiter directly in it; s3fs would list without an end."""
     bucket, key, _ = fs.split_path(path)
     prefix = f"{key}/" if key else ""
-    names: list[str] = []
+    more = {"ContinuationToken": token} if token else {}
+    page = await fs._call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter=delimiter, **more)
+    return Page(
+        {entry["Key"].removeprefix(prefix): int(entry.get("Size", 0)) for entry in page.get("Contents", [])},
+        [entry["Prefix"].removeprefix(prefix).rstrip("/") for entry in page.get("CommonPrefixes", [])],
+        page.get("NextContinuationToken", "") if page.get("IsTruncated") else "",
+    )
+
+
+def all_pages(url: str, patience: float, get: Callable[[str], Page]) -> tuple[dict[str, int], list[str]]:
+    """Return sizes by name, and folders, of all pages of a listing.
+
+    Args:
+        url: for messages.
+        patience: seconds after which a listing that brings few names is given up.
+        get: returns the page that a token stands for, "" for the first.
+
+    Raises:
+        StorageError: more names than `MAX_NAMES` or `MAX_LISTING`, or pages without an end.
+    """
+    files: dict[str, int] = {}
     folders: list[str] = []
-    page: dict[str, Any] = {"NextContinuationToken": None}
-    while len(names) + len(folders) <= MAX_NAMES:
-        token = page["NextContinuationToken"]
-        page = await fs._call_s3(
-            "list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter=delimiter,
-            **({"ContinuationToken": token} if token else {}),
-        )  # fmt: skip
-        names += [entry["Key"].removeprefix(prefix) for entry in page.get("Contents", [])]
-        folders += [entry["Prefix"].removeprefix(prefix).rstrip("/") for entry in page.get("CommonPrefixes", [])]
-        if not page.get("IsTruncated") or not page.get("NextContinuationToken"):
-            # A name that ends in a slash, or is the folder's own, is another tool's mark of a folder.
-            return [name for name in names if name and not name.endswith("/")], folders
-    raise StorageError(f"s3://{path}: more than {MAX_NAMES:,} names below it; give a longer prefix")
+    token, taken, start = "", 0, time.monotonic()
+    while True:
+        page = get(token)
+        files |= page.files
+        folders += page.folders
+        if not page.next:
+            return {name: size for name, size in files.items() if name and not name.endswith("/")}, folders
+        taken += sum(map(sys.getsizeof, (*page.files, *page.folders)))
+        count = len(files) + len(folders)
+        if count >= MAX_NAMES or taken > MAX_LISTING:
+            raise StorageError(f"{url}: more than {count:,} names below it; give a longer prefix")
+        if page.next == token or time.monotonic() - start > patience + count / _NAMES_A_SECOND:
+            raise StorageError(f"{url}: the server's list of names does not end")
+        token = page.next

@@ -50,6 +50,10 @@ class BeyondEndError(Exception):
     """A range that starts at or behind the object's end."""
 
 
+class AnswerTooLargeError(Exception):
+    """A server sends more than any answer holds."""
+
+
 class CancelledError(Exception):
     """The caller gave up; raised in its worker threads."""
 
@@ -205,6 +209,7 @@ _NOT_CONNECTED = Failure("unreachable", "cannot connect to the server")
 _NO_ADDRESS = Failure("refused", "not a valid web address")
 _NO_REDIRECT = Failure("refused", "the server redirects without end, or to an invalid address")
 _NO_CERTIFICATE = Failure("refused", "the server's certificate is not accepted")
+_TOO_LARGE = Failure("refused", "the server's answer is larger than any that it should give")
 _CUT = Failure("transient", "the connection was cut")
 _LATE = Failure("transient", "the server does not answer in time")
 _CONNECTING = {
@@ -216,6 +221,7 @@ _CONNECTING = {
     "LocationParseError": _NO_ADDRESS,
     "ClientConnectorCertificateError": _NO_CERTIFICATE,
     "SSLCertVerificationError": _NO_CERTIFICATE,
+    "AnswerTooLargeError": _TOO_LARGE,
 } | dict.fromkeys(
     ("EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "ClientConnectorError",
      "ClientConnectorDNSError", "ConnectionTimeoutError", "ConnectionRefusedError", "gaierror"),
