@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Processes that the tests start import this checkout and the tests' helpers.
@@ -62,6 +63,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[None]:
+    """ResNets a quarter as wide, for tests of the loop: a step takes a fifth of the time, a checkpoint of the space."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("md2.networks.resnet.WIDTH", 16)
+        yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without `summary.png`, which takes a second to draw; those of module fixtures have one."""
+    for module in ("md2.train", "md2.training.trainer"):
+        monkeypatch.setattr(f"{module}.run_figure", lambda run: None)
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CLASSES = 1000
+WIDTH = 64
+"""Channels after the first convolution; each stage after the first has twice as many as the one before."""
 
 
 class _Basic(nn.Module):
@@ -84,11 +86,11 @@ class ResNet(nn.Module):
     def __init__(self, name: str, images: int) -> None:
         super().__init__()
         block, blocks = ARCHITECTURES[name]
-        self.conv1 = nn.Conv2d(3 * images, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.channels = [64]
+        self.conv1 = nn.Conv2d(3 * images, WIDTH, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTH)
+        self.channels = [WIDTH]
         for index, count in enumerate(blocks):
-            width, inputs = 64 * 2**index, self.channels[-1]
+            width, inputs = WIDTH * 2**index, self.channels[-1]
             outputs = width * block.expansion
             stride = 1 if index == 0 else 2
             stage = [block(inputs, width, stride), *(block(outputs, width, 1) for _ in range(count - 1))]

@@ -8,20 +8,23 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from md2.training.curves import curves_of, draw
-from md2.training.runlog import read_metrics
+from md2.training.runlog import METRICS, read_metrics
 from md2.visualize import Picture
 
 SUMMARY = "summary.png"
 
 
 def run_figure(run: Path) -> Path | None:
-    """Draw the curves of metrics.jsonl and the newest training and validation panels.
+    """Draw the curves of metrics.jsonl and the newest training and validation panels, if anything is new.
 
     Returns the picture's path; None if the run has logged nothing yet.
     """
     lines = read_metrics(run)
     if not lines:
         return None
+    drawn = run / SUMMARY
+    if drawn.exists() and drawn.stat().st_mtime_ns > (run / METRICS).stat().st_mtime_ns:
+        return drawn  # a run that ends with a validation has been drawn, which takes a second
     # matplotlib takes a second to import. The object API keeps pyplot's global state (and any display) out of a
     # training process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,8 +35,8 @@ def run_figure(run: Path) -> Path | None:
     FigureCanvasAgg(figure)
     heights = [3.4, *(_inches(panel) for _, panel in panels)]
     grid = figure.add_gridspec(1 + len(panels), 3, height_ratios=heights)
-    drawn = [curve for curve in curves_of(lines) if curve.title.startswith(("Loss", "Depth", "Share"))]
-    for place, curve in enumerate(curve for curve in drawn if curve.title != "Loss per scale"):
+    curves = [curve for curve in curves_of(lines) if curve.title.startswith(("Loss", "Depth", "Share"))]
+    for place, curve in enumerate(curve for curve in curves if curve.title != "Loss per scale"):
         axes = figure.add_subplot(grid[0, place])
         draw(axes, curve)
         if len(curve.series) > 1:
@@ -47,8 +50,8 @@ def run_figure(run: Path) -> Path | None:
     figure.suptitle(f"{run.name}, step {lines[-1]['step']}", fontsize=11)
     beside = run / (SUMMARY + ".tmp")
     figure.savefig(beside, format="png", dpi=110)
-    beside.replace(run / SUMMARY)
-    return run / SUMMARY
+    beside.replace(drawn)
+    return drawn
 
 
 def _newest_panel(run: Path, kind: str) -> tuple[str, Picture] | None:

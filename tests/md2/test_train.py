@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from train_data import Silent, config, losses, train, trainer
+from train_data import QUICK, Silent, config, losses, train, trainer
 
 from md2.checkpoint import load_checkpoint
 from md2.config import load_config
@@ -27,11 +27,12 @@ from shards.dataset import open_dataset
 from shards.errors import InputError, TrainingError, UsageError
 from shards.locks import FileLock
 
+pytestmark = QUICK
 LABELS = ("kind", "step", "epoch")
 
 
 @pytest.fixture(scope="module")
-def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(narrow: None, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "finished"
     train(dataset, run, extra=["train.max_steps=4"])
     return run
@@ -166,12 +167,20 @@ def test_rows_that_a_resumed_run_writes_again_are_dropped(tmp_path: Path) -> Non
         assert [f"{row['kind']}{row['step']}" for row in found] == rows
 
 
-def test_a_summary_skips_panels_that_are_half_written(finished: Path, tmp_path: Path) -> None:
+def test_a_summary_skips_panels_that_are_half_written_and_is_drawn_if_anything_is_new(
+    finished: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
+    summary = run / "summary.png"
     (run / "panels/val-99999999.png").write_bytes(b"\x89PNG\r\n\x1a\nhalf")
-    (run / "summary.png").unlink()
-    assert run_figure(run) == run / "summary.png"
+    summary.write_bytes(b"an earlier one")
+    (run / "metrics.jsonl").touch()
+    assert run_figure(run) == summary
+    assert summary.read_bytes().startswith(b"\x89PNG")
+    drawn = summary.stat()
+    assert run_figure(run) == summary
+    assert summary.stat() == drawn
 
 
 PLACE = {"fingerprint": {}, "epoch": 0, "samples": 0, "step_samples": 1}

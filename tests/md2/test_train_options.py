@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from ranks_gradient import fixed_batch, share
-from train_data import Silent, config, train, trainer
+from train_data import QUICK, Silent, config, train, trainer
 
 from md2.checkpoint import load_checkpoint
 from md2.distributed import Ranks
@@ -28,6 +28,8 @@ from md2.training.trainer import Trainer
 from md2.training.validate import validate
 from shards.dataset import open_dataset
 from shards.errors import TrainingError, UsageError
+
+pytestmark = QUICK
 
 
 @pytest.mark.parametrize("rate", [1e-4, 3e-4])
@@ -48,7 +50,7 @@ def test_the_first_step_is_adams(dataset: Path, tmp_path: Path, rate: float) -> 
         # Adding 1e-4 to a weight near 1 rounds to 6e-8.
         torch.testing.assert_close(moved, expected, rtol=2e-3, atol=1.2e-7)
         compared += int(felt.sum())
-    assert compared > 1_000_000
+    assert compared > 100_000
     assert one.optimizer.defaults["betas"] == (0.9, 0.999) and one.optimizer.defaults["weight_decay"] == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 from md2.config import Config, load_config
@@ -14,6 +15,8 @@ from md2.training.runlog import read_metrics
 from md2.training.trainer import Trainer
 from shards.dataset import open_dataset
 
+QUICK = pytest.mark.usefixtures("narrow", "undrawn")
+"""For tests of the loop, which networks and pictures have no part in."""
 SMALL = [
     "model.weights=scratch",
     "data.width=96",
