@@ -27,7 +27,9 @@ VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THRE
 SETTINGS = {
     "OpenMP's default": {"GOMP_SPINCOUNT": "300000"},  # libgomp's own number
     "md2's default": {},
+    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
 SPIN = "while True: pass"
@@ -37,16 +39,14 @@ def measure(seconds: float) -> float:
     """Samples per second of the demo's training step in this process."""
     import torch
 
-    from bench.step import Contender, Inputs, switches_of
+    from bench.step import Contender, Inputs, amp_of
     from md2.config import DataConfig, LossConfig, ModelConfig
     from md2.model import Networks
 
     device, batch = torch.device("cpu"), 8
     data = DataConfig(frames=[0], stereo=True, width=192, height=64)
     networks = Networks(ModelConfig(), data, LossConfig())
-    step = Contender(
-        networks, Inputs.make("stereo", batch, 64, 192, device), switches_of("channels_last", device), False
-    )
+    step = Contender(networks, Inputs.make("stereo", batch, 64, 192, device), amp_of("channels_last", device), False)
     step.step()
     began, steps = time.perf_counter(), 0
     while time.perf_counter() - began < seconds or not steps:

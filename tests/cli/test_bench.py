@@ -43,6 +43,12 @@ def test_all_of_the_gpu_benchmark_runs_on_a_cpu_and_says_that_it_did(tmp_path: P
     assert "**Tiny**" in text and "the figures mean nothing" in text
 
 
+def test_steps_are_counted_for_each_way_of_waiting(narrow: None) -> None:
+    from bench.waiting import measure
+
+    assert measure(0) > 0
+
+
 def test_what_needs_no_loader_needs_no_dali() -> None:
     """On a machine without it, the kernels and the step against the baseline can still be measured."""
     code = (
