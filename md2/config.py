@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shards.errors import UsageError, first_line
+from shards.sample import DISTANCES, POSES
 
 Encoder = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -47,7 +48,7 @@ class DataConfig(Section):
     fov: float = Field(75.0, ge=5, le=150)
     """Horizontal field of view, in degrees, at which learned intrinsics begin."""
     baseline: Literal["paper", "metres"] = "paper"
-    """Unit of the stereo translation, and so of depth: `paper` is 5.4 m (a baseline of 0.1 for 0.54 m)."""
+    """Unit of translations, and so of depth: `paper` is 5.4 m (a stereo baseline of 0.1 for 0.54 m)."""
     flip: bool = True
     """Flip each sample left-right with probability 0.5."""
     color_jitter: bool = True
@@ -134,6 +135,10 @@ class LossConfig(Section):
     """Use L1 alone as photometric error, without SSIM."""
     disparity_smoothness: float = Field(1e-3, ge=0)
     """Weight of the edge-aware smoothness; halved at each smaller scale."""
+    velocity: float = Field(0.0, ge=0)
+    """Weight of the error of predicted translations in metres (Guizilini et al., CVPR 2020, use 0.05); 0: off.
+
+    Depth is then in metres. It needs a dataset that was packed with `--motion`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -173,6 +178,10 @@ class TrainConfig(Section):
 
     `auto`: on a GPU with Triton; if compiling fails, training continues without it. `graphs`: also replay them as CUDA
     graphs, for GPUs that wait for the host's launches."""
+    poses: Literal["learned", "given"] = "learned"
+    """Motion between target and temporal frames: `learned` by a pose network, or `given` by the dataset.
+
+    `given` needs a dataset that was packed with `--motion`, and depth is then in metres."""
     on_nan: Literal["stop", "skip"] = "stop"
     """What to do at a NaN or infinite loss or gradient: stop the run, or skip the step and report it."""
     max_steps: int | None = Field(None, gt=0)
@@ -211,16 +220,27 @@ class Config(Section):
     def _check(self) -> Self:
         if not self.data.temporal and (self.model.pose_network, self.model.pose_input) != ("separate_resnet", "pairs"):
             raise ValueError("pose_network and pose_input have no effect without temporal frames: leave them out")
-        if self.data.baseline == "metres" and not self.data.stereo:
+        if self.train.poses == "given" and self.loss.velocity:
+            raise ValueError("loss.velocity has no effect with train.poses given, which leaves no pose to learn")
+        if self.motion and not self.data.temporal:
+            raise ValueError(f"{'loss.velocity' if self.loss.velocity else 'train.poses given'} needs temporal frames")
+        if self.motion and self.model.pose_network == "posecnn":
+            raise ValueError("posecnn's translations are relative to the depth and not in metres: choose another")
+        if self.data.baseline == "metres" and self.metres_per_unit is None:
             raise ValueError("data.baseline metres without stereo: mono depth has no unit; leave it out or add stereo")
         if self.train.device == "cpu" and self.data.device == "gpu":
             raise ValueError("data.device gpu with train.device cpu would copy every image back: use auto or cpu")
         return self
 
     @property
+    def motion(self) -> tuple[str, ...]:
+        """Components of `md2 prep --motion` that training reads."""
+        return (POSES,) if self.train.poses == "given" else (DISTANCES,) if self.loss.velocity else ()
+
+    @property
     def metres_per_unit(self) -> float | None:
         """Metres in one unit of predicted depth: 5.4 (the paper's stereo unit), 1 (metres), or None (mono: unknown)."""
-        if not self.data.stereo:
+        if not self.data.stereo and not self.motion:
             return None
         return PAPER_METRES_PER_UNIT if self.data.baseline == "paper" else 1.0
 

@@ -12,7 +12,7 @@ the switch. All of it is float32 (float64 if the inputs are), whatever autocast 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from md2.config import LossConfig, ModelConfig
 from md2.data.batch import Batch, Offset
 from md2.geometry import disparity_to_depth, scale_intrinsics, warp
-from md2.model import Prediction
+from md2.model import GivenPose, Pose, Prediction
 from md2.networks.camera import matrices
 from md2.photometric import reprojection
 from md2.photometric.ssim import C1, C2, SSIM_WEIGHT
@@ -57,7 +57,7 @@ class Panels:
 @dataclass(frozen=True)
 class LossOutput:
     """Attributes:
-    total: scalar, the mean of `per_scale`.
+    total: scalar, the mean of `per_scale`, and the weighted velocity error if distances are known.
     per_scale: scale -> scalar: reprojection, mask's cross-entropy and weighted smoothness.
     panels: scale -> panels; empty unless asked for.
     """
@@ -234,6 +234,21 @@ def reprojection_loss(
     return LossOutput(total, per_scale, looks)
 
 
+def velocity_error(poses: Mapping[Offset, Pose], distances: Mapping[Offset, Tensor]) -> Tensor:
+    """| |t| - d |, the mean over samples and temporal frames, where t is the predicted translation and d the distance.
+
+    Velocity supervision (Guizilini et al., "3D Packing for Self-Supervised Monocular Depth Estimation", CVPR 2020,
+    equation 6), with the distance in place of speed x time.
+
+    Args:
+        distances: offset -> (B,), in the translation's unit; NaN where it is not known.
+    """
+    known = torch.stack([distances[offset] for offset in poses])
+    lengths = torch.stack([_full(pose.translation).norm(dim=1) for pose in poses.values()])
+    errors = torch.where(known.isnan(), 0, (lengths - known.nan_to_num()).abs())
+    return errors.sum() / (~known.isnan()).sum().clamp(min=1)
+
+
 def _least_identity(errors: Tensor, scales: list[int], noise: Noise, average: bool) -> dict[int, Tensor]:
     """Scale -> (B, 1, h, w), the least of a resolution's identity errors (B, N, h, w), ties broken by noise."""
     if average:
@@ -281,12 +296,14 @@ class ReprojectionLoss:
             # It depends on every output, so that backward reaches each parameter on each rank.
             nan = torch.stack([tensor.float().sum() for tensor in tensors]).sum() * torch.nan
             return LossOutput(nan, dict.fromkeys(prediction.disparities, nan), {})
+        if batch.poses:
+            prediction = replace(prediction, poses={o: GivenPose(pose) for o, pose in batch.poses.items()})
         pyramids = image_pyramid(batch.images, prediction.disparities, self.config.v1_multiscale)
         intrinsics = batch.intrinsics
         if prediction.camera is not None:
             size = batch.images[0].shape[2:]
             intrinsics = matrices(prediction.camera, (size[0], size[1]), batch.flipped, batch.size)
-        return reprojection_loss(
+        output = reprojection_loss(
             prediction,
             pyramids,
             intrinsics,
@@ -297,6 +314,11 @@ class ReprojectionLoss:
             noise=batch.seeds if noise is None else noise,
             panels=panels,
         )
+        if not batch.distances:
+            return output
+        poses = {offset: pose for offset, pose in prediction.poses.items() if isinstance(pose, Pose)}
+        error = velocity_error(poses, batch.distances) * batch.metres_per_unit
+        return replace(output, total=output.total + self.config.velocity * error)
 
 
 def _resize(maps: Tensor, size: torch.Size) -> Tensor:

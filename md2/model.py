@@ -1,6 +1,6 @@
 """The networks of a run as one module: images in, `Prediction` out.
 
-    networks = Networks(config.model, config.data, config.loss)
+    networks = Networks.of(config)
     prediction = networks(batch.augmented)
 
 The children are named as official checkpoint files are: `encoder`, `depth`, `pose_encoder`, `pose`,
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from md2.config import DataConfig, LossConfig, ModelConfig
+from md2.config import Config, DataConfig, LossConfig, ModelConfig
 from md2.data.batch import Offset
 from md2.geometry import transform_from_axis_angle
 from md2.networks.camera import LearnedCamera
@@ -55,25 +56,39 @@ class Pose:
 
 
 @dataclass(frozen=True)
+class GivenPose:
+    """Motion between the target and one source frame, as the dataset has it: (B, 4, 4), in the depth's unit."""
+
+    matrix: Tensor
+    relative: ClassVar[bool] = False
+
+    def transform(self, depth: Tensor | None = None) -> Tensor:
+        """(B, 4, 4), takes points in target-camera coordinates to the source's."""
+        return self.matrix
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Outputs of the networks for one batch.
 
     Attributes:
         disparities: scale s -> (B, 1, H / 2^s, W / 2^s), sigmoid, in (0, 1).
-        poses: temporal source offset -> pose. The stereo partner has none, since its transform is known.
+        poses: temporal source offset -> pose; empty from the networks if poses are given. The stereo partner has none,
+            since its transform is known.
         masks: scale s -> (B, sources, H / 2^s, W / 2^s) in (0, 1), one channel per source in the order of
             the configuration, the stereo partner last. Empty unless `predictive_mask`.
         camera: (4,), the learned intrinsics as shares of the image's size (`LearnedCamera`); None unless learned.
     """
 
     disparities: dict[int, Tensor]
-    poses: dict[Offset, Pose] = field(default_factory=dict)
+    poses: dict[Offset, Pose] | dict[Offset, GivenPose] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
     camera: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """All tensors in it."""
-        motions = [part for pose in self.poses.values() for part in (pose.axis_angle, pose.translation)]
+        learned = [pose for pose in self.poses.values() if isinstance(pose, Pose)]
+        motions = [part for pose in learned for part in (pose.axis_angle, pose.translation)]
         camera = [] if self.camera is None else [self.camera]
         return [*self.disparities.values(), *motions, *self.masks.values(), *camera]
 
@@ -95,9 +110,10 @@ class Networks(nn.Module):
         model: which networks.
         data: `frames` and `stereo` set the source images; `intrinsics: learned` adds the camera.
         loss: `predictive_mask` adds the mask decoder.
+        pose: False leaves out the pose network, because poses are given.
     """
 
-    def __init__(self, model: ModelConfig, data: DataConfig, loss: LossConfig) -> None:
+    def __init__(self, model: ModelConfig, data: DataConfig, loss: LossConfig, *, pose: bool = True) -> None:
         super().__init__()
         self.frames = list(data.frames)
         self.temporal = data.temporal
@@ -108,11 +124,17 @@ class Networks(nn.Module):
         self.encoder = ResNetEncoder(model.encoder)
         decoder = HRDepthDecoder if model.decoder == "hrdepth" else DepthDecoder
         self.depth = decoder(self.encoder.channels, model.scales)
-        if self.temporal:
+        self.learns_poses = bool(self.temporal) and pose
+        if self.learns_poses:
             self._add_pose_network(model)
         if loss.predictive_mask:
             self.predictive_mask = DepthDecoder(self.encoder.channels, model.scales, len(self.sources))
         self.camera = LearnedCamera(data.width, data.height, data.fov) if data.intrinsics == "learned" else None
+
+    @classmethod
+    def of(cls, config: Config) -> Networks:
+        """The networks of a run's configuration."""
+        return cls(config.model, config.data, config.loss, pose=config.train.poses == "learned")
 
     def _add_pose_network(self, model: ModelConfig) -> None:
         images = 2 if self.pairs else len(self.frames)
@@ -135,7 +157,7 @@ class Networks(nn.Module):
         for name in ("pose_encoder", "pose"):
             if hasattr(self, name):
                 delattr(self, name)
-        self.frames, self.temporal = [0], []
+        self.frames, self.temporal, self.learns_poses = [0], [], False
 
     def forward(self, augmented: Mapping[Offset, Tensor]) -> Prediction:
         """Offset -> images (B, 3, H, W) in [0, 1], H and W multiples of 32.
@@ -143,7 +165,7 @@ class Networks(nn.Module):
         The target and all temporal sources are needed; the stereo partner is ignored.
         """
         features: dict[Offset, list[Tensor]]
-        if self.temporal and self.pose_network == "shared":
+        if self.learns_poses and self.pose_network == "shared":
             features = self._encode_all(augmented)
         else:
             features = {0: self.encoder(augmented[0])}
@@ -181,7 +203,7 @@ class Networks(nn.Module):
         return {offset: [feature[i] for feature in split] for i, offset in enumerate(self.frames)}
 
     def _poses(self, images: Mapping[Offset, Tensor], features: Mapping[Offset, list[Tensor]]) -> dict[Offset, Pose]:
-        if not self.temporal:
+        if not self.learns_poses:
             return {}
         relative = self.pose_network == "posecnn"
         if self.pairs:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from math import ceil
 from typing import Any, TypedDict
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from md2.config import PAPER_METRES_PER_UNIT, DataConfig
-from md2.data.augment import Jitter, camera_matrices, float_images, jitter_factors, stereo_transforms
+from md2.data.augment import Jitter, camera_matrices, float_images, jitter_factors, rigid_transforms, stereo_transforms
 from md2.data.batch import Batch
 from md2.data.cpu import cores, host_threads
 from md2.data.dali import DRAWS, DecodeDevice, Reader, Request, read_plan
@@ -34,7 +34,7 @@ from md2.data.order import WINDOW, Order, uniform_draws
 from shards.dataset import LocalDataset
 from shards.errors import UsageError
 from shards.manifest import Manifest
-from shards.sample import DEPTH_SCALE, INTRINSICS, STEREO_TRANSLATION
+from shards.sample import DEPTH_SCALE, DISTANCES, INTRINSICS, POSES, STEREO_TRANSLATION, Offset
 
 SAMPLES_AHEAD = 96
 BYTES_AHEAD = 128 << 20
@@ -73,6 +73,7 @@ class Loader:
         rank, world_size: which share of the samples to read.
         device: where the batches go, and with `config.device` `auto` where JPEGs are decoded.
         depth: decode ground truth as well.
+        motion: components of `md2 prep --motion` to read as well.
         accumulate: batches of each rank in a step; an epoch of training has whole steps.
         state: resume from another loader's `state()`.
 
@@ -98,6 +99,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         depth: bool = False,
+        motion: Sequence[str] = (),
         accumulate: int = 1,
         state: LoaderState | None = None,
     ) -> None:
@@ -107,7 +109,7 @@ class Loader:
         self.metres_per_unit = PAPER_METRES_PER_UNIT if config.baseline == "paper" else 1.0
         self._accumulate = accumulate if train else 1
         self._decode = decode_device(config.device, device)
-        self._plan = read_plan(dataset, config, train=train, depth=depth)
+        self._plan = read_plan(dataset, config, train=train, depth=depth, motion=motion)
         counts = [shard.samples for shard in dataset.manifest.part(part)]
         self._order = Order(counts, seed=seed, shuffle=config.shuffle if train else None)
         self.samples = self._order.samples
@@ -318,7 +320,21 @@ class Loader:
             keys=self._keys[mine],
             seeds=self._to_device(host["seeds"]),
             flipped=mirror,
+            distances=self._distances(host) if DISTANCES in self._plan.motion else {},
+            poses=self._poses(host, flipped) if POSES in self._plan.motion else {},
         )
+
+    def _of_temporal(self, numbers: Tensor) -> dict[Offset, Tensor]:
+        """Numbers (B, n, ...) of the dataset's temporal frames -> offset -> (B, ...) of the configuration's."""
+        places = {offset: place for place, offset in enumerate(f for f in self.dataset.manifest.frames if f)}
+        return {offset: self._to_device(numbers[:, places[offset]].contiguous()) for offset in self.config.temporal}
+
+    def _distances(self, host: dict[str, Tensor]) -> dict[Offset, Tensor]:
+        return self._of_temporal(host[DISTANCES] / self.metres_per_unit)
+
+    def _poses(self, host: dict[str, Tensor], flipped: Tensor | None) -> dict[Offset, Tensor]:
+        poses = rigid_transforms(host[POSES].view(len(host[POSES]), -1, 3, 4), flipped, self.metres_per_unit)
+        return self._of_temporal(poses)
 
     def _jitter(self, host: dict[str, Tensor]) -> Jitter:
         chosen = host["jitter"].nonzero().flatten()
@@ -347,7 +363,12 @@ class Loader:
             "seed": self.seed,
             "train": self.train,
             "shuffle": f"window of {WINDOW} shards" if self._order.shuffle == "window" else self._order.shuffle,
-            "components": [*read.images, *(["stereo"] if read.stereo else []), *([read.depth] if read.depth else [])],
+            "components": [
+                *read.images,
+                *(["stereo"] if read.stereo else []),
+                *([read.depth] if read.depth else []),
+                *read.motion,
+            ],
             "size": list(read.size),
             "flip": read.flip,
             "color_jitter": read.jitter,

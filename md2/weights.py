@@ -203,7 +203,7 @@ def load_monodepth2(folder: str | Path) -> tuple[Networks, Config]:
     """
     found = read_monodepth2(folder)
     config = found.config(str(folder))
-    networks = Networks(config.model, config.data, config.loss)
+    networks = Networks.of(config)
     if "pose" not in found.networks:
         networks.drop_poses()
     networks.load_networks(found.networks, str(folder))

@@ -231,9 +231,28 @@ def stereo_transforms(translation: Tensor, flipped: Tensor | None, metres_per_un
     Returns:
         (B, 4, 4) float32.
     """
-    shift = translation / metres_per_unit
+    transforms = torch.eye(3, 4).repeat(len(translation), 1, 1)
+    transforms[:, 0, 3] = translation
+    return rigid_transforms(transforms, flipped, metres_per_unit)
+
+
+def rigid_transforms(transforms: Tensor, flipped: Tensor | None, metres_per_unit: float) -> Tensor:
+    """Motions as they are in the batch's unit, and between mirrored images.
+
+    Mirroring turns the x axis, so a motion T becomes M T M with M = diag(-1, 1, 1).
+
+    Args:
+        transforms: (B, ..., 3, 4) float32, metres.
+        flipped: (B,) bool, or None where nothing is.
+        metres_per_unit: metres in one unit of the result.
+
+    Returns:
+        (B, ..., 4, 4) float32.
+    """
+    scaled = torch.cat([transforms[..., :3], transforms[..., 3:] / metres_per_unit], dim=-1)
     if flipped is not None:
-        shift = torch.where(flipped, -shift, shift)
-    transforms = torch.eye(4).repeat(len(translation), 1, 1)
-    transforms[:, 0, 3] = shift
-    return transforms
+        mirror = torch.ones(3, 4)
+        mirror[0, 1:] = mirror[1:, 0] = -1
+        scaled = torch.where(flipped.view(-1, *[1] * (scaled.dim() - 1)), scaled * mirror, scaled)
+    last = torch.tensor([0.0, 0, 0, 1]).expand(*scaled.shape[:-2], 1, 4)
+    return torch.cat([scaled, last], dim=-2)

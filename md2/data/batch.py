@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -31,6 +31,9 @@ class Batch:
         keys: the samples' keys, for messages.
         seeds: (B,) int64, drawn for each sample by the run's seed and the epoch, for the loss's noise. None: no noise.
         flipped: (B,) bool, which samples are mirrored; None: none.
+        distances: temporal offset -> (B,) distance from the target's camera to that frame's, in units of
+            `metres_per_unit` metres, NaN if unknown. Empty unless asked for, as is
+        poses: temporal offset -> (B, 4, 4), takes points in target-camera coordinates to that frame's.
     """
 
     images: dict[Offset, Tensor]
@@ -43,6 +46,8 @@ class Batch:
     keys: list[str]
     seeds: Tensor | None = None
     flipped: Tensor | None = None
+    distances: dict[Offset, Tensor] = field(default_factory=dict)
+    poses: dict[Offset, Tensor] = field(default_factory=dict)
 
     @property
     def size(self) -> int:

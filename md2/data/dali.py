@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +29,7 @@ from md2.data.headers import MAX_IMAGE_PIXELS, depth_problem, image_problem, no_
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError, TrainingError, UsageError
 from shards.manifest import Manifest
-from shards.sample import DEPTH, INTRINSICS, STEREO_TRANSLATION, Offset, ppm_header
+from shards.sample import DEPTH, INTRINSICS, POSES, STEREO_TRANSLATION, Offset, ppm_header
 from shards.stream import Bytes, ShardStream
 
 # DALI's stubs leave out half of what it exports.
@@ -57,6 +57,7 @@ class ReadPlan:
         size: width and height of the batch's images.
         header: what the file of each image begins with if it is `uncompressed`, else nothing.
         flip, jitter: draw them.
+        motion: components that say how the camera moves, and how many numbers each has; NaN where a sample lacks one.
     """
 
     offsets: tuple[Offset, ...]
@@ -68,6 +69,7 @@ class ReadPlan:
     header: bytes
     flip: bool
     jitter: bool
+    motion: dict[str, int] = field(default_factory=dict)
 
     @property
     def uncompressed(self) -> bool:
@@ -77,7 +79,7 @@ class ReadPlan:
     @property
     def numbers(self) -> dict[str, int]:
         """Components that are float32 numbers, and how many of them."""
-        return {INTRINSICS: 4, **({STEREO_TRANSLATION: 1} if self.stereo else {})}
+        return {INTRINSICS: 4, **({STEREO_TRANSLATION: 1} if self.stereo else {}), **self.motion}
 
     @property
     def outputs(self) -> list[str]:
@@ -87,11 +89,16 @@ class ReadPlan:
         return names + (["depth", "depth_size"] if self.depth else [])
 
 
-def read_plan(dataset: LocalDataset, config: DataConfig, *, train: bool, depth: bool) -> ReadPlan:
+def read_plan(
+    dataset: LocalDataset, config: DataConfig, *, train: bool, depth: bool, motion: Sequence[str] = ()
+) -> ReadPlan:
     """Compare what the configuration asks for with what the dataset has.
 
+    Args:
+        motion: components that say how the camera moves.
+
     Raises:
-        UsageError: frames, the stereo partner or depth that the dataset does not have.
+        UsageError: frames, the stereo partner, motion or depth that the dataset does not have.
     """
     manifest = dataset.manifest
     offsets: list[Offset] = [*config.frames, *(["s"] if config.stereo else [])]  # type: ignore[list-item]
@@ -104,6 +111,14 @@ def read_plan(dataset: LocalDataset, config: DataConfig, *, train: bool, depth: 
         )
     if depth and DEPTH not in [*manifest.components, *manifest.optional_components]:
         raise UsageError(f"{dataset.url}: has no ground truth depth; the dataset has {_contents(manifest)}")
+    for name in motion:
+        # Every sample must have poses to be warped; one without distances still has its reprojection error.
+        if name not in manifest.components and (name == POSES or name not in manifest.optional_components):
+            raise UsageError(
+                f"{dataset.url}: not every sample has {name}: pack it with md2 prep --motion; the dataset has "
+                f"{_contents(manifest)}"
+            )
+    temporal = len(manifest.frames) - 1
     size = (config.width, config.height)
     return ReadPlan(
         offsets=tuple(offsets),
@@ -115,6 +130,7 @@ def read_plan(dataset: LocalDataset, config: DataConfig, *, train: bool, depth: 
         header=ppm_header(*size) if manifest.codec == "ppm" and manifest.size == size else b"",
         flip=train and config.flip,
         jitter=train and config.color_jitter,
+        motion={name: temporal * (12 if name == POSES else 1) for name in motion},
     )
 
 
@@ -309,6 +325,9 @@ class Reader:
         if plan.depth == "sometimes":
             host["no depth"] = torch.tensor([view is None for view in files[DEPTH]])
             files[DEPTH] = [no_depth() if view is None else view for view in files[DEPTH]]
+        for name, count in plan.motion.items():
+            unknown = np.full(count, np.nan, "<f4").view(np.uint8)
+            files[name] = [unknown if view is None and name != POSES else view for view in files[name]]
         for name, views in files.items():
             if any(view is None for view in views):
                 key = keys[next(place for place, view in enumerate(views) if view is None)]

@@ -44,15 +44,16 @@ class MotionPredictor:
     """Runs the pose network of a model along a sequence; the model itself stays as it is.
 
     Raises:
-        UsageError: the model was trained from stereo alone and has no pose network, or one that cannot follow a
-            sequence.
+        UsageError: the model has no pose network, or one that cannot follow a sequence.
     """
 
     def __init__(self, predictor: Predictor) -> None:
         # A copy of the module with the same parameters: its frames are set below.
         networks = copy.copy(predictor.networks)
-        if not networks.temporal:
-            raise UsageError("this model was trained from stereo alone and has no pose network: odometry needs one")
+        if not networks.learns_poses:
+            raise UsageError(
+                "this model has no pose network (trained from stereo alone, or with given poses): odometry needs one"
+            )
         self.predictor, self.networks = predictor, networks
         self.pairs = networks.pairs
         if self.pairs:

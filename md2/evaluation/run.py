@@ -288,7 +288,7 @@ def _untrained(predictor: Predictor) -> Predictor:
     config = predictor.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        networks = Networks(config.model, config.data, config.loss)
+        networks = Networks.of(config)
     return Predictor(networks, config, None, predictor.device)
 
 

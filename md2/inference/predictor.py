@@ -176,7 +176,7 @@ def load(path: str | Path, device: DeviceChoice = "auto") -> Predictor:
     found = resolve(path)
     checkpoint = load_checkpoint(found)
     config = checkpoint.parsed_config(str(found))
-    networks = Networks(config.model, config.data, config.loss)
+    networks = Networks.of(config)
     networks.load_networks(checkpoint.networks, str(found))
     return Predictor(networks, config, checkpoint.metres_per_unit, place)
 

@@ -133,7 +133,7 @@ class Trainer:
             # All batches have one size, so the fastest convolutions are worth a search.
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(config.train.seed)
-        networks = Networks(config.model, config.data, config.loss)
+        networks = Networks.of(config)
         if resume is None:
             if (left := initialise(networks, config.model.weights)) and main:
                 self.reporter.message(f"{config.model.weights} has no {', '.join(left)}: random weights there")
@@ -381,6 +381,7 @@ class Trainer:
             world_size=self.ranks.world_size,
             device=self.ranks.device,
             depth=not train and self.dataset.manifest.depth is not None,
+            motion=self.config.motion,
             accumulate=self.config.train.accumulate if train else 1,
             state=state,
         )

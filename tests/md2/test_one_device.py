@@ -89,7 +89,7 @@ def test_a_training_step_stays_on_its_device(mode: str, engine: str, monkeypatch
     tree = MODES[mode]
     config = Config.model_validate({**tree, "data": {"width": WIDTH, "height": HEIGHT, **tree.get("data", {})}})
     with META:
-        networks: Any = Networks(config.model, config.data, config.loss).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        networks: Any = Networks.of(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = make_batch(config)
     level = config.loss.v1_multiscale
     sources = 1 if config.loss.avg_reprojection else len(batch.images) - 1

@@ -48,7 +48,7 @@ def test_depth_by_hand_from_the_networks_output(stereo_file: Path, stereo: Predi
     """Lanczos to the networks' size; sigmoid s gives 1/depth = 1/100 + (1/0.1 - 1/100) s; resized; 5.4 m a unit."""
     checkpoint = load_checkpoint(stereo_file)
     config = checkpoint.parsed_config()
-    networks = Networks(config.model, config.data, config.loss)
+    networks = Networks.of(config)
     networks.load_networks(checkpoint.networks)
     resized = Image.fromarray(picture).resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255

@@ -80,7 +80,7 @@ def tiny_config(*, stereo: bool = False, **changes: Any) -> Config:
 def tiny_checkpoint(path: Path, config: Config | None = None, seed: int = 0) -> Path:
     config = config or tiny_config()
     torch.manual_seed(seed)
-    networks = Networks(config.model, config.data, config.loss)
+    networks = Networks.of(config)
     states = networks.state_dicts()
     save_checkpoint(
         Checkpoint(config=config.model_dump(mode="json"), networks=states, metres_per_unit=config.metres_per_unit), path

@@ -40,7 +40,7 @@ def main(out: Path) -> None:
     config = load_config("mono_stereo", ["train.device=cpu"])
     with ranks("cpu") as place:
         torch.manual_seed(0)
-        networks = Networks(config.model, config.data, config.loss)
+        networks = Networks.of(config)
         networks.eval()  # batch norm frozen: its statistics are per rank
         model = DistributedDataParallel(networks) if place.world_size > 1 else networks
         batch = share(fixed_batch(), place.rank, place.world_size)
