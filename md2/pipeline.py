@@ -144,6 +144,11 @@ class Loader:
         """Samples of this epoch that all ranks have taken, in whole steps of training."""
         return self._begin + self.step // self._accumulate * self.step_samples
 
+    @property
+    def left_out(self) -> int:
+        """Samples at the end of this epoch of training that do not fill a step."""
+        return (self.samples - self._begin) % self.step_samples if self.train else 0
+
     def __iter__(self) -> Iterator[Batch]:
         """The rest of this epoch, or the next one if it is over. In evaluation always a whole pass."""
         if self.left <= 0:

@@ -186,7 +186,9 @@ class Trainer:
             loggers = open_loggers(self.config.train.loggers, self.run, self.config.model_dump(mode="json"))
             self.log = RunLog(self.run, self.step, loggers, self.reporter.message, measured=self.measured)
             ranks = f", {self.ranks.world_size} ranks" if self.ranks.world_size > 1 else ""
-            self.reporter.message(f"training on {describe(self.ranks.device)}{ranks}")
+            samples, size = self.loader.samples, self.loader.step_samples
+            steps = f"{samples} samples, {self.steps_per_epoch} steps of {size} an epoch{_left_out(samples % size)}"
+            self.reporter.message(f"training on {describe(self.ranks.device)}{ranks}: {steps}")
         self.reporter.start(self.total_steps, self.step)
         if self.ranks.main and self.loader.note is not None:
             self.reporter.message(self.loader.note)
@@ -249,9 +251,10 @@ class Trainer:
             if self.step % self.config.train.checkpoint_every == 0 and self.loader.left:
                 self._save({})
         if self.ranks.main and (shares := whole.shares()):
-            total = shares.pop("")
-            kinds = ", ".join(f"{kind.removeprefix('/')} {share:.0%}" for kind, share in shares.items())
-            self.reporter.message(f"epoch {self.epoch + 1}: {total:.0%} of the time waiting for data ({kinds})")
+            kinds = ", ".join(f"{kind.removeprefix('/')} {share:.0%}" for kind, share in shares.items() if kind)
+            waiting = f"{shares['']:.0%} of the time waiting for data ({kinds})"
+            left_out = "" if self.loader.left else _left_out(self.loader.left_out)
+            self.reporter.message(f"epoch {self.epoch + 1}: {waiting}{left_out}")
         return False
 
     def _step(self, group: list[Batch]) -> tuple[Prediction, LossOutput]:
@@ -458,6 +461,10 @@ class Trainer:
 
 
 _NOT_RESUMABLE = "its training state cannot be resumed (start a new run with its weights: model.weights=RUN)"
+
+
+def _left_out(samples: int) -> str:
+    return f"; {samples} samples, less than a step, are left out" if samples else ""
 
 
 class _Window:

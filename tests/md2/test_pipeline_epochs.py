@@ -58,6 +58,7 @@ def test_an_epoch_holds_each_sample_once_on_one_rank_less_than_a_step_excepted(
     for _ in range(5):
         parts = [keys(rank) for rank in ranks]
         assert {len(part) for part in parts} == {steps * batch_size}
+        assert {rank.left_out for rank in ranks} == {COUNT - steps * batch_size * world}
         seen = list(chain.from_iterable(parts))
         assert len(set(seen)) == len(seen)
         left_out.add(frozenset(sample.key for sample in make_samples(COUNT, frames=[0, 1])) - frozenset(seen))

@@ -212,7 +212,7 @@ def test_with_other_steps_a_loader_continues_at_the_same_place_and_says_so(datas
     there = make(dataset, state=middle, batch_size=3)
     assert there.note is not None
     assert re.search("took 4 samples and now takes 3: epoch 1 continues behind its first 12 samples", there.note)
-    assert (there.left, len(there)) == (3, 7)
+    assert (there.left, len(there), there.left_out) == (3, 7, 2)
     assert first + samples(there, 3) == whole[:21]
     assert (there.left, there.epoch) == (0, 0)
     assert there.state()["samples"] == 21

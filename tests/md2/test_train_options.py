@@ -55,12 +55,19 @@ def test_the_first_step_is_adams(dataset: Path, tmp_path: Path, rate: float) -> 
 
 
 def test_the_learning_rate_drops_where_the_schedule_says(dataset: Path, tmp_path: Path) -> None:
-    extra = ["train.epochs=3", "train.lr_step_epochs=2", "train.lr_gamma=0.5", "train.batch_size=4"]
-    train(dataset, tmp_path / "run", "stereo", extra)
+    extra = ["train.epochs=3", "train.lr_step_epochs=2", "train.lr_gamma=0.5", "train.batch_size=5"]
+    _, reporter = train(dataset, tmp_path / "run", "stereo", extra)
+    left_out = open_dataset(str(dataset)).manifest.samples("train") - 2 * 5
+    assert left_out > 0
+    said = [m for m in reporter.messages if m.endswith(f"; {left_out} samples, less than a step, are left out")]
+    assert [m.partition(":")[0].partition(" (")[0] for m in said] == [
+        "training on the CPU",
+        *(f"epoch {n}" for n in (1, 2, 3)),
+    ]
     rates = {line["epoch"]: line["lr"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"}
     assert rates == {0: 1e-4, 1: 1e-4, 2: 0.5e-4}
     measured = [(line["step"], line["epoch"]) for line in read_metrics(tmp_path / "run") if line["kind"] == "val"]
-    assert measured == [(3, 1), (6, 2), (9, 3)], "after so many whole epochs"
+    assert measured == [(2, 1), (4, 2), (6, 3)], "after so many whole epochs"
 
 
 def test_the_networks_see_jittered_images_and_the_loss_the_batch(dataset: Path, tmp_path: Path) -> None:
