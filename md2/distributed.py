@@ -20,9 +20,10 @@ import torch
 from torch import distributed
 
 from shards.errors import Md2Error, UsageError, visible
+from shards.storage.retry import patience_from_environment
 
 TIMEOUT = timedelta(minutes=10)
-"""A collective that waits longer ends the job: a rank died or hangs."""
+"""A collective that waits longer, beyond the storage's time limit, ends the job: a rank hangs."""
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -131,11 +132,13 @@ def ranks(setting: Literal["auto", "cpu", "gpu"]) -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(0, 1, device)
         return
+    # The others wait while a rank waits for a shard.
+    timeout = TIMEOUT + timedelta(seconds=patience_from_environment())
     if device.type == "cuda":
         # Given its device, NCCL connects now: a missing rank shows here, and barriers need not guess the device.
-        distributed.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        distributed.init_process_group("nccl", timeout=timeout, device_id=device)
     else:
-        distributed.init_process_group("gloo", timeout=TIMEOUT)
+        distributed.init_process_group("gloo", timeout=timeout)
     rank = distributed.get_rank()
     try:
         yield Ranks(rank, world_size, device)

@@ -120,7 +120,7 @@ def start_run(config: Config, run: Path, reporter: Reporter) -> TrainingResult:
     _refuse_used(run)
     config = _with_absolute_url(config)
     stop = StopRequest()
-    dataset = _dataset(config)
+    dataset = open_dataset(config.data.url)
     with ranks(config.train.device) as place:
         trainer = Trainer(config, dataset, run, place, reporter, should_stop=stop)
         # Only now that everything works: a run that did not get this far can be started again.
@@ -143,7 +143,7 @@ def resume_run(run: Path, overrides: Sequence[str], reporter: Reporter) -> Train
     """
     config = _with_absolute_url(_config_to_resume(run, overrides))
     stop = StopRequest()
-    dataset = _dataset(config)
+    dataset = open_dataset(config.data.url)
     _check_dataset(run, dataset)
     with ranks(config.train.device) as place, _claimed(run, place):
         checkpoint, warning = load_latest(run) if has_checkpoint(run) else (None, "no checkpoint yet: from the start")
@@ -171,19 +171,6 @@ def _with_absolute_url(config: Config) -> Config:
         return config
     url = str(Path(config.data.url).expanduser().absolute())
     return config.model_copy(update={"data": config.data.model_copy(update={"url": url})})
-
-
-def _dataset(config: Config) -> LocalDataset:
-    """The run's dataset; for several ranks, with its files on this machine.
-
-    They are fetched before the ranks join: that may take longer than a collective waits.
-    """
-    dataset = open_dataset(config.data.url)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        for part in ("train", "val"):
-            if part in dataset.manifest.parts:
-                dataset.tars(part)
-    return dataset
 
 
 @contextmanager

@@ -337,7 +337,7 @@ class Trainer:
     def cancel_waits(self) -> None:
         """End waits for the storage: called from another thread when the run is to stop.
 
-        With several ranks the files are there before the first step, and one that left a step would keep the others.
+        Not with several ranks: one that left a step would keep the others.
         """
         if self.ranks.world_size == 1:
             for loader in (self.loader, self.val_loader):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from narrow_main import narrow
 from torch.nn.parallel import DistributedDataParallel
 
 from md2.config import load_config
@@ -53,4 +54,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    narrow()
     main(Path(sys.argv[1]))
