@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from shards.errors import UsageError, first_line
 from shards.sample import DISTANCES, POSES
 
-Encoder = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 class Section(BaseModel):
@@ -92,12 +93,14 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The networks."""
 
-    encoder: Encoder = "resnet18"
-    """ResNet of the depth network and of a `separate_resnet` pose network."""
+    encoder: str = "resnet18"
+    """Encoder of the depth network: `resnet18`, 34, 50, 101, 152, or `timm/NAME` for a model of the timm library."""
+    pose_encoder: str | None = None
+    """Encoder of a `separate_resnet` pose network; None: as `encoder`, but `resnet18` if that is of timm."""
     decoder: Literal["monodepth2", "hrdepth"] = "monodepth2"
     """Decoder of the depth network; `hrdepth` has dense skip connections (Lyu et al., AAAI 2021)."""
     weights: str = "imagenet"
-    """Weights at the start: `imagenet`, `scratch`, a torchvision ResNet file, a run, a checkpoint, or a folder of
+    """Weights at the start: `imagenet`, `scratch`, a torchvision or timm file, a run, a checkpoint, or a folder of
     official Monodepth2 weights."""
     scales: list[int] = [0, 1, 2, 3]
     """Scales of the disparity outputs; scale s has 1 / 2^s of the resolution."""
@@ -106,13 +109,27 @@ class ModelConfig(Section):
     max_depth: float = Field(100.0, gt=0)
     """Depth at disparity 0."""
     pose_network: Literal["separate_resnet", "shared", "posecnn"] = "separate_resnet"
-    """Network that predicts the camera's motion: with a ResNet of its own, from the depth encoder's features, or a
-    small plain one."""
+    """Network that predicts the camera's motion: with an encoder of its own (a ResNet, unless `pose_encoder` names
+    another), from the depth encoder's features, or a small plain one."""
     pose_input: Literal["pairs", "all"] = "pairs"
     """Frames that the pose network sees at once: target and one source, or all."""
 
+    @field_validator("encoder", "pose_encoder")
+    @classmethod
+    def _check_encoder(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if name is None or name in RESNETS or re.fullmatch(r"timm/[\w.-]+", name):
+            return name
+        raise ValueError(f"model.{info.field_name} {name!r}: one of {', '.join(RESNETS)}, or timm/NAME")
+
+    @property
+    def pose_encoder_name(self) -> str:
+        """Encoder of a `separate_resnet` pose network."""
+        return self.pose_encoder or (self.encoder if self.encoder in RESNETS else RESNETS[0])
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.pose_encoder is not None and self.pose_network != "separate_resnet":
+            raise ValueError(f"model.pose_encoder has no effect with pose_network {self.pose_network}: leave it out")
         if 0 not in self.scales or len(set(self.scales)) != len(self.scales) or not set(self.scales) <= {0, 1, 2, 3}:
             raise ValueError(f"scales {self.scales}: some of 0, 1, 2, 3, each once, with 0, which evaluation reads")
         if self.min_depth >= self.max_depth:
@@ -218,8 +235,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.data.temporal and (self.model.pose_network, self.model.pose_input) != ("separate_resnet", "pairs"):
-            raise ValueError("pose_network and pose_input have no effect without temporal frames: leave them out")
+        pose = (self.model.pose_network, self.model.pose_input, self.model.pose_encoder)
+        if not self.data.temporal and pose != ("separate_resnet", "pairs", None):
+            raise ValueError("pose_* keys of the model have no effect without temporal frames: leave them out")
+        if self.train.poses == "given" and self.model.pose_encoder:
+            raise ValueError("model.pose_encoder has no effect with train.poses given: leave it out")
         if self.train.poses == "given" and self.loss.velocity:
             raise ValueError("loss.velocity has no effect with train.poses given, which leaves no pose to learn")
         if self.motion and not self.data.temporal:

@@ -25,6 +25,7 @@ from md2.networks.hrdepth import HRDepthDecoder
 from md2.networks.pose import PoseCNN, PoseDecoder
 from md2.networks.resnet import ResNetEncoder
 from md2.networks.states import load_states
+from md2.networks.timm_encoder import PREFIX, TimmEncoder
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,9 @@ class Networks(nn.Module):
         data: `frames` and `stereo` set the source images; `intrinsics: learned` adds the camera.
         loss: `predictive_mask` adds the mask decoder.
         pose: False leaves out the pose network, because poses are given.
+
+    Raises:
+        UsageError: a timm encoder that is not to be had.
     """
 
     def __init__(self, model: ModelConfig, data: DataConfig, loss: LossConfig, *, pose: bool = True) -> None:
@@ -118,10 +122,10 @@ class Networks(nn.Module):
         self.frames = list(data.frames)
         self.temporal = data.temporal
         self.sources: list[Offset] = [*self.temporal, "s"] if data.stereo else [*self.temporal]
-        self.encoder_name = model.encoder
         self.pose_network = model.pose_network
         self.pairs = model.pose_input == "pairs"
-        self.encoder = ResNetEncoder(model.encoder)
+        self.size = (data.height, data.width)
+        self.encoder = self._encoder(model.encoder)
         decoder = HRDepthDecoder if model.decoder == "hrdepth" else DepthDecoder
         self.depth = decoder(self.encoder.channels, model.scales)
         self.learns_poses = bool(self.temporal) and pose
@@ -136,6 +140,14 @@ class Networks(nn.Module):
         """The networks of a run's configuration."""
         return cls(config.model, config.data, config.loss, pose=config.train.poses == "learned")
 
+    def _encoder(self, name: str, images: int = 1) -> ResNetEncoder | TimmEncoder:
+        return TimmEncoder(name, self.size, images) if name.startswith(PREFIX) else ResNetEncoder(name, images)
+
+    @property
+    def encoders(self) -> dict[str, ResNetEncoder | TimmEncoder]:
+        """The sub-networks that are encoders."""
+        return {name: one for name, one in self.named_children() if isinstance(one, (ResNetEncoder, TimmEncoder))}
+
     def _add_pose_network(self, model: ModelConfig) -> None:
         images = 2 if self.pairs else len(self.frames)
         if model.pose_network == "posecnn":
@@ -143,7 +155,7 @@ class Networks(nn.Module):
         elif model.pose_network == "shared":
             self.pose = PoseDecoder(self.encoder.channels, inputs=images, motions=images - 1)
         else:
-            self.pose_encoder = ResNetEncoder(model.encoder, images)
+            self.pose_encoder = self._encoder(model.pose_encoder_name, images)
             # Two motions although a pair needs one: official checkpoints have 12 channels here.
             self.pose = PoseDecoder(self.pose_encoder.channels, inputs=1, motions=max(2, images - 1))
 

@@ -11,7 +11,7 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from md2.model import Networks
 from md2.networks.decoder import WIDTHS
 from md2.networks.resnet import ARCHITECTURES, ResNetEncoder
 from md2.networks.states import load_state
+from md2.networks.timm_encoder import TimmEncoder
 from shards.errors import InputError, first_line
 from shards.files import fsync_folder, replace, temporary
 
@@ -52,9 +53,9 @@ def initialise(networks: Networks, weights: str) -> list[str]:
 
     Args:
         networks: sub-networks that `weights` lacks keep their random values.
-        weights: `scratch`; `imagenet` (downloaded once into torch.hub's cache, hash checked); a torchvision ResNet
-            file; or a run folder, checkpoint or official Monodepth2 folder, whose sub-networks are loaded if
-            `networks` has them too.
+        weights: `scratch`; `imagenet` (downloaded once, into the cache of torch.hub or timm, hash checked); a file of
+            the encoder's weights as torchvision or timm has them; or a run folder, checkpoint or official Monodepth2
+            folder, whose sub-networks are loaded if `networks` has them too.
 
     Returns:
         Names of the sub-networks that `weights` lacks.
@@ -66,19 +67,25 @@ def initialise(networks: Networks, weights: str) -> list[str]:
     if weights == "scratch":
         return []
     if weights == "imagenet":
-        load_imagenet(networks, download_imagenet(networks.encoder_name), IMAGENET_URLS[networks.encoder_name])
+        for encoder in networks.encoders.values():
+            if isinstance(encoder, TimmEncoder):
+                encoder.load_pretrained()
+            else:
+                _load_resnet(encoder, download_imagenet(encoder.name), IMAGENET_URLS[encoder.name])
         return []
     path = Path(weights).expanduser()
     if not path.exists():
         raise InputError(
-            f"model.weights={weights}: no such file or folder; give imagenet, scratch, a torchvision ResNet file, "
+            f"model.weights={weights}: no such file or folder; give imagenet, scratch, a torchvision or timm file, "
             "a run, a checkpoint or a folder of Monodepth2 weights"
         )
     if is_monodepth2(path):
         return _load_common(networks, read_monodepth2(path).networks, str(path))
-    if path.is_file() and "conv1.weight" in (state := _tensors(_read(path))):
-        load_imagenet(networks, state, str(path))
-        return []
+    if path.is_file() and isinstance(networks.encoder, TimmEncoder):
+        if path.suffix == ".safetensors" or _tensors(_read(path)):
+            return _load_encoders(networks, lambda encoder: encoder.load_pretrained(path))
+    elif path.is_file() and "conv1.weight" in (state := _tensors(_read(path))):
+        return load_imagenet(networks, state, str(path))
     found = resolve(path)
     return _load_common(networks, load_checkpoint(found).networks, str(found))
 
@@ -105,21 +112,35 @@ def download_imagenet(encoder: str) -> StateDict:
     return state
 
 
-def load_imagenet(networks: Networks, state: Mapping[str, Tensor], where: str) -> None:
+def load_imagenet(networks: Networks, state: Mapping[str, Tensor], where: str) -> list[str]:
     """Load a torchvision ResNet state dict into the depth encoder and the pose encoder.
 
     An encoder of n images gets the first filter n times, divided by n, so that n equal images give the features of one.
+
+    Returns:
+        Names of encoders that are another ResNet than the depth encoder, and keep their random values.
 
     Raises:
         InputError: another ResNet, or keys or shapes do not fit.
     """
     _check_encoder(networks, {f"encoder.{key}": value for key, value in state.items()}, where)
-    for encoder in (child for child in networks.children() if isinstance(child, ResNetEncoder)):
-        images = encoder.encoder.conv1.in_channels // 3
-        adapted = dict(state)
-        if images > 1 and "conv1.weight" in state:
-            adapted["conv1.weight"] = state["conv1.weight"].repeat(1, images, 1, 1) / images
-        load_state(encoder.encoder, adapted, where)
+    return _load_encoders(networks, lambda encoder: _load_resnet(encoder, state, where))
+
+
+def _load_encoders(networks: Networks, load: Callable[[Any], None]) -> list[str]:
+    """Load the depth encoder, and the pose encoder if it is the same model; return the name of one that is not."""
+    for encoder in networks.encoders.values():
+        if encoder.name == networks.encoder.name:
+            load(encoder)
+    return [name for name, encoder in networks.encoders.items() if encoder.name != networks.encoder.name]
+
+
+def _load_resnet(encoder: ResNetEncoder, state: Mapping[str, Tensor], where: str) -> None:
+    images = encoder.encoder.conv1.in_channels // 3
+    adapted = dict(state)
+    if images > 1 and "conv1.weight" in state:
+        adapted["conv1.weight"] = state["conv1.weight"].repeat(1, images, 1, 1) / images
+    load_state(encoder.encoder, adapted, where)
 
 
 @dataclass(frozen=True)
@@ -261,8 +282,8 @@ def _load_common(networks: Networks, states: Mapping[str, Mapping[str, Tensor]],
 def _check_encoder(networks: Networks, state: Mapping[str, Tensor], where: str) -> None:
     """Refuse a ResNet of another depth by its name; a mismatch of keys would list a hundred."""
     name = _encoder_of(state)
-    if name not in (None, networks.encoder_name):
-        raise InputError(f"{where}: weights of a {name}, but model.encoder is {networks.encoder_name}")
+    if name not in (None, networks.encoder.name):
+        raise InputError(f"{where}: weights of a {name}, but model.encoder is {networks.encoder.name}")
 
 
 def _is_monodepth2(depth: Mapping[str, Tensor]) -> bool:

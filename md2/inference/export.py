@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from md2 import __version__
 from md2.checkpoint import load_checkpoint, resolve
-from md2.config import Config, ModelConfig
+from md2.config import RESNETS, Config, ModelConfig
 from md2.geometry import disparity_to_depth
 from md2.inference.predictor import Predictor
 from md2.visualize import require_writable
@@ -156,22 +156,27 @@ def export_monodepth2(model: str | Path, folder: Path) -> Exported:
 
 
 def _check_official(config: Config, path: Path) -> None:
-    """Refuse what readers of an official folder do not know: they assume Monodepth2's decoder, depth 0.1 to 100, and
-    stereo units of 5.4 m."""
-    if config.model.decoder != "monodepth2":
-        raise UsageError(
-            f"{path} has model.decoder {config.model.decoder}, which readers of Monodepth2 weights do not know: "
-            "export with --to onnx or torch"
-        )
+    """Refuse what readers of an official folder do not know: they assume one ResNet, Monodepth2's decoder, depth 0.1 to
+    100, and stereo units of 5.4 m."""
+    model, plain = config.model, ModelConfig()
+    for key, known in (
+        ("encoder", model.encoder in RESNETS),
+        ("pose_encoder", model.pose_encoder in (None, model.encoder)),
+        ("decoder", model.decoder == plain.decoder),
+    ):
+        if not known:
+            raise UsageError(
+                f"{path} has model.{key} {getattr(model, key)}, which readers of Monodepth2 weights do not know: "
+                "export with --to onnx or torch"
+            )
     if config.data.baseline != "paper":
         raise UsageError(
             f"{path} has depth in metres, but readers of Monodepth2 weights multiply stereo depth by 5.4: "
             "export with --to onnx or torch, or train with data.baseline=paper"
         )
-    standard = ModelConfig()
-    if (config.model.min_depth, config.model.max_depth) != (standard.min_depth, standard.max_depth):
+    if (model.min_depth, model.max_depth) != (plain.min_depth, plain.max_depth):
         raise UsageError(
-            f"{path} has depth from {config.model.min_depth:g} to {config.model.max_depth:g}, but readers of "
+            f"{path} has depth from {model.min_depth:g} to {model.max_depth:g}, but readers of "
             "Monodepth2 weights assume 0.1 to 100: export with --to onnx or torch"
         )
 

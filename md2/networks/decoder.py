@@ -92,7 +92,7 @@ class DepthDecoder(nn.Module):
     """Encoder features -> sigmoid maps at the chosen scales.
 
     Args:
-        channels: the encoder's five channel counts.
+        channels: of the encoder's features at 1/2, 1/4, 1/8, 1/16 and 1/32, 0 where it has none.
         scales: output scales in 0..3, 0 is full resolution. The heads are numbered in this order.
         outputs: channels of each output; 1 for disparity, one per source for the predictive mask.
     """
@@ -100,10 +100,12 @@ class DepthDecoder(nn.Module):
     def __init__(self, channels: Sequence[int], scales: Sequence[int], outputs: int = 1) -> None:
         super().__init__()
         self.scales = list(scales)
-        self.lowest = min(scales)
-        blocks: list[nn.Module] = []
-        inputs = channels[-1]
-        for stage in reversed(range(5)):
+        self.lowest, self.present = min(scales), [level for level, count in enumerate(channels) if count]
+        self.deepest = self.present[-1]
+        # Stages below the deepest feature are empty, so that the others keep their official numbers.
+        blocks: list[nn.Module] = [nn.Identity() for _ in range(2 * (4 - self.deepest))]
+        inputs = channels[self.deepest]
+        for stage in reversed(range(self.deepest + 1)):
             skip = channels[stage - 1] if stage > 0 else 0
             pair = [ConvBlock(inputs, WIDTHS[stage]), ConvBlock(WIDTHS[stage] + skip, WIDTHS[stage])]
             if stage < self.lowest:
@@ -115,14 +117,15 @@ class DepthDecoder(nn.Module):
         self.decoder = nn.ModuleList([*blocks, *heads])
 
     def forward(self, features: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Five features -> scale s -> (B, outputs, H / 2^s, W / 2^s) in (0, 1)."""
+        """The encoder's features -> scale s -> (B, outputs, H / 2^s, W / 2^s) in (0, 1)."""
         maps = {}
+        levels = dict(zip(self.present, features, strict=True))
         x = features[-1]
-        for stage in range(4, self.lowest - 1, -1):
+        for stage in range(self.deepest, self.lowest - 1, -1):
             first = 2 * (4 - stage)
             x = F.interpolate(self.decoder[first](x), scale_factor=2.0, mode="nearest")
-            if stage > 0:
-                x = torch.cat([x, features[stage - 1]], dim=1)
+            if stage - 1 in levels:
+                x = torch.cat([x, levels[stage - 1]], dim=1)
             x = self.decoder[first + 1](x)
             if stage in self.scales:
                 maps[stage] = torch.sigmoid(self.decoder[10 + self.scales.index(stage)](x))

@@ -55,12 +55,14 @@ class HRDepthDecoder(nn.Module):
         self.deepest = self.present[-1]
         self.up, self.nodes, self.heads = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for row in range(self.deepest):
-            width, last = WIDTHS[row + 1], self.deepest - row
-            for column in range(1, last + 1):
-                below = WIDTHS[row + 2] if column > 1 else channels[row + 1]
-                joined = column * width + channels[row]
-                self.up[f"{row}{column}"] = ConvBlock(below, width)
-                node = FusionSE(joined, width) if column == last else _joined(joined, width, column == 1)
+            width, joined = WIDTHS[row + 1], channels[row]
+            # Node (i, j) begins with encoder feature i + j.
+            columns = [level - row for level in self.present if level > row]
+            for column in columns:
+                self.up[f"{row}{column}"] = ConvBlock(channels[row + 1] if column == 1 else WIDTHS[row + 2], width)
+                joined += width
+                last = column == columns[-1]
+                node = FusionSE(joined, width) if last else _joined(joined, width, column == columns[0])
                 self.nodes[f"{row}{column}"] = node
         self.last = nn.ModuleList([ConvBlock(WIDTHS[1], WIDTHS[0]), ConvBlock(WIDTHS[0], WIDTHS[0])])
         for scale in self.scales:
@@ -72,7 +74,7 @@ class HRDepthDecoder(nn.Module):
         for row, feature in zip(self.present, features, strict=True):
             rows[row].append(feature)
         for column in range(1, self.deepest + 1):
-            for row in range(self.deepest - column + 1):
+            for row in [level - column for level in self.present if level >= column]:
                 name = f"{row}{column}"
                 # The row below has no node of this column yet.
                 upsampled = _upsampled(self.up[name](rows[row + 1][-1]))

@@ -26,7 +26,7 @@ class PoseDecoder(nn.Module):
     """Last encoder features of one or several inputs -> motions.
 
     Args:
-        channels: the encoder's five channel counts.
+        channels: the encoder's five channel counts; the last that is not 0 is read.
         inputs: feature maps that are stacked (1 after a pose encoder, the number of frames with `shared`).
         motions: motions predicted.
     """
@@ -35,7 +35,7 @@ class PoseDecoder(nn.Module):
         super().__init__()
         self.net = nn.ModuleList(
             [
-                nn.Conv2d(channels[-1], 256, 1),
+                nn.Conv2d(next(count for count in reversed(channels) if count), 256, 1),
                 nn.Conv2d(256 * inputs, 256, 3, padding=1),
                 nn.Conv2d(256, 256, 3, padding=1),
                 nn.Conv2d(256, 6 * motions, 1),

@@ -121,6 +121,7 @@ class ResNetEncoder(nn.Module):
 
     def __init__(self, name: str, images: int = 1) -> None:
         super().__init__()
+        self.name = name
         self.encoder = ResNet(name, images)
         self.channels = self.encoder.channels
 

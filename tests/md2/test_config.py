@@ -109,7 +109,8 @@ def test_resolved_yaml_loads_back_equal(tmp_path: Path) -> None:
         ("model.scales=[1,2]", "0, which evaluation reads"),
         ("model.min_depth=200", "must be below"),
         ("loss.predictive_mask=true", "disable_automasking=true"),
-        ("model.encoder=resnet19", "model.encoder"),
+        ("model.encoder=resnet19", "model.encoder 'resnet19': one of resnet18, "),
+        ("model.pose_encoder=timm/a/b", "model.pose_encoder 'timm/a/b': one of"),
     ],
 )
 def test_a_mistake_gets_one_line_that_helps(override: str, message: str) -> None:
@@ -124,6 +125,8 @@ def test_a_mistake_gets_one_line_that_helps(override: str, message: str) -> None
     [
         ["data.frames=[0]", "data.stereo=true", "model.pose_network=posecnn"],
         ["data.frames=[0]", "data.stereo=true", "model.pose_input=all"],
+        ["data.frames=[0]", "data.stereo=true", "model.pose_encoder=resnet34"],
+        ["model.pose_network=shared", "model.pose_encoder=resnet34"],
         ["data.stereo=false", "data.baseline=metres"],
         ["train.device=cpu", "data.device=gpu"],
     ],

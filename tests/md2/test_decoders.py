@@ -1,4 +1,4 @@
-"""HR-Depth's decoder: its nodes, its size as published, and what becomes of its checkpoints."""
+"""Decoders for encoders that lack a feature; HR-Depth's nodes, its size as published, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from evaluation_data import tiny_checkpoint, tiny_config
 from torch import Tensor
 
 from md2.config import Config
-from md2.inference.export import export_monodepth2, export_onnx
-from md2.inference.predictor import load
+from md2.inference.export import export_monodepth2
 from md2.model import Networks
+from md2.networks.decoder import DepthDecoder
 from md2.networks.hrdepth import HRDepthDecoder
 from md2.weights import initialise
 from shards.errors import InputError, UsageError
@@ -44,9 +44,9 @@ def test_hr_depth_has_the_published_number_of_parameters() -> None:
     assert count == 14_582_992
 
 
-@pytest.mark.parametrize("channels", [RESNET18, [0, 12, 24, 48, 96], [8, 12, 24, 48, 0]])
+@pytest.mark.parametrize("channels", [RESNET18, [0, 12, 24, 48, 96], [0, 0, 0, 16, 0]])
 def test_hr_depth_equals_its_nodes_written_out(channels: list[int]) -> None:
-    """By recursion from the definition; features of an encoder may begin at 1/4 or end at 1/16."""
+    """By recursion from the definition; the features may begin at 1/4, or be a single one at 1/16."""
     torch.manual_seed(1)
     decoder = HRDepthDecoder(channels, [0, 1, 2, 3]).double()
     state = decoder.state_dict()
@@ -67,7 +67,7 @@ def test_hr_depth_equals_its_nodes_written_out(channels: list[int]) -> None:
         if column == 0:
             return features[row]
         name = f"nodes.{row}{column}"
-        before = [node(row, earlier) for earlier in range(column) if earlier or row in features]
+        before = [node(row, earlier) for earlier in range(column) if row + earlier in features]
         x = torch.cat([*before, upsampled(F.elu(conv(node(row + 1, column - 1), f"up.{row}{column}.conv.conv")))], 1)
         if row + column == deepest:
             means = x.flatten(2).sum(2) / (x.shape[2] * x.shape[3])
@@ -75,7 +75,8 @@ def test_hr_depth_equals_its_nodes_written_out(channels: list[int]) -> None:
             weights = torch.sigmoid(hidden @ state[f"{name}.excite.weight"].T + state[f"{name}.excite.bias"])
             assert hidden.shape[1] == x.shape[1] // 16
             return conv(x * weights[:, :, None, None], f"{name}.fuse").clamp(min=0)
-        if column == 1:
+        if f"{name}.conv.conv.weight" in state:
+            assert column == 1
             return F.elu(conv(x, f"{name}.conv.conv"))
         return F.elu(conv(conv(x, f"{name}.0"), f"{name}.1.conv.conv"))
 
@@ -88,18 +89,35 @@ def test_hr_depth_equals_its_nodes_written_out(channels: list[int]) -> None:
         assert tuple(disparity.shape) == (2, 1, 128 >> scale, 192 >> scale)
 
 
-def test_hr_depth_goes_to_onnx_but_not_into_an_official_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", [[0], [0, 1], [4]])
+def test_monodepth2_s_decoder_upsamples_where_the_encoder_has_no_feature(missing: list[int]) -> None:
+    """As the whole decoder does with weights of 0 for that feature, or none of the stages below the deepest one."""
+    torch.manual_seed(2)
+    channels = [0 if level in missing else count for level, count in enumerate([6, 8, 10, 12, 14])]
+    partial = DepthDecoder(channels, [0, 1, 2, 3])
+    features = {level: torch.rand(2, c, 32 >> level, 48 >> level) for level, c in enumerate(channels) if c}
+    found = partial(list(features.values()))
+    assert [tuple(found[scale].shape) for scale in range(4)] == [(2, 1, 64 >> s, 96 >> s) for s in range(4)]
+    state = partial.state_dict()
+    if 4 in missing:
+        assert not any(key.startswith(("decoder.0.", "decoder.1.")) for key in state)
+        assert state["decoder.2.conv.conv.weight"].shape[1] == 12
+        return
+    whole = DepthDecoder([6, 8, 10, 12, 14], [0, 1, 2, 3])
+    filled = {key: torch.zeros_like(value) for key, value in whole.state_dict().items()}
+    for key, value in state.items():
+        # The upsampled channels come first, then the feature's.
+        filled[key][tuple(slice(side) for side in value.shape)] = value
+    whole.load_state_dict(filled)
+    for level in missing:
+        features[level] = torch.rand(2, 6 + 2 * level, 32 >> level, 48 >> level)
+    expected = whole([features[level] for level in range(5)])
+    for scale in range(4):
+        torch.testing.assert_close(found[scale], expected[scale])
+
+
+def test_hr_depth_does_not_go_into_an_official_folder(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path / "hr.pt", config())
-    predictor = load(path, "cpu")
-    torch.testing.assert_close(
-        predictor.networks.disparities(torch.full((1, 3, 64, 96), 0.2)),
-        networks().disparities(torch.full((1, 3, 64, 96), 0.2)),
-    )
-    with torch.no_grad():  # fresh networks say 0.5 everywhere, and anything would agree
-        predictor.networks.depth.heads["0"].conv.weight *= 50
-    exported = export_onnx(predictor, tmp_path / "hr.onnx")
-    assert exported.difference is not None
-    assert exported.difference <= 1e-4
     with pytest.raises(UsageError, match=r"has model\.decoder hrdepth, .* export with --to onnx or torch$"):
         export_monodepth2(path, tmp_path / "official")
     with pytest.raises(InputError, match=r"hr\.pt: weights of another decoder .* model\.decoder=hrdepth$"):
