@@ -79,7 +79,7 @@ class Count(TorchDispatchMode):
             self.bytes += size((args, kwargs)) + size(written(func, args) if result is None else result)
         return result
 
-    def launch(self, kernel: Any, images: Tensor, *arguments: Any, **constants: Any) -> None:
+    def launch(self, kernel: Any, maps: Tensor, programs: int, *arguments: Any, **constants: Any) -> None:
         """Take the place of a kernel's start."""
         self.launches += 1
         self.bytes += size(arguments)

@@ -11,7 +11,7 @@ the switch. All of it is float32 (float64 if the inputs are), whatever autocast 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -119,10 +119,10 @@ def smoothness(disparity: Tensor, image: Tensor) -> Tensor:
 
 
 class Reprojection:
-    """Compares the target (B, 3, H, W) of one resolution with its sources (B, N, 3, H, W)."""
+    """Compares the target (B, 3, H, W) of one resolution with its N sources, each (B, 3, H, W)."""
 
-    def __init__(self, target: Tensor, sources: Tensor, config: LossConfig) -> None:
-        self.target, self.sources, self.config = target, sources.unbind(1), config
+    def __init__(self, target: Tensor, sources: Sequence[Tensor], config: LossConfig) -> None:
+        self.target, self.sources, self.config = target, sources, config
 
     def _errors(self, images: Iterable[Tensor]) -> Tensor:
         return torch.cat([photometric_error(image, self.target, self.config.no_ssim) for image in images], dim=1)
@@ -209,7 +209,7 @@ def reprojection_loss(
         identity: dict[int, Tensor] = {}
         for level in sorted(prediction.disparities) if config.v1_multiscale else [0]:
             K[level] = intrinsics[level] if isinstance(intrinsics, Mapping) else scale_intrinsics(intrinsics, level)
-            images = torch.stack([_full(pyramids[source][level]) for source in sources], dim=1)
+            images = [_full(pyramids[source][level]) for source in sources]
             compare[level] = engine(_full(pyramids[0][level]), images, config)
             if not config.disable_automasking:
                 scales = [level] if config.v1_multiscale else [*prediction.disparities]
@@ -225,7 +225,10 @@ def reprojection_loss(
             loss, error, automask, warped = compare[level](depth, _full(K[level]), T, identity.get(scale), mask, panels)
             if mask is not None:
                 loss = loss + MASK_WEIGHT * F.binary_cross_entropy(mask, torch.ones_like(mask))
-            smooth = smoothness(_full(disparity), pyramids[0][scale])
+            compared_with = _full(disparity), pyramids[0][scale]
+            smooth = reprojection.smoothness(*compared_with) if fast else None
+            if smooth is None:
+                smooth = smoothness(*compared_with)
             per_scale[scale] = loss + config.disparity_smoothness / 2**scale * smooth
             if warped is not None:
                 by_source = dict(zip(sources, warped.unbind(1), strict=True))

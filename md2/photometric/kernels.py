@@ -1,4 +1,4 @@
-"""The loss's inner loops as four Triton kernels for NVIDIA GPUs: warp, error, choose, gradient.
+"""The loss's inner loops as five Triton kernels for NVIDIA GPUs: warp, error, choose, gradient, smooth.
 
 They compute what `reprojection.Eager` does, with the same formulas, without writing every intermediate map to memory:
 about 30 numbers per pixel and source cross the bus instead of some 200, and four launches replace a hundred. Sums
@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from md2.photometric.ssim import SSIM_WEIGHT, Target
+from md2.photometric.ssim import SSIM_WEIGHT
 
 BLOCK = 256
 """Pixels per program."""
@@ -79,9 +80,6 @@ def _warp(images, depth, maps, out, N, H, W, BLOCK: tl.constexpr):
 def _error(
     images,
     target,
-    sum_twice,
-    luminance,
-    contrast,
     errors,
     slopes,
     N,
@@ -110,6 +108,8 @@ def _error(
             total = tl.zeros([BLOCK], tl.float32)
             squares = tl.zeros([BLOCK], tl.float32)
             products = tl.zeros([BLOCK], tl.float32)
+            other_total = tl.zeros([BLOCK], tl.float32)
+            other_squares = tl.zeros([BLOCK], tl.float32)
             for dy in tl.static_range(-1, 2):
                 row = tl.abs(y + dy)
                 row = (H - 1) - tl.abs(H - 1 - row)
@@ -121,12 +121,15 @@ def _error(
                     total += a
                     squares += a * a
                     products += a * b
-            twice = tl.load(sum_twice + other + pixel, mask=valid, other=0.0)
+                    # Not read from memory, as `Target` has them: its pixels are here already.
+                    other_total += b
+                    other_squares += b * b
+            twice = 2 * other_total
             product = twice * total
             n1 = product + 81 * 0.0001
             n2 = 18 * products - product + 81 * 0.0009
-            d1 = total * total + tl.load(luminance + other + pixel, mask=valid, other=1.0)
-            d2 = 9 * squares + tl.load(contrast + other + pixel, mask=valid, other=1.0) - total * total
+            d1 = total * total + (other_total * other_total + 81 * 0.0001)
+            d2 = 9 * squares + (9 * other_squares - other_total * other_total + 81 * 0.0009) - total * total
             inverse = 1 / (d1 * d2)
             ssim = n1 * n2 * inverse
             similarity += tl.minimum(tl.maximum(ssim, -1.0), 1.0)
@@ -149,6 +152,7 @@ def _choose(
     identity,
     weights,
     error,
+    sums,
     automask,
     by_mask,
     N,
@@ -159,7 +163,7 @@ def _choose(
     IDENTITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`reprojection.choose` for one sample of the batch."""
+    """`reprojection.choose` for one sample of the batch, and the error's sum per block."""
     sample = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = pixel < H * W
@@ -189,6 +193,7 @@ def _choose(
         counts = tl.where(chosen, 1.0, 0.0)
         best = tl.where(chosen, best, unmoved)
     tl.store(error + sample * H * W + pixel, best, mask=valid)
+    tl.store(sums + sample * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(valid, best, 0.0), axis=0))
     for source in range(N):
         here = first + source * H * W
         weight = counts / N if AVERAGE else tl.where(winner == source, counts, 0.0)
@@ -293,14 +298,63 @@ def _store_row(out, p, d, x, y):
     tl.store(out + 3, tl.sum(p, axis=0))
 
 
-def _launch(kernel: Any, images: Tensor, *arguments: Any, per_sample: bool = False, **constants: Any) -> None:
-    """Run for every block of pixels of every source (or sample) of (B, N, 3, H, W)."""
-    batch, sources, _, height, width = images.shape
-    grid = (triton.cdiv(height * width, BLOCK), batch if per_sample else batch * sources)
-    with torch.cuda.device_of(images):
-        kernel[grid](
-            *arguments, sources, height, width, **constants, BLOCK=BLOCK, num_warps=_WARPS, enable_fp_fusion=True
+@triton.jit
+def _edge(disparity, image, here, there, pixel, near, valid, S, C: tl.constexpr):
+    """Disparity's step from one pixel to a neighbour, and the weight exp(-|step of the image|) of that."""
+    step = tl.load(disparity + near, mask=valid, other=0.0) - tl.load(disparity + pixel, mask=valid, other=0.0)
+    difference = tl.zeros_like(step)
+    for channel in tl.static_range(C):
+        a = tl.load(image + here + channel * S, mask=valid, other=0.0)
+        difference += tl.abs(tl.load(image + there + channel * S, mask=valid, other=0.0) - a)
+    return step, tl.exp(-difference / C)
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+
+
+@triton.jit
+def _smooth(disparity, image, gradient, sums, SB, SC, SY, SX, H, W, BLOCK: tl.constexpr):
+    """Edge-aware smoothness of the disparity as it is, per block its sum and the disparity's, and its gradient.
+
+    Means over the neighbouring pairs of one image; the image's strides are those of batch, colour, row and column.
+    """
+    sample = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = pixel < H * W
+    x = pixel % W
+    y = pixel // W
+    d = disparity + sample * H * W
+    i = image + sample * SB
+    here = y * SY + x * SX
+    right, e = _edge(d, i, here, here + SX, pixel, pixel + 1, valid & (x < W - 1), SC, 3)
+    total = tl.abs(right) * e / (H * (W - 1))
+    by_pixel = -_sign(right) * e / (H * (W - 1))
+    left, e = _edge(d, i, here, here - SX, pixel, pixel - 1, valid & (x > 0), SC, 3)
+    by_pixel -= _sign(left) * e / (H * (W - 1))
+    down, e = _edge(d, i, here, here + SY, pixel, pixel + W, valid & (y < H - 1), SC, 3)
+    total += tl.abs(down) * e / ((H - 1) * W)
+    by_pixel -= _sign(down) * e / ((H - 1) * W)
+    up, e = _edge(d, i, here, here - SY, pixel, pixel - W, valid & (y > 0), SC, 3)
+    by_pixel -= _sign(up) * e / ((H - 1) * W)
+    tl.store(gradient + sample * H * W + pixel, by_pixel, mask=valid)
+    out = sums + (sample * tl.num_programs(0) + tl.program_id(0)) * 2
+    tl.store(out, tl.sum(total, axis=0))
+    tl.store(out + 1, tl.sum(tl.load(d + pixel, mask=valid, other=0.0), axis=0))
+
+
+def _launch(kernel: Any, maps: Tensor, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Run for every block of pixels of maps (..., H, W), each as many times as there are `programs`."""
+    height, width = maps.shape[-2:]
+    with torch.cuda.device_of(maps):
+        kernel[(_blocks(maps), programs)](
+            *arguments, height, width, **constants, BLOCK=BLOCK, num_warps=_WARPS, enable_fp_fusion=True
         )
+
+
+def _blocks(maps: Tensor) -> int:
+    return int(triton.cdiv(maps.shape[-2] * maps.shape[-1], BLOCK))
 
 
 def try_out(device: torch.device) -> None:
@@ -310,28 +364,29 @@ def try_out(device: torch.device) -> None:
         Exception: whatever Triton, its compilers and the driver raise.
     """
     image = torch.zeros(1, 3, 4, 4, device=device)
-    photometric_error(image.unsqueeze(1), Target.of(image), no_ssim=True)
+    photometric_error(image.unsqueeze(1), image, no_ssim=True)
 
 
-def photometric_error(images: Tensor, target: Target, no_ssim: bool) -> Tensor:
-    """As `ssim.photometric_error`: (B, N, 3, H, W) -> (B, N, H, W), no gradients."""
+def photometric_error(images: Tensor, target: Tensor, no_ssim: bool) -> Tensor:
+    """Errors (B, N, H, W) of images (B, N, 3, H, W) against the target (B, 3, H, W), without gradients."""
     errors, _ = _errors(images, target, no_ssim, gradients=False)
     return errors
 
 
-def _errors(images: Tensor, target: Target, no_ssim: bool, gradients: bool) -> tuple[Tensor, Tensor]:
+def _errors(images: Tensor, target: Tensor, no_ssim: bool, gradients: bool) -> tuple[Tensor, Tensor]:
     batch, sources, _, height, width = images.shape
     images = images.contiguous()
     errors = images.new_empty(batch, sources, height, width)
     slopes = images.new_empty((batch, sources, 9, height, width) if gradients and not no_ssim else (1,))
-    parts = (target.image, target.sum_twice, target.luminance, target.contrast)
     _launch(
         _error,
         images,
+        batch * sources,
         images,
-        *(part.contiguous() for part in parts),
+        target.contiguous(),
         errors,
         slopes,
+        sources,
         WEIGHT=SSIM_WEIGHT,
         SSIM=not no_ssim,
         GRADIENTS=gradients,
@@ -339,11 +394,38 @@ def _errors(images: Tensor, target: Target, no_ssim: bool, gradients: bool) -> t
     return errors, slopes
 
 
+class Smoothness(torch.autograd.Function):
+    """`md2.loss.smoothness` of a contiguous disparity (B, 1, h, w) over an image (B, 3, h, w); differentiable once.
+
+    A sample's smoothness is S / m, m its mean disparity + 1e-7 and S that of the disparity as it is, so its gradient
+    is that of S, over m, and -S / m^2 over the number of pixels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, disparity: Tensor, image: Tensor) -> Tensor:
+        batch, _, height, width = disparity.shape
+        gradient = torch.empty_like(disparity)
+        sums = disparity.new_empty(batch, _blocks(disparity), 2)
+        _launch(_smooth, disparity, batch, disparity, image, gradient, sums, *image.stride())
+        total, mean = sums.sum(dim=1).view(batch, 2, 1, 1, 1).unbind(1)
+        mean = mean / (height * width) + 1e-7
+        value = total / mean
+        ctx.save_for_backward(gradient, value, mean)
+        return value.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        gradient, value, mean = ctx.saved_tensors
+        scale = grad / (mean * mean.shape[0])
+        return torch.addcmul(-value * scale / gradient[0].numel(), gradient, scale), None
+
+
 class Fused:
     """Warp, errors, gradients of one piece of a batch, as `reprojection.Eager`.
 
     Args:
-        target: what the sources are compared with.
+        target: (b, 3, H, W) float32.
         images: sources, (b, N, 3, H, W) float32.
         no_ssim: L1 alone.
         gradients: whether `gradient` will be called.
@@ -351,16 +433,18 @@ class Fused:
     """
 
     def __init__(
-        self, target: Target, images: Tensor, no_ssim: bool, gradients: bool, workers: list[Any] | None = None
+        self, target: Tensor, images: Tensor, no_ssim: bool, gradients: bool, workers: list[Any] | None = None
     ) -> None:
-        self.target, self.images = target, images.contiguous()
+        self.target, self.images = target.contiguous(), images.contiguous()
+        self.programs = images.shape[0] * images.shape[1]
         self.no_ssim, self.gradients = no_ssim, gradients
 
     def warp(self, depth: Tensor, maps: Tensor) -> Tensor:
         """Depth (b, 1, H, W) and the pixel map -> warped sources (b, N, 3, H, W)."""
         self.depth, self.maps = depth.contiguous(), maps.contiguous()
         self.warped = torch.empty_like(self.images)
-        _launch(_warp, self.images, self.images, self.depth, self.maps, self.warped)
+        sources = self.images.shape[1]
+        _launch(_warp, self.images, self.programs, self.images, self.depth, self.maps, self.warped, sources)
         return self.warped
 
     def error(self) -> Tensor:
@@ -370,46 +454,50 @@ class Fused:
 
     def choose(
         self, errors: Tensor, mask: Tensor | None, identity: Tensor | None, average: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """As `reprojection.choose`."""
-        batch, _, height, width = errors.shape
+        batch, sources, height, width = errors.shape
         weights, error = torch.empty_like(errors), errors.new_empty(batch, 1, height, width)
+        sums = errors.new_empty(batch, _blocks(errors))
         automask = None if identity is None else torch.empty_like(error, dtype=torch.bool)
         by_mask = None if mask is None else torch.empty_like(errors)
         _launch(
             _choose,
-            self.images,
+            errors,
+            batch,
             errors,
             errors if mask is None else mask.contiguous(),
             errors if identity is None else identity.contiguous(),
             weights,
             error,
+            sums,
             error if automask is None else automask.view(torch.uint8),
             error if by_mask is None else by_mask,
-            per_sample=True,
+            sources,
             AVERAGE=average,
             MASKED=mask is not None,
             IDENTITY=identity is not None,
         )
-        return weights, error, automask, by_mask
+        return weights, sums.sum(), error, automask, by_mask
 
     def gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients by depth and pixel map of the sum of weights (b, N, H, W) times error."""
-        batch, sources, _, height, width = self.images.shape
+        batch, sources = weights.shape[:2]
         by_depth = torch.empty_like(weights, memory_format=torch.contiguous_format)
-        blocks = triton.cdiv(height * width, BLOCK)
-        sums = weights.new_empty(batch, sources, blocks, 3, 4)
+        sums = weights.new_empty(batch, sources, _blocks(weights), 3, 4)
         _launch(
             _gradient,
-            self.images,
+            weights,
+            self.programs,
             self.images,
             self.depth,
             self.maps,
-            self.target.image.contiguous(),
+            self.target,
             self.slopes,
             weights.contiguous(),
             by_depth,
             sums,
+            sources,
             WEIGHT=SSIM_WEIGHT,
             SSIM=not self.no_ssim,
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -26,23 +27,27 @@ from md2.photometric.ssim import Photometric, Target, photometric_error, piece_s
 
 
 class Reprojection:
-    """Compares the target (B, 3, H, W) of one resolution with its sources (B, N, 3, H, W).
+    """Compares the target (B, 3, H, W) of one resolution with its N sources, each (B, 3, H, W).
 
     Same arguments and results as `md2.loss.Reprojection`; differentiable once.
     """
 
-    def __init__(self, target: Tensor, sources: Tensor, config: LossConfig) -> None:
-        if has_kernels(sources):
+    def __init__(self, target: Tensor, sources: Sequence[Tensor], config: LossConfig) -> None:
+        self.target: Tensor | Target
+        if has_kernels(target):
             # The networks' images are channels_last; the kernels read one colour behind the other, at every scale.
-            target, sources = target.contiguous(), sources.contiguous()
-        self.target, self.sources = Target.of(target), sources
+            batch, *shape = target.shape
+            out = target.new_empty(batch, len(sources), *shape)
+            self.target, self.sources = target.contiguous(), torch.stack(list(sources), dim=1, out=out)
+        else:
+            self.target, self.sources = Target.of(target), torch.stack(list(sources), dim=1)
         self.no_ssim, self.average = config.no_ssim, config.avg_reprojection
-        self.size = (sources.shape[-2], sources.shape[-1])
+        self.size = (target.shape[-2], target.shape[-1])
         self._mapped: tuple[Tensor, Tensor] | None = None
 
     def identity_errors(self) -> Tensor:
         """Errors of the sources as they are, not warped: (B, N, H, W), without gradients."""
-        if has_kernels(self.sources):
+        if isinstance(self.target, Tensor):
             from md2.photometric import kernels
 
             return kernels.photometric_error(self.sources, self.target, self.no_ssim)
@@ -100,17 +105,20 @@ class _Reproject(torch.autograd.Function):
             masked = None if mask is None else mask[rows]
             compared = None if identity is None else identity[rows]
             images = views.sources[rows]
-            engine = engine_of(views.target.samples(rows), images, views.no_ssim, gradients, workers)
+            target = views.target[rows] if isinstance(views.target, Tensor) else views.target.samples(rows)
+            engine = engine_of(target, images, views.no_ssim, gradients, workers)
             warped = engine.warp(depth[rows], maps[rows])
-            weights, *found = engine.choose(engine.error(), masked, compared, views.average)
-            pieces.append((*found, warped if panels else None, *(engine.gradient(weights) if gradients else ())))
-        error, automask, by_mask, warped, *grads = (_joined(parts) for parts in zip(*pieces, strict=True))
+            weights, total, *found = engine.choose(engine.error(), masked, compared, views.average)
+            pieces.append(
+                (total.view(1), *found, warped if panels else None, *(engine.gradient(weights) if gradients else ()))
+            )
+        totals, error, automask, by_mask, warped, *grads = (_joined(parts) for parts in zip(*pieces, strict=True))
         ctx.mark_non_differentiable(*(kept for kept in (error, automask, warped) if kept is not None))
         if gradients:
             grads.append(by_mask)
             ctx.factor = 1 / error.numel()
             ctx.save_for_backward(*grads)
-        return error.mean(), error, automask, warped
+        return totals.sum() / error.numel(), error, automask, warped
 
     @staticmethod
     @once_differentiable
@@ -127,12 +135,12 @@ def _joined(parts: tuple[Any, ...]) -> Any:
 
 def choose(
     errors: Tensor, mask: Tensor | None, identity: Tensor | None, average: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The error that counts at each pixel, from the sources' errors (b, N, H, W).
 
     Returns:
-        Derivatives (b, N, H, W) of the sum of errors by each source's error, the error (b, 1, H, W), the auto-mask,
-        and the derivatives (b, N, H, W) by the mask.
+        Derivatives (b, N, H, W) of the sum of errors by each source's error, that sum, the error (b, 1, H, W), the
+        auto-mask, and the derivatives (b, N, H, W) by the mask.
     """
     masked = errors if mask is None else errors * mask
     if average:
@@ -148,8 +156,8 @@ def choose(
         weights.mul_(automask)
         error = torch.where(automask, error, identity)
     if mask is None:
-        return weights, error, automask, None
-    return weights * mask, error, automask, weights * errors
+        return weights, error.sum(), error, automask, None
+    return weights * mask, error.sum(), error, automask, weights * errors
 
 
 class Eager:
@@ -218,6 +226,15 @@ class Eager:
         columns, rows = by_directions.sum(dim=3), by_directions.sum(dim=4)
         parts = [(columns * self.x).sum(-1), (rows * self.y[:, 0]).sum(-1), rows.sum(-1), by_epipoles]
         return by_depth, torch.stack(parts, dim=-1)
+
+
+def smoothness(disparity: Tensor, image: Tensor) -> Tensor | None:
+    """`md2.loss.smoothness` by its kernel; None where that does not run."""
+    if not has_kernels(disparity):
+        return None
+    from md2.photometric import kernels
+
+    return kernels.Smoothness.apply(disparity.contiguous(), image)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def has_kernels(images: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from md2.config import LossConfig
 from md2.data.batch import Offset
-from md2.loss import LossOutput, reprojection_loss
+from md2.loss import LossOutput, reprojection_loss, smoothness
 from md2.model import Pose, Prediction
 from md2.networks.camera import matrices
 from md2.photometric import reprojection
@@ -52,7 +52,7 @@ def test_kernels_equal_plain_operators(size: tuple[int, int], no_ssim: bool) -> 
     target = Target.of(image)
     places = (depth, pixel_map(size, transforms))
     weights = torch.rand(2, 2, *size) * (torch.rand(2, 2, *size) > 0.3)
-    there = Target.of(image.to(DEVICE))
+    there = image.to(DEVICE)
     torch.testing.assert_close(
         kernels.photometric_error(sources.to(DEVICE), there, no_ssim).cpu(),
         photometric_error(sources, target, no_ssim),
@@ -80,7 +80,7 @@ def test_at_the_last_row_and_column_nothing_beyond_them_is_read() -> None:
     images[..., -1, -1] = torch.arange(6.0).view(1, 2, 3) / 6
     depth, beyond = torch.ones(1, 1, 4, 6), torch.zeros(1, 2, 3, 4)
     beyond[..., 2] = torch.tensor([2.0, 2, 1])  # every pixel's place, beyond the lower right corner
-    fused = kernels.Fused(Target.of(torch.rand(1, 3, 4, 6, device=DEVICE)), images.to(DEVICE), True, True)
+    fused = kernels.Fused(torch.rand(1, 3, 4, 6, device=DEVICE), images.to(DEVICE), True, True)
     warped = fused.warp(depth.to(DEVICE), beyond.to(DEVICE)).cpu()
     assert torch.equal(warped, images[..., -1:, -1:].expand(1, 2, 3, 4, 6))
     fused.error()
@@ -93,7 +93,7 @@ def test_at_the_last_row_and_column_nothing_beyond_them_is_read() -> None:
 def test_where_an_image_equals_the_target_l1_has_no_slope() -> None:
     """As in the plain operators; an unmoved camera, at a size whose places in [-1, 1] are exact."""
     image = torch.rand(1, 3, 5, 9, generator=torch.Generator().manual_seed(0))
-    fused = kernels.Fused(Target.of(image.to(DEVICE)), image[:, None].to(DEVICE), True, True)
+    fused = kernels.Fused(image.to(DEVICE), image[:, None].to(DEVICE), True, True)
     unmoved = torch.tensor([[2 / 8, 0, -1, 0], [0, 2 / 4, -1, 0], [0, 0, 1, 0]], device=DEVICE)[None, None]
     warped = fused.warp(torch.ones(1, 1, 5, 9, device=DEVICE), unmoved)
     assert torch.equal(warped[:, 0].cpu(), image)
@@ -116,15 +116,35 @@ def test_the_kernel_chooses_as_plain_operators_do(average: bool, with_mask: bool
     if identity is not None:
         identity[1, 0, 7, 3] = torch.nan
     image = torch.zeros(2, 3, 19, 31, device=DEVICE)
-    fused = kernels.Fused(Target.of(image), image[:, None].expand(2, 3, 3, 19, 31), True, True)
+    fused = kernels.Fused(image, image[:, None].expand(2, 3, 3, 19, 31), True, True)
     there = [None if part is None else part.to(DEVICE) for part in (errors, mask, identity)]
     found = fused.choose(*there, average)
     expected = reprojection.choose(errors, mask, identity, average)
-    for name, one, other in zip(("weights", "error", "automask", "by_mask"), found, expected, strict=True):
+    for name, one, other in zip(("weights", "sum", "error", "automask", "by_mask"), found, expected, strict=True):
         if other is None:
             assert one is None, name
         else:
             torch.testing.assert_close(one.cpu(), other, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("size", [(2, 3), (9, 14), (19, 31)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_smoothness_by_its_kernel_equals_plain_operators(size: tuple[int, int], layout: torch.memory_format) -> None:
+    """In value and gradient, with flat stretches, for images as they come from the loader and otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(3, 3, *size, generator=generator).to(memory_format=layout)
+    disparity = 0.01 + torch.rand(3, 1, *size, generator=generator)
+    disparity[1, 0, 1] = disparity[1, 0, 0]
+    results = []
+    for device, function in (("cpu", smoothness), (DEVICE, kernels.Smoothness.apply)):
+        leaf = disparity.clone().to(device).requires_grad_()
+        value = function(leaf, image.to(device))
+        (0.3 * value).backward()
+        results.append((value.detach().cpu(), leaf.grad.cpu()))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    disparity[2, 0, 1, 1] = torch.nan
+    assert kernels.Smoothness.apply(disparity.to(DEVICE), image.to(DEVICE)).isnan()
 
 
 @pytest.mark.parametrize("broken", ["map", "depth"])
@@ -136,7 +156,7 @@ def test_a_place_that_is_nan_gives_a_loss_of_nan(broken: str, monkeypatch: pytes
     monkeypatch.setattr(reprojection, "piece_size", lambda images: tuple(images.shape[:2]))
     K = torch.tensor([[11.0, 0, 7], [0, 8.0, 4.5], [0, 0, 1]]).expand(2, 3, 3)
     for config in (LossConfig(), LossConfig(no_ssim=True), LossConfig(avg_reprojection=True)):
-        views = reprojection.Reprojection(image.to(DEVICE), sources.to(DEVICE), config)
+        views = reprojection.Reprojection(image.to(DEVICE), sources.to(DEVICE).unbind(1), config)
         places = (depth.to(DEVICE), K.to(DEVICE), transforms.to(DEVICE))
         loss, error, _, _ = views(*places, identity=None, mask=None, panels=False)
         assert loss.isnan() and error.isnan().any()
@@ -146,12 +166,15 @@ def test_a_place_that_is_nan_gives_a_loss_of_nan(broken: str, monkeypatch: pytes
 
 def test_rounding_makes_no_error_of_equal_images_negative() -> None:
     image = torch.rand(1, 3, 19, 31, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    error = kernels.photometric_error(image[:, None], Target.of(image), False)
+    error = kernels.photometric_error(image[:, None], image, False)
     assert 0 <= error.min().item() <= error.max().item() < 1e-6
 
 
 def loss(
-    config: LossConfig, device: str = "cpu", layout: torch.memory_format = torch.contiguous_format
+    config: LossConfig,
+    device: str = "cpu",
+    layout: torch.memory_format = torch.contiguous_format,
+    fast: bool = True,
 ) -> tuple[LossOutput, list[torch.Tensor]]:
     torch.manual_seed(2)
     offsets: list[Offset] = [0, -1, 1, "s"]
@@ -173,7 +196,8 @@ def loss(
     K = matrices(leaves[-1], (12, 20), None, 2)
     stereo = torch.eye(4).repeat(2, 1, 1)
     stereo[:, 0, 3] = 0.1
-    output = reprojection_loss(prediction, images, K, stereo.to(device), config, panels=True)
+    noise = torch.tensor([3, 70], device=device)
+    output = reprojection_loss(prediction, images, K, stereo.to(device), config, noise=noise, panels=True, fast=fast)
     output.total.backward()
     return output, [leaf.grad for leaf in leaves if leaf.grad is not None]
 
@@ -181,15 +205,17 @@ def loss(
 OPTIONS = {
     "default": LossConfig(),
     "v1_multiscale": LossConfig(v1_multiscale=True),
-    "average": LossConfig(avg_reprojection=True, no_ssim=True),
+    "average": LossConfig(avg_reprojection=True),
+    "no_ssim": LossConfig(no_ssim=True),
+    "no automask": LossConfig(disable_automasking=True, disparity_smoothness=0.5),
     "mask": LossConfig(disable_automasking=True, predictive_mask=True),
 }
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_loss_through_kernels_equals_loss_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the plain engine on the CPU, for the options that the kernels are told of and those they are not."""
-    expected, grads = loss(OPTIONS[name])
+    """Against the loss as the paper has it, with every option."""
+    expected, grads = loss(OPTIONS[name], fast=False)
     monkeypatch.setattr(reprojection, "has_kernels", lambda images: True)
     monkeypatch.setattr(reprojection, "piece_size", lambda images: tuple(images.shape[:2]))
     found, found_grads = loss(OPTIONS[name], DEVICE)
@@ -201,20 +227,22 @@ def test_loss_through_kernels_equals_loss_without(name: str, monkeypatch: pytest
 
 def test_what_all_scales_share_is_laid_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images come channels_last from the loader; the kernels would copy them for every scale."""
-    launched: list[tuple[torch.Tensor, ...]] = []
+    launched: list[torch.Tensor] = []
     launch = kernels._launch
 
-    def watched(kernel: object, images: torch.Tensor, *arguments: torch.Tensor, **constants: object) -> None:
+    def watched(
+        kernel: object, maps: torch.Tensor, programs: int, *arguments: torch.Tensor, **constants: object
+    ) -> None:
         if kernel is kernels._error:
-            launched.append(arguments[1:5])
-        launch(kernel, images, *arguments, **constants)
+            launched.append(arguments[1])
+        launch(kernel, maps, programs, *arguments, **constants)
 
     monkeypatch.setattr(kernels, "_launch", watched)
     monkeypatch.setattr(reprojection, "has_kernels", lambda images: True)
     monkeypatch.setattr(reprojection, "piece_size", lambda images: tuple(images.shape[:2]))
     loss(LossConfig(), DEVICE, torch.channels_last)
     assert len(launched) == 3  # unwarped, and two scales
-    assert len({tuple(part.data_ptr() for part in parts) for parts in launched}) == 1
+    assert len({target.data_ptr() for target in launched}) == 1
 
 
 def test_memory_that_has_run_out_says_nothing_about_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,15 +306,15 @@ driver.set_active(Driver())
 KernelInterface.__getitem__ = compiled
 
 from md2.photometric import kernels
-from md2.photometric.ssim import Target
 
 for sources, no_ssim in ((1, False), (2, False), (2, True)):
     images = torch.zeros(2, sources, 3, 12, 20)
-    engine = kernels.Fused(Target.of(images[:, 0]), images, no_ssim, True)
+    engine = kernels.Fused(images[:, 0], images, no_ssim, True)
     engine.warp(torch.ones(2, 1, 12, 20), torch.zeros(2, sources, 3, 4))
     errors = engine.error()
     engine.choose(errors, errors if no_ssim else None, None if no_ssim else errors[:, :1], no_ssim)
     engine.gradient(torch.zeros(2, sources, 12, 20))
+kernels.Smoothness.apply(torch.ones(2, 1, 12, 20), torch.zeros(2, 3, 12, 20))
 kernels.try_out(torch.device("cpu"))
 """
 
@@ -308,7 +336,7 @@ def test_kernels_compile_for_a_gpu_without_one(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, _, _ in lines] == [*(["_warp", "_error", "_choose", "_gradient"] * 3), "_error"]
+    assert [name for name, _, _ in lines] == [*(["_warp", "_error", "_choose", "_gradient"] * 3), "_smooth", "_error"]
     assert all(int(size) > 3000 and int(warps) == kernels._WARPS for _, size, warps in lines)
 
 
