@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -75,37 +76,54 @@ class OwnRig(CameraRig):
         return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
 
 
-def wide(finer: int = 2) -> OwnRig:
-    """A pinhole camera that sees all that the distorted one does, `finer` times as fine."""
-    fx, fy, cx, cy = CAMERA
-    margin = 2 * round(SIZE[0] * 0.3), 2 * round(SIZE[1] * 0.4)
-    size = (SIZE[0] + margin[0]) * finer, (SIZE[1] + margin[1]) * finer
-    u, v = ((c + m / 2 + 0.5) * finer - 0.5 for c, m in zip((cx, cy), margin, strict=True))
-    return OwnRig(size, (fx * finer, fy * finer, u, v))
+@dataclass(frozen=True)
+class Distorted:
+    """A camera with a lens: fx, fy, cx, cy in pixels, and OpenCV's k1, k2, p1, p2, k3."""
 
+    size: tuple[int, int] = SIZE
+    camera: Intrinsics = CAMERA
+    coefficients: tuple[float, ...] = COEFFICIENTS
 
-def distorted(picture: npt.NDArray[np.uint8], camera: Intrinsics) -> npt.NDArray[np.uint8]:
-    """The wide camera's picture as the distorted one sees it, by OpenCV's iteration and bilinear weights."""
-    fx, fy, cx, cy = CAMERA
-    k1, k2, p1, p2, k3 = COEFFICIENTS
-    u, v = np.meshgrid(np.arange(SIZE[0]), np.arange(SIZE[1]))
-    x0, y0 = (u - cx) / fx, (v - cy) / fy
-    x, y = x0, y0
-    for _ in range(60):
-        r2 = x * x + y * y
-        q = 1 + k1 * r2 + k2 * r2**2 + k3 * r2**3
-        dx, dy = 2 * p1 * x * y + p2 * (r2 + 2 * x * x), p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
-        x, y = (x0 - dx) / q, (y0 - dy) / q
-    # Four rays a pixel, as a sensor's pixel averages: half a wide pixel to each side.
-    total = np.zeros((*u.shape, 3))
-    for du in (-0.5, 0.5):
-        for dv in (-0.5, 0.5):
-            a, b = x * camera[0] + camera[2] + du, y * camera[1] + camera[3] + dv
-            i, j = np.floor(a).astype(int), np.floor(b).astype(int)
-            s, t = (a - i)[..., None], (b - j)[..., None]
-            upper = picture[j, i] * (1 - s) + picture[j, i + 1] * s
-            total += upper * (1 - t) + (picture[j + 1, i] * (1 - s) + picture[j + 1, i + 1] * s) * t
-    return np.rint(total / 4).astype(np.uint8)
+    def wide(self, finer: float = 2) -> OwnRig:
+        """A pinhole camera that sees all that this one does, `finer` times as fine."""
+        fx, fy, cx, cy = self.camera
+        margin = 2 * round(self.size[0] * 0.3), 2 * round(self.size[1] * 0.4)
+        width, height = (round((side + m) * finer) for side, m in zip(self.size, margin, strict=True))
+        u, v = ((c + m / 2 + 0.5) * finer - 0.5 for c, m in zip((cx, cy), margin, strict=True))
+        return OwnRig((width, height), (fx * finer, fy * finer, u, v))
+
+    def image(self, picture: npt.NDArray[np.uint8], seen: Intrinsics) -> npt.NDArray[np.uint8]:
+        """A wide camera's picture as this one sees it, by OpenCV's iteration and bilinear weights.
+
+        Args:
+            seen: the wide camera's intrinsics.
+        """
+        x, y = self._rays
+        # Four rays a pixel, as a sensor's pixel averages: half a wide pixel to each side.
+        total = np.zeros((*x.shape, 3), np.float32)
+        for du in (-0.5, 0.5):
+            for dv in (-0.5, 0.5):
+                a, b = x * seen[0] + seen[2] + du, y * seen[1] + seen[3] + dv
+                i, j = np.floor(a).astype(int), np.floor(b).astype(int)
+                s, t = ((value % 1).astype(np.float32)[..., None] for value in (a, b))
+                upper = picture[j, i] * (1 - s) + picture[j, i + 1] * s
+                total += upper * (1 - t) + (picture[j + 1, i] * (1 - s) + picture[j + 1, i + 1] * s) * t
+        return np.rint(total / 4).astype(np.uint8)
+
+    @cached_property
+    def _rays(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """x and y of each pixel's ray at z = 1."""
+        fx, fy, cx, cy = self.camera
+        k1, k2, p1, p2, k3 = self.coefficients
+        u, v = np.meshgrid(*map(np.arange, self.size))
+        x0, y0 = (u - cx) / fx, (v - cy) / fy
+        x, y = x0, y0
+        for _ in range(60):
+            r2 = x * x + y * y
+            q = 1 + k1 * r2 + k2 * r2**2 + k3 * r2**3
+            dx, dy = 2 * p1 * x * y + p2 * (r2 + 2 * x * x), p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
+            x, y = (x0 - dx) / q, (y0 - dy) / q
+        return x, y
 
 
 def straight() -> View:
@@ -123,7 +141,8 @@ def camera_file(camera: Intrinsics, factor: float = 1.0, distortion: bool = Fals
 
 def render(folder: Path, streets: int = STREETS, frames: int = FRAMES) -> None:
     """Write the films `distorted/N.mp4` and `pinhole/N.mp4` for training, and frames and depth of the last street."""
-    large, view = wide(), straight()
+    lens, view = Distorted(), straight()
+    large = lens.wide()
     for number in range(1, streets + 1):
         street = build_street(0, number, frames)
         seen, true = Renderer(street, large), Renderer(street, OwnRig(SIZE, view.intrinsics))
@@ -133,7 +152,7 @@ def render(folder: Path, streets: int = STREETS, frames: int = FRAMES) -> None:
                 VideoWriter(folder / "pinhole" / f"{number}.mp4", Fraction(RATE)) as unbent,
             ):
                 for n in range(frames):
-                    bent.write(distorted(seen.image(n, 2)[0], large.camera))
+                    bent.write(lens.image(seen.image(n, 2)[0], large.camera))
                     unbent.write(true.image(n, 2)[0])
             continue
         for name in ("left", "depth"):

@@ -34,6 +34,12 @@ def predict(
         str | None,
         typer.Option(metavar="FX,FY,CX,CY", help="Camera in pixels, for ply. (default: learned, or KITTI's)"),
     ] = None,
+    camera: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="camera.yaml of your own drives: undistort and crop frames as md2 prep does."
+        ),
+    ] = None,
     max_depth: Annotated[float, typer.Option(metavar="METRES", help="Leave farther points out of ply.")] = 80.0,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Take the first N frames of a video or camera only.")
@@ -48,12 +54,17 @@ def predict(
     require_model(model)
     found = find_inputs(inputs, out)
     kinds = parse_kinds(save) if save is not None else None
-    camera = parse_intrinsics(intrinsics) if intrinsics is not None else None
+    pinhole = parse_intrinsics(intrinsics) if intrinsics is not None else None
+    view = None
+    if camera is not None:
+        from prep.raw.camera import read_view
+
+        view = read_view(camera)
 
     from md2.inference.predict import PredictOptions, run_predict
     from md2.inference.predictor import load
 
-    options = PredictOptions(out, kinds, post_process, cmap, scale, camera, max_depth, limit, batch_size)
+    options = PredictOptions(out, kinds, post_process, cmap, scale, pinhole, view, max_depth, limit, batch_size)
     predictor = load(model, device)
     with bars("images") as bar:
         done = run_predict(predictor, found, options, bar)

@@ -60,6 +60,10 @@ FILE_ENDS: dict[OutputKind, str] = {
 }
 
 
+FrameView = Callable[[Image.Image], tuple[Image.Image, Intrinsics]]
+"""Turns a camera's frame into a pinhole camera's picture, and gives that picture's intrinsics."""
+
+
 @dataclass(frozen=True)
 class PredictOptions:
     """Options of `md2 predict`; see its help.
@@ -70,7 +74,8 @@ class PredictOptions:
         flip: average with the prediction for the mirrored image.
         cmap: matplotlib's name of the colour map.
         scale: metres per unit of depth; None: the model's own.
-        intrinsics: camera for point clouds; None: the learned one if there is one, else KITTI's, nominally.
+        intrinsics: camera for point clouds; None: that of `view`, else the learned one, else KITTI's, nominally.
+        view: what the frames go through before they are predicted; None: nothing.
         max_depth: a point cloud leaves farther points out; in depth's unit.
         limit: predict the first frames of a video or camera only, this number.
         batch_size: images in one pass; a camera's frames are predicted one by one.
@@ -82,6 +87,7 @@ class PredictOptions:
     cmap: str = "magma"
     scale: float | None = None
     intrinsics: Intrinsics | None = None
+    view: FrameView | None = None
     max_depth: float = 80.0
     limit: int | None = None
     batch_size: int = 8
@@ -159,13 +165,13 @@ def predict_images(
     done = 0
     with ThreadPoolExecutor(WORKERS) as pool:
         writing: list[Future[list[Path]]] = []
-        for batch in _read_batches(images, options.batch_size, pool, failed):
+        for batch in _read_batches(images, options, pool, failed):
             results = predictor.predict_batch([picture for _, picture in batch], flip=options.flip)
             # One batch is written while the next is predicted, and no more, so memory stays bounded.
             written += [path for future in writing for path in future.result()]
             writing = [
-                pool.submit(_write, image.name, result, kinds, options)
-                for (image, _), result in zip(batch, results, strict=True)
+                pool.submit(_write, image.name, result, kinds, options, picture.info.get("camera"))
+                for (image, picture), result in zip(batch, results, strict=True)
             ]
             done += len(batch)
             progress(done + len(failed), len(images))
@@ -176,13 +182,13 @@ def predict_images(
 
 
 def _read_batches(
-    images: Sequence[ImageFile], batch_size: int, pool: ThreadPoolExecutor, failed: list[str]
+    images: Sequence[ImageFile], options: PredictOptions, pool: ThreadPoolExecutor, failed: list[str]
 ) -> Iterator[list[tuple[ImageFile, Image.Image]]]:
     """Yield batches of decoded images, while the next one is decoded; add to `failed` why an image is unreadable."""
-    rest = iter(images)
-    ahead = [(image, pool.submit(read_image, image.path)) for image in islice(rest, batch_size)]
+    reading = ((image, pool.submit(_read, image.path, options.view)) for image in images)
+    ahead = list(islice(reading, options.batch_size))
     while ahead:
-        current, ahead = ahead, [(i, pool.submit(read_image, i.path)) for i in islice(rest, batch_size)]
+        current, ahead = ahead, list(islice(reading, options.batch_size))
         batch = []
         for image, future in current:
             try:
@@ -191,6 +197,22 @@ def _read_batches(
                 failed.append(str(error))
         if batch:
             yield batch
+
+
+def _read(path: Path, view: FrameView | None) -> Image.Image:
+    return _seen(read_image(path), view, str(path))
+
+
+def _seen(frame: Image.Image, view: FrameView | None, where: str) -> Image.Image:
+    """A frame's picture; `info["camera"]` holds its intrinsics, if they are known."""
+    if view is None:
+        return frame
+    try:
+        picture, camera = view(frame)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    picture.info = {**frame.info, "camera": camera}
+    return picture
 
 
 def predict_video(
@@ -222,12 +244,12 @@ def predict_video(
     with ExitStack() as stack:
         writers = {kind: stack.enter_context(VideoWriter(path, source.rate)) for kind, path in mp4s.items()}
         try:
-            for frames in _batches(source, 1 if endless else options.batch_size, options.limit):
+            for frames in _batches(source, 1 if endless else options.batch_size, options):
                 for frame, result in zip(frames, predictor.predict_batch(frames, flip=options.flip), strict=True):
                     ends = next_ends(ends, result.disparity)
                     for kind, writer in writers.items():
                         writer.write(_picture(kind, result, ends, options.cmap), frame.info.get("seconds"))
-                    written += _write(f"{name}/{done:06d}", result, per_frame, options)
+                    written += _write(f"{name}/{done:06d}", result, per_frame, options, frame.info.get("camera"))
                     done += 1
                 progress(done, min(source.frames or 0, options.limit or source.frames or 0))
         except KeyboardInterrupt:
@@ -242,12 +264,12 @@ def predict_video(
     return Predicted(done, [*mp4s.values(), *written], failed)
 
 
-def _batches(source: VideoSource, size: int, limit: int | None) -> Iterator[list[Image.Image]]:
+def _batches(source: VideoSource, size: int, options: PredictOptions) -> Iterator[list[Image.Image]]:
     """Yield batches of frames, also those before damaged data."""
     batch: list[Image.Image] = []
     try:
-        for frame in islice(source, limit):
-            batch.append(frame)
+        for frame in islice(source, options.limit):
+            batch.append(_seen(frame, options.view, source.name))
             if len(batch) == size:
                 yield batch
                 batch = []
@@ -275,7 +297,9 @@ def _mp4s(name: str, options: PredictOptions) -> dict[OutputKind, Path]:
     return {kind: (options.out / f"{name}{FILE_ENDS[kind]}").with_suffix(".mp4") for kind in kinds}
 
 
-def _write(name: str, result: DepthMap, kinds: Iterable[OutputKind], options: PredictOptions) -> list[Path]:
+def _write(
+    name: str, result: DepthMap, kinds: Iterable[OutputKind], options: PredictOptions, camera: Intrinsics | None
+) -> list[Path]:
     """Write one image's files; those in metres only if the unit is known."""
     written = []
     for kind in kinds:
@@ -287,7 +311,7 @@ def _write(name: str, result: DepthMap, kinds: Iterable[OutputKind], options: Pr
         elif kind == "npy":
             write_npy(path, result.depth)
         elif kind == "ply":
-            write_file(path, _cloud(result, options))
+            write_file(path, _cloud(result, options, camera))
         else:
             cap = BENCHMARK_CAP if kind == "benchmark" else np.inf
             write_png(path, depth_to_uint16(np.minimum(result.depth, cap)))
@@ -303,10 +327,11 @@ def _picture(kind: OutputKind, result: DepthMap, ends: tuple[float, float], cmap
     return side_by_side(result.image, colours, color_scale(cmap, ends, metric=result.metric))
 
 
-def _cloud(result: DepthMap, options: PredictOptions) -> bytes:
+def _cloud(result: DepthMap, options: PredictOptions, camera: Intrinsics | None) -> bytes:
     height, width = result.depth.shape
     # KITTI's camera as the published code approximates it: 0.58 and 1.92 of the size, centred.
-    camera = options.intrinsics or result.intrinsics or (0.58 * width, 1.92 * height, 0.5 * width, 0.5 * height)
+    fallback = (0.58 * width, 1.92 * height, 0.5 * width, 0.5 * height)
+    camera = options.intrinsics or camera or result.intrinsics or fallback
     points, kept = point_cloud(result.depth, camera, options.max_depth)
     unit = "metres" if result.metric else "unknown (right up to one factor)"
     return ply_bytes(points, result.image[kept], f"unit {unit}; x right, y down, z forward")

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import yaml
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prep.raw.calibration import StereoCalibration, check_intrinsics
+from prep.raw.files import MAX_TEXT_BYTES
 from prep.raw.text import decode_text
 from prep.raw.view import Lens, View
 from shards.errors import InputError
+from shards.files import open_regular
 
 CAMERA_FILE = "camera.yaml"
 _NEEDED = "needed are width, height, fx, fy, cx, cy; or fov alone (docs/camera.md)"
@@ -167,6 +172,29 @@ def parse_camera(content: bytes, where: str) -> Camera:
     if camera.width is not None and camera.height is not None:
         _ = camera.view((camera.width, camera.height), where).intrinsics
     return camera
+
+
+def read_view(path: Path) -> Callable[[Image.Image], tuple[Image.Image, tuple[float, float, float, float]]]:
+    """What prep makes of frames by this camera file: a function that gives a frame's picture and its intrinsics.
+
+    Raises:
+        InputError: as `parse_camera`; or no such file. The function: a frame of another size than the file's.
+    """
+    try:
+        with open_regular(path) as file:
+            camera = parse_camera(file.read(MAX_TEXT_BYTES), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    views = lru_cache(maxsize=1)(lambda size: camera.view(size, str(path)))
+
+    def picture(frame: Image.Image) -> tuple[Image.Image, tuple[float, float, float, float]]:
+        view = views(frame.size)
+        if view.frame != frame.size:
+            size = f"{frame.width}x{frame.height}"
+            raise InputError(f"a frame of {size}, but {path} is for {view.frame[0]}x{view.frame[1]}")
+        return view.apply(frame), view.intrinsics
+
+    return picture
 
 
 class _Loader(yaml.SafeLoader):

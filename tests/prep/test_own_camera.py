@@ -21,7 +21,7 @@ from prep_data import files_of, image, read_part
 
 from md2.inference.film import VideoWriter
 from prep.packing.pack import Packed, pack, scratch_folder
-from prep.raw.camera import parse_camera
+from prep.raw.camera import parse_camera, read_view
 from prep.raw.files import RawData, read
 from prep.raw.folder import FolderLayout, fitting_sizes
 from prep.raw.video import find_frames
@@ -113,6 +113,18 @@ def test_frames_are_straightened(kind: str, crop: dict[str, int], tmp_path: Path
         stored = np.asarray(picture).astype(float)
     off = np.hypot(stored % 320 - source_u, stored // 320 - source_v)
     assert off.max() < 0.75  # half a pixel's diagonal
+
+
+def test_a_camera_file_serves_single_frames(tmp_path: Path) -> None:
+    write_camera(tmp_path, **CAMERA, crop={"left": 20, "bottom": 50})
+    frame = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 320, 3), dtype=np.uint8))
+    picture, camera = read_view(tmp_path / "camera.yaml")(frame)
+    np.testing.assert_array_equal(np.asarray(picture), np.asarray(frame)[:150, 20:])
+    assert camera == (180.0, 190.0, 150.3 - 20, 104.2)
+    with pytest.raises(InputError, match=r"a frame of 300x200, but .*camera.yaml is for 320x200"):
+        read_view(tmp_path / "camera.yaml")(frame.resize((300, 200)))
+    with pytest.raises(InputError, match="cannot be read"):
+        read_view(tmp_path / "nowhere.yaml")
 
 
 def test_a_lens_without_distortion_changes_nothing(tmp_path: Path) -> None:
