@@ -62,18 +62,15 @@ def train(
     ] = False,
 ) -> None:
     """Train a model, or resume a run. Every configuration key is in docs/training.md; --show prints them."""
-    # Before torch is imported, which takes seconds: a misspelt word is reported at once.
     from md2.config import load_source
+    from md2.train import run_command
     from shards.errors import UsageError
 
-    if show and resume is not None:
-        raise UsageError(f"--show takes a configuration; a run's is in {resume / 'config.yaml'}")
-    if resume is None:
-        settings = load_source(config, overrides or [])
-        if show:
-            print(settings.to_yaml(), end="")
-            return
-    from md2.train import run_command
+    if show:
+        if resume is not None:
+            raise UsageError(f"--show takes a configuration; a run's is in {resume / 'config.yaml'}")
+        print(load_source(config, overrides or []).to_yaml(), end="")
+        return
 
     reporter = BarReporter()
     try:
@@ -85,6 +82,9 @@ def train(
     if reporter.main:
         done = "stopped early" if result.stopped.early else "done"
         reporter.message(f"{done} at step {result.stopped.step}: {result.run}")
+        folder = shlex.quote(str(result.run))
         if result.stopped.early:
-            reporter.message(f"resume with: md2 train --resume {shlex.quote(str(result.run))}")
+            reporter.message(f"resume with: md2 train --resume {folder}")
+        else:
+            reporter.message(f"next: md2 report {folder}, md2 predict {folder} IMAGE...")
     raise typer.Exit(result.exit_code)

@@ -428,8 +428,11 @@ def resize_warning(manifest: Manifest, config: DataConfig) -> str | None:
     pack = f"pack them with --size {wanted[0]}x{wanted[1]}"
     if manifest.size is None:
         return f"images of native size are resized in every batch, which makes the loader several times slower: {pack}"
-    stored = f"images are stored at {manifest.size[0]}x{manifest.size[1]}"
-    if manifest.size[0] < wanted[0] or manifest.size[1] < wanted[1]:
+    width, height = manifest.size
+    if min(width, height) >= 64 and width % 32 == height % 32 == 0:
+        pack = f"train at their size (data.width={width} data.height={height}), or {pack}"
+    stored = f"images are stored at {width}x{height}"
+    if width < wanted[0] or height < wanted[1]:
         return f"{stored} and enlarged to {wanted[0]}x{wanted[1]}, which adds no detail: {pack}"
     return f"{stored} and resized in every batch, which makes the loader slower: {pack}"
 

@@ -23,17 +23,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from md2.checkpoint import has_checkpoint, load_latest
 from md2.config import Config, config_from_dict, load_source, merge_overrides, read_config_tree
-from md2.distributed import Ranks, ranks
-from md2.training.runlog import ENVIRONMENT, environment
-from md2.training.summary import run_figure
-from md2.training.trainer import Reporter, Stopped, Trainer
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import InputError, Md2Error, TrainingError, UsageError, first_line, visible
 from shards.files import require_local, write_atomic
 from shards.locks import FileLock
+
+# What loads PyTorch, which takes seconds, is imported inside the functions: mistakes in words and dataset come first.
+if TYPE_CHECKING:
+    from md2.distributed import Ranks
+    from md2.training.trainer import Reporter, Stopped, Trainer
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -121,6 +122,10 @@ def start_run(config: Config, run: Path, reporter: Reporter) -> TrainingResult:
     config = _with_absolute_url(config)
     stop = StopRequest()
     dataset = open_dataset(config.data.url)
+
+    from md2.distributed import ranks
+    from md2.training.trainer import Trainer
+
     with ranks(config.train.device) as place:
         trainer = Trainer(config, dataset, run, place, reporter, should_stop=stop)
         # Only now that everything works: a run that did not get this far can be started again.
@@ -145,6 +150,11 @@ def resume_run(run: Path, overrides: Sequence[str], reporter: Reporter) -> Train
     stop = StopRequest()
     dataset = open_dataset(config.data.url)
     _check_dataset(run, dataset)
+
+    from md2.checkpoint import has_checkpoint, load_latest
+    from md2.distributed import ranks
+    from md2.training.trainer import Trainer
+
     with ranks(config.train.device) as place, _claimed(run, place):
         checkpoint, warning = load_latest(run) if has_checkpoint(run) else (None, "no checkpoint yet: from the start")
         if warning and place.main:
@@ -196,6 +206,8 @@ def _claimed(run: Path, place: Ranks) -> Iterator[None]:
 
 
 def _finish(trainer: Trainer, run: Path, place: Ranks, stop: StopRequest) -> TrainingResult:
+    from md2.training.summary import run_figure
+
     stop.cancel = trainer.cancel_waits
     with stop_on_signals(stop):
         stopped = trainer.fit()
@@ -210,6 +222,8 @@ def _write_start(config: Config, run: Path, place: Ranks, dataset: LocalDataset)
     Raises:
         InputError: the folder cannot be written.
     """
+    from md2.training.runlog import ENVIRONMENT, environment
+
     manifest = dataset.manifest
     facts = {"url": config.data.url, "split": manifest.split.name, "manifest_sha256": dataset.manifest_sha256}
     facts["images"] = manifest.encoding
@@ -226,6 +240,8 @@ def _unwritable(run: Path, error: OSError) -> InputError:
 
 
 def _check_dataset(run: Path, dataset: LocalDataset) -> None:
+    from md2.training.runlog import ENVIRONMENT
+
     path = run / ENVIRONMENT
     if not path.is_file():
         raise InputError(f"{run}: no run to resume there ({ENVIRONMENT} is missing)")

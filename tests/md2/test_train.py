@@ -134,7 +134,7 @@ def test_of_two_that_start_in_one_folder_the_second_is_refused(
         (run / "config.yaml").write_text("the other's")
         return made
 
-    monkeypatch.setattr("md2.train.Trainer", other)
+    monkeypatch.setattr("md2.training.trainer.Trainer", other)
     with pytest.raises(UsageError, match="already holds a run"):
         train(dataset, run)
     assert (run / "config.yaml").read_text() == "the other's"
