@@ -32,7 +32,7 @@ def predict(
     ] = None,
     intrinsics: Annotated[
         str | None,
-        typer.Option(metavar="FX,FY,CX,CY", help="Camera in pixels, for ply. (default: learned, or KITTI's)"),
+        typer.Option(metavar="FX,FY,CX,CY", help="Camera in pixels, for point clouds. (default: learned, or KITTI's)"),
     ] = None,
     camera: Annotated[
         Path | None,
@@ -40,7 +40,13 @@ def predict(
             metavar="FILE", help="camera.yaml of your own drives: undistort and crop frames as md2 prep does."
         ),
     ] = None,
-    max_depth: Annotated[float, typer.Option(metavar="METRES", help="Leave farther points out of ply.")] = 80.0,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Page for a browser: depth under the pointer, a point cloud to turn."),
+    ] = None,
+    max_depth: Annotated[
+        float, typer.Option(metavar="METRES", help="Leave farther points out of point clouds.")
+    ] = 80.0,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Take the first N frames of a video or camera only.")
     ] = None,
@@ -63,14 +69,18 @@ def predict(
 
     from md2.inference.predict import PredictOptions, run_predict
     from md2.inference.predictor import load
+    from md2.inference.viewer import Viewer
 
-    options = PredictOptions(out, kinds, post_process, cmap, scale, pinhole, view, max_depth, limit, batch_size)
+    page = Viewer(html, cmap, max_depth) if html is not None else None
+    options = PredictOptions(out, kinds, post_process, cmap, scale, pinhole, view, max_depth, limit, batch_size, page)
     predictor = load(model, device)
     with bars("images") as bar:
         done = run_predict(predictor, found, options, bar)
     for failure in done.failed:
         errors.print(f"skipped: {visible(failure)}", highlight=False, markup=False, soft_wrap=True)
-    say(f"{_count(done.images, 'image')}, {_count(len(done.written), 'file')} in {out}")
+    say(f"{_count(done.images, 'image')}, {_count(len(done.written) - (html is not None), 'file')} in {out}")
+    if html is not None:
+        say(f"open {html} in a browser")
     if predictor.unit == "unknown" and scale is None:
         say(
             "scale unknown: this model learned from one camera, so depth is right up to one factor; .npy and .ply hold "

@@ -17,6 +17,7 @@ from md2.inference.film import VideoWriter
 from md2.inference.images import read_image
 from md2.inference.inputs import ImageFile, Inputs, Intrinsics, OutputKind, Progress, unique_names
 from md2.inference.predictor import DepthMap, Predictor
+from md2.inference.viewer import Viewer
 from md2.visualize import (
     Map,
     Picture,
@@ -79,6 +80,7 @@ class PredictOptions:
         max_depth: a point cloud leaves farther points out; in depth's unit.
         limit: predict the first frames of a video or camera only, this number.
         batch_size: images in one pass; a camera's frames are predicted one by one.
+        viewer: page that shows some of the predictions.
     """
 
     out: Path
@@ -91,6 +93,7 @@ class PredictOptions:
     max_depth: float = 80.0
     limit: int | None = None
     batch_size: int = 8
+    viewer: Viewer | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ def run_predict(
             "METRES_PER_UNIT, or save npy"
         )
     require_writable(options.out, folder=True)
+    if options.viewer is not None:
+        require_writable(options.viewer.path)
     videos = list(zip(inputs.videos, unique_names([path.stem for path in inputs.videos]), strict=True))
     refuse_overwriting(inputs.videos, (out for _, name in videos for out in _mp4s(name, options).values()))
     done: list[Predicted] = []
@@ -138,9 +143,13 @@ def run_predict(
         with closing(open_camera(index)) as source:
             name = f"camera{index}"
             done.append(predict_video(predictor, source, name, options, endless=True, progress=tracker(name)))
+    written = [path for part in done for path in part.written]
+    if options.viewer is not None:
+        options.viewer.write()
+        written.append(options.viewer.path)
     return Predicted(
         sum(part.images for part in done),
-        [path for part in done for path in part.written],
+        written,
         [failure for part in done for failure in part.failed],
     )
 
@@ -167,6 +176,8 @@ def predict_images(
         writing: list[Future[list[Path]]] = []
         for batch in _read_batches(images, options, pool, failed):
             results = predictor.predict_batch([picture for _, picture in batch], flip=options.flip)
+            for (image, picture), result in zip(batch, results, strict=True):
+                _view(options, image.name, result, picture)
             # One batch is written while the next is predicted, and no more, so memory stays bounded.
             written += [path for future in writing for path in future.result()]
             writing = [
@@ -250,6 +261,7 @@ def predict_video(
                     for kind, writer in writers.items():
                         writer.write(_picture(kind, result, ends, options.cmap), frame.info.get("seconds"))
                     written += _write(f"{name}/{done:06d}", result, per_frame, options, frame.info.get("camera"))
+                    _view(options, f"{name}, frame {done}", result, frame)
                     done += 1
                 progress(done, min(source.frames or 0, options.limit or source.frames or 0))
         except KeyboardInterrupt:
@@ -327,12 +339,20 @@ def _picture(kind: OutputKind, result: DepthMap, ends: tuple[float, float], cmap
     return side_by_side(result.image, colours, color_scale(cmap, ends, metric=result.metric))
 
 
-def _cloud(result: DepthMap, options: PredictOptions, camera: Intrinsics | None) -> bytes:
+def _view(options: PredictOptions, name: str, result: DepthMap, picture: Image.Image) -> None:
+    if options.viewer is not None:
+        options.viewer.add(name, result, _camera(result, options, picture.info.get("camera")))
+
+
+def _camera(result: DepthMap, options: PredictOptions, camera: Intrinsics | None) -> Intrinsics:
+    """The options' camera, else the picture's own, the learned one, or KITTI's as the published code approximates it."""
     height, width = result.depth.shape
-    # KITTI's camera as the published code approximates it: 0.58 and 1.92 of the size, centred.
     fallback = (0.58 * width, 1.92 * height, 0.5 * width, 0.5 * height)
-    camera = options.intrinsics or camera or result.intrinsics or fallback
-    points, kept = point_cloud(result.depth, camera, options.max_depth)
+    return options.intrinsics or camera or result.intrinsics or fallback
+
+
+def _cloud(result: DepthMap, options: PredictOptions, camera: Intrinsics | None) -> bytes:
+    points, kept = point_cloud(result.depth, _camera(result, options, camera), options.max_depth)
     unit = "metres" if result.metric else "unknown (right up to one factor)"
     return ply_bytes(points, result.image[kept], f"unit {unit}; x right, y down, z forward")
 

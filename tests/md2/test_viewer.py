@@ -1,0 +1,190 @@
+"""The page of `md2 predict --html`, in a real browser: what it reads under the pointer, and how the cloud turns."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from md2.inference.predictor import DepthMap
+from md2.inference.viewer import MOST_SAMPLES, Viewer
+
+WIDTH, HEIGHT = 640, 200
+CAMERA = (400.0, 410.0, 310.0, 95.0)
+PATCH = (slice(60, 76), slice(400, 416))
+"""A green square before a grey wall."""
+CLOUD = (1232, 560)
+
+
+def scene(factor: float = 1.0, unit: str = "metres") -> DepthMap:
+    rows, columns = np.indices((HEIGHT, WIDTH))
+    depth = (12 + 0.01 * columns + 0.005 * rows).astype(np.float32) * factor
+    image = np.full((HEIGHT, WIDTH, 3), 120, np.uint8)
+    depth[PATCH], image[PATCH] = 6 * factor, (0, 255, 0)
+    return DepthMap(image, depth, unit)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "depth.html"
+    viewer = Viewer(path, "magma", 80.0)
+    viewer.add("street", scene(), CAMERA)
+    viewer.add("</script><script>console.error('name')</script>", scene(0.1, "unknown"), CAMERA)
+    viewer.write()
+    return path
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    names = (os.environ.get("MD2_CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "chrome")
+    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("no Chromium on PATH (or in MD2_CHROMIUM): the page is not opened in a browser")
+    return found
+
+
+def browse(chromium: str, file: Path, folder: Path, *options: str) -> tuple[str, list[str]]:
+    """What the browser prints, and what the page wrote to the console."""
+    command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += ["--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"]
+    command += [
+        "--window-size=1280,1100",
+        "--virtual-time-budget=20000",
+        "--run-all-compositor-stages-before-draw",
+        *options,
+        file.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+VISITOR = """
+const move = (id, x, y, more) => {
+  const box = $(id).getBoundingClientRect();
+  const place = { clientX: box.left + x * box.width, clientY: box.top + y * box.height };
+  $(id).dispatchEvent(new PointerEvent("pointermove", { ...place, ...more }));
+};
+const frame = () => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
+function green() {
+  const canvas = $("cloud");
+  const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  let [n, x, y] = [0, 0, 0];
+  for (let i = 0; i < data.length; i += 4)
+    if (data[i] < 100 && data[i + 1] > 150) {
+      n += 1; x += (i / 4) % canvas.width; y += Math.floor(i / 4 / canvas.width);
+    }
+  return [n, x / n, y / n];
+}
+const image = () => $("cloud").toDataURL();
+async function visit() {
+  await show(0);
+  const seen = { readings: [], green: [] };
+  for (const [id, x, y] of POINTS) { move(id, x, y); seen.readings.push($("reading").value); }
+  const turned = image();
+  $("cloud").dispatchEvent(new MouseEvent("dblclick"));
+  await frame();
+  const first = image();
+  seen.turned = turned !== first;
+  seen.green.push(green());
+  move("cloud", 0.5, 0.5, { movementX: 120, movementY: 0, buttons: 0 });
+  await frame();
+  seen.still = image() === first;
+  move("cloud", 0.5, 0.5, { movementX: 120, movementY: 60, buttons: 1 });
+  await frame();
+  seen.green.push(green());
+  $("cloud").dispatchEvent(new WheelEvent("wheel", { deltaY: 400 }));
+  await frame();
+  seen.green.push(green());
+  $("cloud").dispatchEvent(new MouseEvent("dblclick"));
+  await frame();
+  seen.back = image() === first;
+  $("samples").children[1].click();
+  await new Promise((resolve) => setTimeout(resolve, 500));
+  move("image", 0.5, 0.5);
+  seen.readings.push($("reading").value);
+  seen.name = $("name").textContent;
+  document.body.insertAdjacentHTML("beforeend", `<pre id="seen">${btoa(JSON.stringify(seen))}</pre>`);
+}
+visit();
+"""
+POINTS = [("image", 0.2, 0.3), ("disparity", 0.9, 0.95), ("image", 408 / WIDTH, 68 / HEIGHT)]
+
+
+def place(column: float, row: float, depth: float, yaw: float, pitch: float, away: float, pivot: float) -> list[float]:
+    """Where the cloud's canvas shows a pixel's point after turns about (0, 0, pivot), seen from `away` before it."""
+    fx, fy, cx, cy = CAMERA
+    point = np.array([(column - cx) / fx * depth, (row - cy) / fy * depth, depth - pivot])
+    about_y = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
+    about_x = np.array([[1, 0, 0], [0, np.cos(pitch), -np.sin(pitch)], [0, np.sin(pitch), np.cos(pitch)]])
+    x, y, z = about_x @ about_y @ point + [0, 0, away]
+    scale = min(CLOUD[0] / WIDTH, CLOUD[1] / HEIGHT)
+    left, top = (CLOUD[0] - WIDTH * scale) / 2, (CLOUD[1] - HEIGHT * scale) / 2
+    return [left + (fx * x / z + cx + 0.5) * scale, top + (fy * y / z + cy + 0.5) * scale]
+
+
+def test_depth_under_the_pointer_and_a_cloud_that_turns(chromium: str, page: Path, tmp_path: Path) -> None:
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    visitor = f"<script>{VISITOR.replace('POINTS', json.dumps(POINTS))}</script></body>"
+    (tmp_path / "visited.html").write_text(text.replace("</body>", visitor))
+    dom, complaints = browse(chromium, tmp_path / "visited.html", tmp_path, "--dump-dom")
+    assert complaints == []
+    found = re.search(r'<pre id="seen">([\w+/=]+)</pre>', dom)
+    assert found is not None, dom[-500:]
+    seen = json.loads(base64.b64decode(found[1]))
+
+    depth = scene().depth
+    for (_, x, y), reading in zip(POINTS, seen["readings"], strict=False):
+        column, row, metres = re.fullmatch(r"x (\d+), y (\d+): depth ([\d.]+) m", reading).groups()  # type: ignore[union-attr]
+        assert (int(column), int(row)) == pytest.approx((x * WIDTH, y * HEIGHT), abs=1)
+        assert float(metres) == pytest.approx(depth[int(row), int(column)], abs=0.06)
+    assert seen["readings"][2].endswith("depth 6.00 m")
+    assert re.search(r"depth 1\.\d\d \(the model's own unit\)", seen["readings"][3])
+    assert seen["name"].startswith("</script>"), "a name is text"
+
+    assert seen["turned"], "at first the cloud is seen from the side"
+    assert seen["still"], "no button is pressed"
+    assert seen["back"], "a double click undoes all turns"
+    pivot = float(np.median(depth))
+    yaw, pitch = -120 / 300, 60 / 300
+    views = [(0.0, 0.0, pivot), (yaw, pitch, pivot), (yaw, pitch, pivot / np.exp(-400 / 800))]
+    for (count, *centre), (a, b, away) in zip(seen["green"], views, strict=True):
+        assert count > 30
+        assert centre == pytest.approx(place(407.5, 67.5, 6.0, a, b, away, pivot), abs=2.5)
+
+
+def test_the_page_runs_its_own_script_only_and_fetches_nothing(chromium: str, page: Path, tmp_path: Path) -> None:
+    shot = tmp_path / "page.png"
+    _, complaints = browse(chromium, page, tmp_path, f"--screenshot={shot}")
+    assert complaints == []
+    with Image.open(shot) as screenshot:
+        pixels = np.asarray(screenshot.convert("RGB")).astype(int)
+    green = (pixels[..., 1] > 200) & (pixels[..., 0] < 90) & (pixels[..., 2] < 90)
+    assert green[:550].any(), "the image"
+    assert green[550:].any(), "the cloud"
+    foreign = page.read_text().replace("</body>", "<script>console.error('x')</script></body>")
+    (tmp_path / "foreign.html").write_text(foreign)
+    _, complaints = browse(chromium, tmp_path / "foreign.html", tmp_path, f"--screenshot={shot}")
+    assert any("Content Security Policy" in line for line in complaints)
+
+
+def test_samples_are_spread_over_all_predictions(tmp_path: Path) -> None:
+    viewer = Viewer(tmp_path / "p.html", "magma", 80.0)
+    small = DepthMap(np.zeros((4, 6, 3), np.uint8), np.ones((4, 6), np.float32), "metres")
+    for number in range(100):
+        viewer.add(str(number), small, CAMERA)
+    viewer.write()
+    text = (tmp_path / "p.html").read_text()
+    names = [int(name) for name in re.findall(r'"name": "(\d+)"', text)]
+    assert MOST_SAMPLES / 2 < len(names) <= MOST_SAMPLES
+    assert len(set(np.diff(names))) == 1
+    assert names[0] == 0
+    assert names[-1] > 80
+    assert f"Depth of {len(names)} of 100 images" in text
