@@ -1,4 +1,4 @@
-"""`md2 shards ls|show|verify|pull|push|copy|rm|clean`: datasets in folders and object storage."""
+"""`md2 shards ls|latest|show|verify|pull|push|copy|rm|clean|cache`: datasets in folders and object storage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from cli.console import errors, local_paths, say
-from shards.errors import DatasetError, StorageError, UsageError, visible
+from shards.errors import INCOMPLETE, DatasetError, StorageError, UsageError, visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +48,14 @@ def list_datasets(url: Url) -> None:
         nothing = False
     if nothing:
         raise DatasetError(f"{url}: no datasets there")
+
+
+@app.command()
+def latest(url: Url) -> None:
+    """Print the URL of the newest of the datasets NAME, NAME-v2, NAME-v3, …: data.url=$(md2 shards latest URL)."""
+    from shards.manage import newest_version
+
+    print(newest_version(url))
 
 
 @app.command()
@@ -92,7 +100,23 @@ def _sheet_path(url: str) -> Path:
 
 @app.command()
 def verify(url: Url) -> None:
-    """Check every byte: each shard's sha256, index and sample count against the manifest."""
+    """Check every byte of the dataset at URL, or of all below it: each shard's sha256, index and sample count."""
+    from shards.manage import datasets_at
+
+    problems = []
+    found = datasets_at(url)
+    for dataset in found:
+        problem = dataset.note if dataset.manifest is None else _verify(dataset.url)
+        if problem:
+            problems.append(f"{dataset.url}: {problem}")
+            if len(found) > 1:
+                say(f"broken  {problems[-1]}")
+    if problems:
+        raise DatasetError(problems[0] if len(found) == 1 else f"{url}: {len(problems)} of {len(found)} are broken")
+
+
+def _verify(url: str) -> str:
+    """Check one dataset; what is wrong with it, "" if nothing is."""
     from shards.manifest import MANIFEST
     from shards.transfer import verify as run
 
@@ -102,10 +126,11 @@ def verify(url: Url) -> None:
     for name, problem in result.broken.items():
         say(f"broken  {name}  {problem}")
     if MANIFEST in result.broken:
-        raise DatasetError(f"{url}: every shard is sound, but the manifest's component list is not theirs")
+        return "every shard is sound, but the manifest's component list is not theirs"
     if result.broken:
-        raise DatasetError(f"{url}: {len(result.broken)} of {_count(len(result.manifest.shards), 'shard')} are broken")
+        return f"{len(result.broken)} of {_count(len(result.manifest.shards), 'shard')} are broken"
     say(f"{result.url}  sound: {_summary(result.manifest)}  ({time.monotonic() - began:.1f} s)")
+    return ""
 
 
 @app.command()
@@ -136,7 +161,7 @@ def copy_(
     url: Annotated[str, typer.Argument(metavar="TO", help="URL or folder to publish it at.")],
     part: Parts = None,
 ) -> None:
-    """Copy a dataset from anywhere to anywhere."""
+    """Copy a dataset, or all datasets below FROM, from anywhere to anywhere."""
     _copy(source, url, part)
 
 
@@ -170,6 +195,30 @@ def clean(url: Writable, yes: Yes = False) -> None:
         say(f"{leavings.url}  removed")
 
 
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what no process uses, after a question.")] = False,
+    yes: Yes = False,
+) -> None:
+    """List the datasets in this machine's cache (MD2_CACHE); --clear empties it. Readers fetch again what they need."""
+    from shards.cache.folder import Cache, format_bytes, residents
+    from shards.cache.folder import clear as clear_cache
+    from shards.manage import find_datasets
+
+    place = Cache.from_environment()
+    found = residents(place)
+    for resident in found:
+        (dataset, *_) = [*find_datasets(str(resident.folder)), None]
+        what = _summary(dataset.manifest) if dataset is not None and dataset.manifest is not None else "no manifest"
+        day = time.strftime("%Y-%m-%d", time.localtime(resident.used))
+        state = f"last used {day}" if resident.idle else "in use"
+        say(f"{resident.folder}  {format_bytes(resident.present)} here of {what}; {state}")
+    say(f"{place.folder}  {_count(len(found), 'dataset')}, {format_bytes(sum(r.present for r in found))}")
+    if clear and found:
+        _ask("Remove those that no process uses?", yes)
+        say(f"{place.folder}  {format_bytes(clear_cache(place))} removed")
+
+
 def _ask(question: str, yes: bool) -> None:
     if yes:
         return
@@ -189,11 +238,22 @@ def _require_local(folder: str, advice: str) -> None:
 
 
 def _copy(source: str, url: str, parts: list[str] | None) -> None:
+    from shards.manage import datasets_at
+    from shards.storage import open_storage
     from shards.transfer import copy_dataset
 
-    with _bytes_bar("copying") as progress:
-        copied = copy_dataset(source, url, progress, parts)
-    say(_report(copied, url))
+    top, skipped = open_storage(source).url, False
+    for dataset in datasets_at(source):
+        if dataset.manifest is None:
+            say(f"{dataset.url}  skipped: {dataset.note}")
+            skipped = True
+            continue
+        target = url.rstrip("/") + dataset.url.removeprefix(top)
+        with _bytes_bar("copying") as progress:
+            copied = copy_dataset(dataset.url, target, progress, parts)
+        say(_report(copied, target))
+    if skipped:
+        raise typer.Exit(INCOMPLETE)
 
 
 def _report(copied: Copied, asked: str) -> str:

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from shards.errors import DatasetError, StorageError
+from shards.errors import DatasetError, StorageError, UsageError
 from shards.manifest import CARD, MANIFEST, REPORT, Manifest
 from shards.publish import FOLDER, Claim, read_claim, read_manifest, require_manifest
 from shards.storage import Storage, is_local, open_storage
 
 MAX_DEPTH = 6
+_VERSION = re.compile(r"-v\d+$")
 _OWN = re.compile(rf"[a-z0-9_]+/\d{{6}}\.(tar|idx)|{re.escape(CARD)}|{re.escape(REPORT)}|{re.escape(FOLDER)}/.+")
 """Names that md2 gives within a dataset, besides the manifest."""
 
@@ -88,6 +89,47 @@ def _look(url: str) -> Found:
             raise
         return Found(url, None, f"broken: {error}")
     return Found(url, found.manifest if found else None)
+
+
+def datasets_at(url: str) -> list[Found]:
+    """Return the dataset at `url`, or else all below it; unfinished and broken ones have a note.
+
+    Raises:
+        DatasetError: there is none, or `url` itself is a dataset with a broken manifest.
+        StorageError: the storage fails.
+    """
+    try:
+        found = list(find_datasets(url))
+    except UsageError:  # a web address, which cannot be listed
+        found = []
+    if not any(dataset.manifest for dataset in found):
+        require_manifest(open_storage(url))
+    return found
+
+
+def newest_version(url: str) -> str:
+    """Return the URL of the newest of the datasets NAME, NAME-v2, NAME-v3, … beside each other.
+
+    Args:
+        url: of NAME, with or without a version.
+
+    Raises:
+        DatasetError: there is none.
+        StorageError: the storage fails.
+        UsageError: a web address, which cannot be listed.
+    """
+    parent, _, name = open_storage(url).url.rpartition("/")
+    stem = _VERSION.sub("", name)
+    folders = open_storage(parent).children("")[1]
+    versions = {
+        int(match[1] or 1): folder
+        for folder in folders
+        if (match := re.fullmatch(rf"{re.escape(stem)}(?:-v(\d+))?", folder))
+    }
+    for _, folder in sorted(versions.items(), reverse=True):
+        if read_manifest(open_storage(f"{parent}/{folder}")) is not None:
+            return f"{parent}/{folder}"
+    raise DatasetError(f"{parent}/{stem}: no dataset there, nor any {stem}-v2 and so on")
 
 
 def find_unfinished(url: str) -> list[Leavings]:

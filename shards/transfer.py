@@ -13,7 +13,7 @@ from pathlib import Path
 from shards.cache.download import fetch
 from shards.card import card
 from shards.dataset import describe_components, read_index
-from shards.errors import DatasetError, StorageError
+from shards.errors import DatasetError, StorageError, UsageError
 from shards.files import disk_errors, scratch_folder, sha256_file
 from shards.locks import FileLock
 from shards.manifest import CARD, MANIFEST, REPORT, Manifest, Shard
@@ -96,7 +96,7 @@ def copy_dataset(
     Raises:
         DatasetError: no dataset or part at the source, its bytes differ from its manifest, or a link in it leads out.
         StorageError: either storage fails, or another dataset is being published at `url`.
-        UsageError: `url` cannot be written.
+        UsageError: `url` cannot be written, or lies inside another dataset.
     """
     source = open_storage(source_url)
     committed = require_manifest(source)
@@ -105,6 +105,10 @@ def copy_dataset(
     manifest = committed.manifest
     if is_local(source_url):
         _refuse_links(local_path(source_url), manifest)
+    if is_local(url):
+        inside = next((p for p in local_path(url).resolve().parents[:2] if (p / MANIFEST).is_file()), None)
+        if inside is not None:
+            raise UsageError(f"{url} lies inside the dataset at {inside}: name another place")
     store = Store(url)
     receipts = store.begin({"manifest_sha256": committed.sha256}, committed)
     if store.published is not None:

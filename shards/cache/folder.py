@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import StorageError, UsageError
-from shards.files import CACHE_FOLDER, cache_folder
+from shards.files import CACHE_FOLDER, cache_folder, disk_errors
 from shards.locks import FileLock
 from shards.manifest import Shard
 
@@ -233,7 +233,7 @@ class Resident:
 def residents(cache: Cache) -> list[Resident]:
     """The datasets in the cache, the least recently used first."""
     found = []
-    for folder in cache.folder.iterdir():
+    for folder in cache.folder.iterdir() if cache.folder.is_dir() else ():
         if re.fullmatch(r"[0-9a-f]{32}", folder.name):
             marker = folder / ".used"
             used = marker.stat().st_mtime if marker.exists() else 0.0
@@ -284,8 +284,17 @@ def make_room(cache: Cache, missing: int, *, urgent: bool) -> None:
         )
 
 
-def _to_evict(cache: Cache, everyone: list[Resident], urgent: bool) -> Iterator[int]:
-    """Evict one thing after the other, in the order that the module's docstring gives; yields the bytes of each."""
+def clear(cache: Cache) -> int:
+    """Remove the datasets that no process has open; returns the bytes that this freed.
+
+    Raises:
+        StorageError: a file cannot be removed.
+    """
+    with disk_errors(cache.folder), cache.lock("room").acquire(_LOCK_PATIENCE):
+        return sum(_evict_idle(cache, residents(cache)))
+
+
+def _evict_idle(cache: Cache, everyone: list[Resident]) -> Iterator[int]:
     for resident in everyone:
         lock = cache.lock(f"{resident.folder.name}.use")
         if resident.idle and lock.try_acquire():
@@ -293,6 +302,11 @@ def _to_evict(cache: Cache, everyone: list[Resident], urgent: bool) -> Iterator[
                 _log.info("evicting %s (%s) from the cache", resident.folder, format_bytes(resident.present))
                 shutil.rmtree(resident.folder)
             yield resident.present
+
+
+def _to_evict(cache: Cache, everyone: list[Resident], urgent: bool) -> Iterator[int]:
+    """Evict one thing after the other, in the order that the module's docstring gives; yields the bytes of each."""
+    yield from _evict_idle(cache, everyone)
     shards = []
     for resident in everyone:
         for stamp in resident.folder.glob(".verified/*"):

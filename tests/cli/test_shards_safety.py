@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from storage_data import all_samples, make_dataset
 from storage_fixtures import Packed, RunShards, files, one_server
 from storage_servers import Bucket, Fault, Proxy
 
+from shards.cache.folder import Cache
 from shards.card import card
 from shards.dataset import open_dataset
 from shards.errors import Md2Error, conceal, first_line, visible
@@ -250,6 +253,61 @@ def test_one_part_is_a_dataset_of_its_own(
     code, _, err = md2("pull", source, str(tmp_path / "t"), "--part", "test")
     assert code == 5
     assert "it has train, val" in err
+
+
+def test_all_datasets_below_a_place_are_copied_and_verified(
+    md2: RunShards, packed: Packed, repacked: Packed, tmp_path: Path
+) -> None:
+    source, target = str(tmp_path / "team"), str(tmp_path / "mine")
+    md2("push", packed.url, f"{source}/kitti/a")
+    md2("push", repacked.url, f"{source}/b")
+    unfinished(f"{source}/c", packed)
+    code, out, _ = md2("copy", source, target)
+    assert code == 4, "one could not be copied"
+    assert f"{source}/c  skipped: unfinished" in out
+    assert files(tmp_path / "mine/kitti/a") == files(packed.folder)
+    assert files(tmp_path / "mine/b") == files(repacked.folder)
+    assert not (tmp_path / "mine/c").exists()
+    assert md2("verify", target)[0] == 0
+    tar = tmp_path / "mine/b/train/000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    code, out, err = md2("verify", target)
+    assert code == 5
+    assert f"{target}/kitti/a  sound" in out, "it goes on"
+    assert f"broken  {target}/b: 1 of" in out
+    assert "1 of 2 are broken" in err
+    code, _, err = md2("copy", packed.url, f"{target}/b/train")
+    assert code == 2
+    assert f"inside the dataset at {target}/b" in err
+
+
+def test_latest_is_the_newest_committed_version(md2: RunShards, packed: Packed, tmp_path: Path) -> None:
+    for name in ("d", "d-v2", "d-v10", "d-v2-old", "e-v11"):
+        md2("push", packed.url, str(tmp_path / name))
+    unfinished(str(tmp_path / "d-v12"), packed)
+    for name in ("d", "d-v2", "d-v77"):
+        assert md2("latest", str(tmp_path / name))[:2] == (0, f"{tmp_path}/d-v10\n")
+    code, _, err = md2("latest", str(tmp_path / "f"))
+    assert code == 5
+    assert "no dataset there" in err
+
+
+def test_the_cache_is_listed_and_cleared_but_for_what_is_in_use(
+    md2: RunShards, packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MD2_CACHE", str(tmp_path / "cache"))
+    assert "0 datasets" in md2("cache", "--clear")[1]
+    place = Cache(tmp_path / "cache").dataset("ab" * 32)
+    shutil.copytree(packed.folder, place.folder, dirs_exist_ok=True)
+    assert re.search(r"abab\S+  \S+ \S+ here of synthetic: 6 train, 2 val; .*; in use", md2("cache")[1])
+    md2("cache", "--clear", "--yes")
+    assert place.folder.exists()
+    place.close()
+    assert "last used 20" in md2("cache")[1]
+    assert md2("cache", "--clear", answer="n\n")[0] == 1
+    assert place.folder.exists()
+    assert md2("cache", "--clear", answer="y\n")[0] == 0
+    assert not place.folder.exists()
 
 
 def unfinished(url: str, packed: Packed) -> None:
