@@ -345,7 +345,7 @@ def _view(options: PredictOptions, name: str, result: DepthMap, picture: Image.I
 
 
 def _camera(result: DepthMap, options: PredictOptions, camera: Intrinsics | None) -> Intrinsics:
-    """The options' camera, else the picture's own, the learned one, or KITTI's as the published code approximates it."""
+    """The options' camera, else the picture's own, the learned one, KITTI's as the published code approximates it."""
     height, width = result.depth.shape
     fallback = (0.58 * width, 1.92 * height, 0.5 * width, 0.5 * height)
     return options.intrinsics or camera or result.intrinsics or fallback

@@ -6,11 +6,6 @@ const colours = bytes(page.colours);
 const view = { yaw: -0.25, pitch: 0.1, near: 1 }; // from the camera itself the cloud would look like the image
 let shown = null;
 
-async function inflated(text) {
-  const stream = new Blob([bytes(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
-}
-
 function picture(url) {
   return new Promise((resolve, reject) => {
     const image = new Image();
@@ -23,8 +18,7 @@ function picture(url) {
 // What a sample needs to be drawn: depth in its unit, colours of its pixels, both at the depth map's size.
 async function prepare(sample) {
   if (sample.z) return sample;
-  const raw = await inflated(sample.depth);
-  const values = new DataView(raw.buffer);
+  const values = new DataView(bytes(sample.depth).buffer);
   const n = sample.width * sample.height;
   sample.z = new Float32Array(n);
   for (let i = 0; i < n; i++) sample.z[i] = sample.first * Math.exp(sample.step * values.getUint16(2 * i, true));

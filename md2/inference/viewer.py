@@ -9,7 +9,6 @@ import base64
 import hashlib
 import io
 import json
-import zlib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,7 @@ def _encode(depth: Map) -> dict[str, Any]:
     first, last = float(logs.min()), float(logs.max())
     step = max(last - first, 1e-9) / _LEVELS
     values = np.rint((logs - first) / step).astype("<u2")
-    return {"first": float(np.exp(first)), "step": step, "depth": _base64(zlib.compress(values.tobytes(), 9))}
+    return {"first": float(np.exp(first)), "step": step, "depth": _base64(values.tobytes())}
 
 
 def _base64(data: bytes) -> str:

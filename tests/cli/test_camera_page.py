@@ -118,7 +118,7 @@ def likeness(picture: Image.Image, exact: np.ndarray) -> float:
 
 def test_the_calibration_from_python_is_the_page_s_camera(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(block("import yaml"), {})  # noqa: S102
+    exec(block("import yaml"), {})
     found, written = (
         parse_camera(text, "c") for text in ((tmp_path / "camera.yaml").read_bytes(), block("width").encode())
     )
