@@ -1,4 +1,4 @@
-"""`md2 export`: the depth network for other runtimes, or the weights for the official code."""
+"""`md2 export`: the depth network for other runtimes, the weights for the official code, or a model to publish."""
 
 from __future__ import annotations
 
@@ -12,28 +12,46 @@ from shards.errors import UsageError
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Run, checkpoint or folder of Monodepth2 weights.")],
+    model: Annotated[str, typer.Argument(help="Run, checkpoint, exported model or folder of Monodepth2 weights.")],
     to: Annotated[
-        Literal["onnx", "torch", "monodepth2"],
-        typer.Option(help="ONNX; torch.export (.pt2); a folder of official Monodepth2 weights."),
+        Literal["onnx", "torch", "monodepth2", "safetensors"],
+        typer.Option(
+            help="ONNX; torch.export (.pt2); a folder of official Monodepth2 weights; a folder to publish: weights, "
+            "configuration and model card."
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="File, or folder for monodepth2. (default: depth.onnx, depth.pt2, monodepth2)")
+        Path | None,
+        typer.Option(
+            help="File, or folder for monodepth2 and safetensors. (default: depth.onnx, depth.pt2, monodepth2, model)"
+        ),
     ] = None,
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch", help="Accept any batch size instead of 1 image.")
     ] = False,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(help="Result of md2 eval --json, for the model card of safetensors; repeat for several."),
+    ] = None,
 ) -> None:
-    """Write the depth network, and check the file against PyTorch (to 1e-4)."""
+    """Write the depth network, checked against PyTorch (to 1e-4), or the weights of all networks."""
     from md2.inference.inputs import require_model
 
     require_model(model)
-    if to == "monodepth2" and dynamic_batch:
+    if to in ("monodepth2", "safetensors") and dynamic_batch:
         raise UsageError("--dynamic-batch has no meaning for weights: leave it out")
+    if evaluation and to != "safetensors":
+        raise UsageError(f"--evaluation is for the model card of --to safetensors; {to} has none: leave it out")
 
     from md2.inference.export import export_monodepth2, export_onnx, export_torch, metadata
     from md2.inference.predictor import load
 
+    if to == "safetensors":
+        from md2.report.model_card import export_safetensors
+
+        folder = export_safetensors(model, out or Path("model"), evaluation or [])
+        say(f"wrote {folder}: state the licence in its README.md, then for example: hf upload USER/NAME {folder}")
+        return
     if to == "monodepth2":
         say(f"wrote {export_monodepth2(model, out or Path('monodepth2')).path}")
         return

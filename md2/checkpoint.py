@@ -7,11 +7,16 @@ run code.
     RUN/checkpoints/last.pt       newest
     RUN/checkpoints/previous.pt   the one before
     RUN/checkpoints/best.pt       lowest validation abs_rel
+
+A published model is a folder or URL with `model.safetensors`, the weights, and `config.json`, which has the rest and
+the sha256 of the weights (`md2 export --to safetensors`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import zipfile
 from dataclasses import dataclass, field, fields
@@ -21,12 +26,18 @@ from typing import Any
 import torch
 
 from md2.config import Config, config_from_dict, recipes
+from shards.cache.download import fetch
 from shards.errors import InputError, first_line
-from shards.files import fsync_folder
+from shards.files import cache_folder, disk_errors, fsync_folder, sha256_file, write_atomic
+from shards.locks import FileLock
+from shards.storage import is_local, open_storage
+from shards.storage.retry import patience_from_environment
 
 FORMAT = 1
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 _RESUMABLE = (LAST, PREVIOUS, BEST)
+WEIGHTS, ABOUT = "model.safetensors", "config.json"
+_LONGEST_ABOUT = 1 << 20
 StateDict = dict[str, torch.Tensor]
 
 
@@ -101,6 +112,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise InputError(f"{path}: no such checkpoint")
     if foreign := what_else(path):
         raise InputError(f"{path}: {foreign}, not a checkpoint")
+    if path.suffix == ".safetensors":
+        return _load_published(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -116,6 +129,91 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not _is_sound(data):
         raise InputError(f"{path}: not a checkpoint's fields; another version of md2 or another program wrote it")
     return Checkpoint(**data)
+
+
+def write_published(checkpoint: Checkpoint, folder: Path, about: dict[str, Any]) -> None:
+    """Write the weights as `model.safetensors`, and `config.json`: all else, with `about` in front.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{name}.{key}": value.detach().cpu().clone().contiguous()
+        for name, state in checkpoint.networks.items()
+        for key, value in state.items()
+    }
+    path = folder / WEIGHTS
+    save_file(tensors, path, metadata={"format": "pt"})
+    facts = {name: value for name, value in vars(checkpoint).items() if name not in ("networks", "training")}
+    weights = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    write_atomic(
+        folder / ABOUT, (json.dumps({"format": FORMAT, **about, "weights": weights, **facts}, indent=1) + "\n").encode()
+    )
+
+
+def _load_published(path: Path) -> Checkpoint:
+    """Read published weights with the `config.json` beside them."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    beside = path.with_name(ABOUT)
+    try:
+        data = beside.read_bytes() if beside.stat().st_size <= _LONGEST_ABOUT else b""
+    except OSError as error:
+        raise InputError(f"{beside}: cannot be read ({error.strerror}); it belongs to {path.name}") from error
+    about = _parse_about(data, str(beside))
+    if (path.stat().st_size, sha256_file(path)) != (about["weights"]["bytes"], about["weights"]["sha256"]):
+        raise InputError(f"{path}: not the weights that {ABOUT} beside it describes; fetch both again")
+    networks: dict[str, StateDict] = {}
+    try:
+        for name, value in load_file(path).items():
+            networks.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = value
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file ({first_line(error)})") from error
+    facts = {name: about[name] for name in ("config", "metres_per_unit", "step", "epoch", "metrics")}
+    return Checkpoint(networks=networks, **facts)
+
+
+def _parse_about(data: bytes, where: str) -> dict[str, Any]:
+    """Parse a published model's `config.json`.
+
+    Raises:
+        InputError: it is another program's, or damaged.
+    """
+    try:
+        about = json.loads(data)
+        weights = about["weights"]
+        fields_ = {name: about[name] for name in ("config", "metres_per_unit", "step", "epoch", "metrics")}
+        whole = _is_sound({**fields_, "networks": {}, "training": {}}) and about["format"] == FORMAT
+        if not whole or len(bytes.fromhex(weights["sha256"])) != 32 or not 0 < weights["bytes"] < 1 << 40:
+            raise ValueError("fields of another kind")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{where}: not the {ABOUT} of a model that md2 has exported ({first_line(error)})") from error
+    found: dict[str, Any] = about
+    return found
+
+
+def download(url: str) -> Path:
+    """Bring a published model into the cache; return its weights, whose sha256 has been checked.
+
+    Raises:
+        InputError: no model there.
+        DatasetError: the weights are missing or others, or the storage fails.
+    """
+    storage = open_storage(url)
+    data = storage.read(ABOUT, _LONGEST_ABOUT)
+    if data is None:
+        raise InputError(f"{storage.url}: no model there (no {ABOUT}); md2 export RUN --to safetensors writes one")
+    weights = _parse_about(data, f"{storage.url}/{ABOUT}")["weights"]
+    folder = cache_folder() / "models" / hashlib.sha256(data).hexdigest()
+    path = folder / WEIGHTS
+    with disk_errors(folder), FileLock(folder / "lock").acquire(patience_from_environment()):
+        if not path.is_file():
+            fetch(storage, WEIGHTS, path, size=weights["bytes"], sha256=weights["sha256"])
+        write_atomic(folder / ABOUT, data)
+    return path
 
 
 def what_else(path: Path) -> str | None:
@@ -194,11 +292,14 @@ def resolve(path: str | Path) -> Path:
     """Return the path of a run's best checkpoint, else its last; a checkpoint file is returned as it is.
 
     Args:
-        path: a run folder, its folder `checkpoints`, or a file.
+        path: a run folder, its folder `checkpoints`, a file, or a folder or URL of a published model.
 
     Raises:
         InputError: no checkpoint there.
+        DatasetError: the storage behind a URL fails.
     """
+    if not is_local(str(path)):
+        return download(str(path))
     path = Path(path)
     if path.is_file():
         return path
@@ -206,6 +307,8 @@ def resolve(path: str | Path) -> Path:
         for name in (BEST, LAST, PREVIOUS):
             if (folder / name).is_file():
                 return folder / name
+    if (path / WEIGHTS).is_file():
+        return path / WEIGHTS
     if not path.exists():
         known = f" (a recipe: train it first, md2 train {path})" if str(path) in recipes() else ""
         raise InputError(f"{path}: no such file or folder{known}; {EXPECTED}")
@@ -214,4 +317,7 @@ def resolve(path: str | Path) -> Path:
     raise InputError(f"{path}: neither a checkpoint nor a folder with one{hint}")
 
 
-EXPECTED = "give a run folder, a checkpoint, or a folder of Monodepth2 weights (encoder.pth, depth.pth)"
+EXPECTED = (
+    "give a run folder, a checkpoint, a model that md2 has exported, or a folder of Monodepth2 weights (encoder.pth, "
+    "depth.pth)"
+)

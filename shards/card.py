@@ -24,6 +24,7 @@ _CREATIVE_COMMONS = re.compile(r"\bCC (BY(?:-(?:NC|SA|ND))*|0) (\d\.\d)")
 _SIZES = [("n<1K", 1000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000)]
 """The Hub's names for numbers of samples."""
 _FRONT_MATTER = re.compile(r"---\n.*?\n---\n+", re.DOTALL)
+_LICENCE = "## Licence\n\n"
 _NO_LICENCE = """\
 The images' own licence applies. md2 does not know it: add it here, by hand, before you share the dataset.
 """
@@ -53,7 +54,7 @@ def card(manifest: Manifest, url: str = "URL", licence: str | None = None) -> st
         _depth(manifest),
         _components(manifest),
         _reading(url, example, manifest),
-        f"## Licence\n\n{licence or _NO_LICENCE}",
+        f"{_LICENCE}{licence or _NO_LICENCE}",
     ]
     return "\n".join(section for section in sections if section)
 
@@ -63,14 +64,25 @@ def without_front_matter(text: str) -> str:
     return text[found.end() :] if (found := _FRONT_MATTER.match(text)) else text
 
 
+def licence_of(text: str) -> str | None:
+    """Return the text on the licence in a card; None if nobody has written one."""
+    found = text.partition(_LICENCE)[2]
+    return found if found.strip() not in ("", _NO_LICENCE.strip()) else None
+
+
+def licence_name(licence: str | None) -> str:
+    """Return the Hub's name of a licence, from a text about it: `cc-by-nc-sa-3.0`, or `other`; `unknown` of None."""
+    known = _CREATIVE_COMMONS.search(licence or "")
+    return f"cc-{known[1]}-{known[2]}".lower() if known else "other" if licence else "unknown"
+
+
 def _front_matter(manifest: Manifest, licence: str | None) -> dict[str, Any]:
     """What the Hub and `datasets` read: https://huggingface.co/docs/hub/datasets-cards."""
-    known = _CREATIVE_COMMONS.search(licence or "")
     samples = sum(shard.samples for shard in manifest.shards)
     size = sum(shard.bytes for shard in manifest.shards)
     return {
         "pretty_name": manifest.split.name,
-        "license": f"cc-{known[1]}-{known[2]}".lower() if known else "other" if licence else "unknown",
+        "license": licence_name(licence),
         "task_categories": ["depth-estimation"],
         "tags": ["webdataset", "monocular-depth", "self-supervised", *(["stereo"] if manifest.stereo else [])],
         "size_categories": [next((name for name, end in _SIZES if samples < end), "n>1M")],

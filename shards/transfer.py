@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.cache.download import fetch
-from shards.card import card
+from shards.card import card, licence_of
 from shards.dataset import describe_components, read_index
 from shards.errors import DatasetError, StorageError, UsageError
 from shards.files import disk_errors, scratch_folder, sha256_file
@@ -31,7 +31,6 @@ PARALLEL = 4
 _MAX_TEXT_BYTES = 16 << 20
 _GIVE_UP = 3
 """Failures of a remote storage in a row after which `verify` stops: the storage is down, not one object."""
-_LICENCE = "## Licence\n\n"
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def copy_dataset(
         if data is not None:
             text = _decoded(data, f"{source.url}/{name}")
             if name == CARD and parts is not None:
-                text = card(manifest, licence=text.partition(_LICENCE)[2] or None)
+                text = card(manifest, licence=licence_of(text))
             store.put_text(name, text)
     store.commit(manifest)
     return Copied(store.url, manifest, sent, already=False)

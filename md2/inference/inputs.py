@@ -14,6 +14,7 @@ from typing import Literal, get_args
 from md2.config import recipes
 from shards.errors import InputError, UsageError
 from shards.manifest import MANIFEST
+from shards.storage import is_local
 from shards.video import VIDEO_SUFFIXES
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
@@ -51,6 +52,8 @@ def require_model(model: str) -> None:
     Raises:
         InputError: no such path, a recipe's name, an image, or a dataset.
     """
+    if not is_local(model):
+        return  # `md2.checkpoint.resolve` fetches it
     path = Path(model)
     if not path.exists():
         if model in recipes():

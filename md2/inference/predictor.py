@@ -165,8 +165,11 @@ class Predictor:
 def load(path: str | Path, device: DeviceChoice = "auto") -> Predictor:
     """Load a run folder (its best checkpoint), a checkpoint file, or a folder of official Monodepth2 weights.
 
+    Also a folder of `md2 export --to safetensors`, or its URL: `hf://USER/NAME`, `s3://`, `https://`.
+
     Raises:
         InputError: no model there, a damaged file, or weights that do not fit (by name).
+        DatasetError: the storage behind a URL fails.
         UsageError: `gpu` is chosen, but no GPU works.
     """
     place = pick_device(device)
