@@ -20,6 +20,8 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("shards", "prep", "cli", "md2")
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_SHORT_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""GNU's OpenMP, which PyTorch's wheels bring, spins some 10 microseconds, then sleeps; Intel's sleeps at once."""
 _COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 Libraries = Literal["NumPy", "PyTorch", "PyTorch with DALI"]
 DALI: Libraries = "PyTorch with DALI"
@@ -84,11 +86,12 @@ def own_path() -> None:
 def set_threads() -> None:
     """Set how OpenMP's and BLAS's threads wait and how many there are, unless the user has.
 
-    They read it when torch and NumPy load them. Threads otherwise spin while they wait for one another: on a machine
-    with other work each spins away the core that the awaited one needs (figures: bench/RESULTS.md, Waiting).
+    They read it when torch and NumPy load them. Threads otherwise spin for milliseconds while they wait for one
+    another: on a machine with other work each spins away the core that the awaited one needs. If they never spin, a
+    quiet machine loses 7 % to falling asleep and waking up (figures: bench/RESULTS.md, Waiting).
     """
     if not any(name in os.environ for name in _WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ |= _SHORT_WAIT
     fitting = threads_that_fit()
     if fitting < len(os.sched_getaffinity(0)):
         for name in _COUNTS:
