@@ -18,9 +18,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" python scripts/demo.py "$(DEMO)"
 
-# Two processes, because much of the suite waits for servers and processes that it starts.
+# Three processes for two cores, because much of the suite waits for servers and processes that it starts; conftest.py
+# sorts the files.
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 # Trains md2 and the plain reference side by side, three times each, a few minutes; fails where md2 learns worse.
 parity: install

@@ -58,7 +58,24 @@ __all__ = [
 ]
 
 
+LONGEST = (
+    "test_distributed.py",
+    "test_train.py",
+    "test_resume.py",
+    "test_cache.py",
+    "test_kernels.py",
+    "test_prep_resume.py",
+    "test_train_options.py",
+    "test_storage_faults.py",
+    "test_packaging.py",
+    "test_bench.py",
+    "test_bench_loader.py",
+)
+"""Files that take half a minute or more begin first: at the end the processes have about as much to do."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -21,11 +21,12 @@ from md2.inference.export import DepthNetwork, export_monodepth2, export_onnx, e
 from md2.inference.predictor import Predictor, load
 from shards.errors import InputError, UsageError
 
+pytestmark = pytest.mark.usefixtures("narrow")
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(narrow: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stereo; its outputs are sharpened, since fresh networks say 0.5 everywhere and anything would agree."""
     path = tiny_checkpoint(tmp_path_factory.mktemp("c") / "stereo.pt", tiny_config(stereo=True))
     found = load_checkpoint(path)

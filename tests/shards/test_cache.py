@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -428,6 +429,7 @@ if __name__ == "__main__":
 """
 
 
+@cache
 def epochs_of(url: str) -> list[str]:
     scope: dict[str, Any] = {"__name__": "epochs"}
     exec(EPOCHS, scope)
