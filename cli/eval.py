@@ -82,6 +82,9 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also measure a constant depth and the untrained network.")
     ] = False,
+    points: Annotated[
+        bool, typer.Option("--points", help="Also measure F-scores of the point clouds (a second an image on a CPU).")
+    ] = False,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images in one pass.")] = 16,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N images only.")] = None,
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
@@ -136,6 +139,7 @@ def evaluate(
             csv_file=csv_file,
             sheet=sheet,
             baselines=baselines,
+            points=points,
             batch_size=batch_size,
             limit=limit,
         )
@@ -190,6 +194,8 @@ def _print(report: EvalReport) -> None:
         cells = [f"{metrics[name]:.3f}" if math.isfinite(metrics[name]) else "nan" for name in names]
         table.add_row(Text(visible(label)), *cells, style="dim" if label in report.published else None)
     console.print(table)
+    if report.further:
+        say(f"further: {', '.join(f'{name} {value:.3f}' for name, value in report.further.items())}")
     evaluation = report.evaluation
     missing = len(evaluation.images) - len(evaluation.counted)
     if evaluation.scaling == "median":

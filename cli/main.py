@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.bench import SETTINGS, bench
+from cli.compare import compare
 from cli.console import debugging, local_paths, run, show_log, with_room
 from cli.doctor import doctor
 from cli.eval import evaluate
@@ -56,6 +57,7 @@ app.command()(local_paths(with_room("PyTorch")(predict)))
 app.command()(local_paths(with_room("PyTorch")(odometry)))
 app.command()(local_paths(with_room("PyTorch")(export)))
 app.command()(local_paths(with_room(DALI)(report)))
+app.command()(local_paths(with_room("PyTorch")(compare)))
 app.command(context_settings=SETTINGS)(bench)
 app.command()(zoo)
 app.command()(doctor)

@@ -52,6 +52,10 @@ def odometry(
             f"sequence {report.name}: ATE on {len(report.error.errors)} 5-frame snippets "
             f"{report.error.mean:.3f} ± {report.error.std:.3f} m"
         )
+        if report.drift is not None:
+            say(
+                f"drift over 100 to 800 m: t_rel {report.drift[0]:.2f} %, r_rel {report.drift[1]:.2f} degrees per 100 m"
+            )
     else:
         say(f"sequence {report.name}: {report.frames} frames; no ground truth, so no error")
     if report.unit == "unknown":

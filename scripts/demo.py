@@ -68,7 +68,7 @@ def table(raw: Path, trained: Predictor) -> bool:
     """Print the comparison; return whether the trained network's abs_rel is below 0.7 of the best untrained one."""
     torch.manual_seed(0)
     config = trained.config
-    blank = Predictor(Networks(config.model, config.data, config.loss).eval(), config, trained.metres_per_unit)
+    blank = Predictor(Networks.of(config).eval(), config, trained.metres_per_unit)
     rows = {
         "constant depth (median-scaled)": score(raw, lambda image: np.ones(image.size[::-1], np.float32), "median"),
         "untrained network (median-scaled)": score(raw, lambda image: blank.predict(image).depth, "median"),

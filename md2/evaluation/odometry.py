@@ -172,6 +172,34 @@ def write_poses(path: Path, poses: Matrices) -> None:
     write_file(path, buffer.getvalue())
 
 
+def write_tum(path: Path, poses: Matrices) -> None:
+    """Write poses (n, 4, 4) in TUM's format: lines `time tx ty tz qx qy qz qw`; the time is the frame's number.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    lines = []
+    for frame, pose in enumerate(poses):
+        numbers = [*pose[:3, 3], *_quaternion(pose[:3, :3])]
+        lines.append(" ".join([str(frame), *(f"{number:.9g}" for number in numbers)]))
+    write_file(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _quaternion(turn: NDArray[np.float64]) -> list[float]:
+    """x, y, z, w of a rotation (3, 3): the eigenvector of Bar-Itzhack's matrix (J. Guidance, 2000), w at least 0."""
+    a, b, c = turn
+    symmetric = np.array(
+        [
+            [a[0] - b[1] - c[2], b[0] + a[1], c[0] + a[2], c[1] - b[2]],
+            [b[0] + a[1], b[1] - a[0] - c[2], c[1] + b[2], a[2] - c[0]],
+            [c[0] + a[2], c[1] + b[2], c[2] - a[0] - b[1], b[0] - a[1]],
+            [c[1] - b[2], a[2] - c[0], b[0] - a[1], a[0] + b[1] + c[2]],
+        ]
+    )
+    vector = np.linalg.eigh(symmetric)[1][:, -1]
+    return list(vector if vector[3] >= 0 else -vector)
+
+
 def trajectory_scale(true: Matrices, predicted: Matrices) -> float:
     """Return the least-squares factor from predicted to true places, both (n, 4, 4) with the first the identity."""
     return _scale(true[:, :3, 3], predicted[:, :3, 3], still=1.0)

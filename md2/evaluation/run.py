@@ -29,6 +29,7 @@ from md2.evaluation.evaluate import (
     evaluation_batches,
     network_disparity,
 )
+from md2.evaluation.further import FurtherMetrics
 from md2.evaluation.metrics import EIGEN, METRICS, Crop, Protocol
 from md2.evaluation.overlap import Overlap, training_overlap
 from md2.evaluation.predictions import (
@@ -78,6 +79,7 @@ class EvalOptions:
     csv_file: Path | None = None
     sheet: Path | None = None
     baselines: bool = False
+    points: bool = False
     batch_size: int = 16
     limit: int | None = None
 
@@ -89,6 +91,7 @@ class EvalReport:
     Attributes:
         overlap: how many of the images the model was trained on; None: unknown.
         title: which data, protocol and scaling.
+        further: metrics of KITTI's depth benchmark, and with `points` F-scores, by name.
         rows: name -> metrics, the evaluated one first; then baselines and published rows, if any.
         published: names of those rows that are the paper's.
         warnings: why the numbers may mislead.
@@ -98,6 +101,7 @@ class EvalReport:
     evaluation: Evaluation
     overlap: Overlap | None
     title: str
+    further: dict[str, float]
     rows: dict[str, dict[str, float]]
     published: frozenset[str]
     warnings: list[str]
@@ -128,7 +132,8 @@ def measure(
         predict = open_predictions(options.predictions, options.order or data.keys)
 
     disparities, worst_and_best, direction = Disparities(), WorstAndBest(data.protocol), Direction()
-    collectors: list[Collector] = [disparities] if options.save_predictions else []
+    further = FurtherMetrics(data.protocol, options.points)
+    collectors: list[Collector] = [further, disparities] if options.save_predictions else [further]
     collectors += [worst_and_best] if options.sheet else []
     collectors += [direction] if predictor is None else []
     pngs = BenchmarkPngs(options.save_png, data.protocol.max_depth) if options.save_png is not None else None
@@ -174,12 +179,22 @@ def measure(
         "model": options.model,
         "predictions": str(options.predictions) if options.predictions else None,
         **data.about,
+        "further": {name: _finite(value) for name, value in further.means.items()},
         "post_processed": options.post_process,
         "training_overlap": asdict(overlap) if overlap is not None else None,
         "warnings": warnings,
     }
     return EvalReport(
-        evaluation, overlap, title, rows | published, frozenset(published), warnings, about, disparities, worst_and_best
+        evaluation,
+        overlap,
+        title,
+        further.means,
+        rows | published,
+        frozenset(published),
+        warnings,
+        about,
+        disparities,
+        worst_and_best,
     )
 
 
@@ -253,6 +268,8 @@ def _truth_alone(options: EvalOptions, predictor: Predictor | None) -> _Data:
 def _check(options: EvalOptions, predictor: Predictor | None) -> None:
     if (predictor is None) == (options.predictions is None):
         raise UsageError("give a model to evaluate, or --predictions FILE; one of the two")
+    if options.points and is_ground_truth(options.dataset):
+        raise UsageError(f"--points needs intrinsics, and {options.dataset} has none: use a packed dataset")
     if options.predictions is not None and options.post_process:
         raise UsageError("--post-process runs the networks, and saved predictions come without: leave it out")
     for path in (options.json_file, options.csv_file, options.sheet, options.save_predictions):

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from md2.evaluation.evaluate import single_part_loader
+from md2.evaluation.further import drift
 from md2.evaluation.odometry import (
     SNIPPET,
     Matrices,
@@ -24,6 +25,7 @@ from md2.evaluation.odometry import (
     trajectory_png,
     trajectory_scale,
     write_poses,
+    write_tum,
 )
 from md2.inference.images import decode_image, read_image
 from md2.inference.inputs import Progress, find_inputs
@@ -76,6 +78,8 @@ class OdometryReport:
         unit: "metres" or "unknown", the unit of the written trajectory.
         error: the error on 5-frame snippets; None without ground truth.
         scale: factor that fits the whole predicted trajectory to the true one; None without ground truth.
+        drift: t_rel in per cent and r_rel in degrees per 100 m, of a model without a unit after that fit; None without
+            ground truth, or if the way is shorter than 100 m.
         written: the files.
     """
 
@@ -84,6 +88,7 @@ class OdometryReport:
     unit: str
     error: SnippetError | None
     scale: float | None
+    drift: tuple[float, float] | None
     written: list[Path]
 
 
@@ -232,7 +237,7 @@ def dataset_motions(
 def report_motions(
     motions: Matrices, name: str, metres_per_unit: float | None, poses: Matrices | None, out: Path, model: str
 ) -> OdometryReport:
-    """Compare motions with ground truth, if any, and write NAME_poses.txt, NAME.png and NAME.json.
+    """Compare motions with ground truth, if any, and write NAME_poses.txt, NAME.tum, NAME.png and NAME.json.
 
     Args:
         motions: (n, 4, 4) in the model's unit.
@@ -250,6 +255,7 @@ def report_motions(
     metres = metres_per_unit is not None
     predicted = trajectory(motions, metres_per_unit or 1.0)
     shown, truth, error, scale, note = predicted, None, None, None, ""
+    drifted = None
     title = f"sequence {name}: {len(motions) + 1} frames, seen from above"
     if poses is not None:
         true = motions_of(poses)
@@ -261,8 +267,9 @@ def report_motions(
         )
         if not metres:
             shown, note = trajectory(motions, scale), f" (scaled by {scale:.3g} to fit)"
+        drifted = drift(truth, shown)
 
-    files = [out / f"{name.replace('/', '_')}{suffix}" for suffix in ("_poses.txt", ".png", ".json")]
+    files = [out / f"{name.replace('/', '_')}{suffix}" for suffix in ("_poses.txt", ".tum", ".png", ".json")]
     unit = "metres" if metres else "unknown"
     summary = {
         "sequence": name,
@@ -272,8 +279,11 @@ def report_motions(
         "ate_mean": error.mean if error else None,
         "ate_std": error.std if error else None,
         "trajectory_scale": scale,
+        "t_rel_percent": drifted[0] if drifted else None,
+        "r_rel_degrees_per_100m": drifted[1] if drifted else None,
     }
     write_poses(files[0], predicted)
-    write_file(files[1], trajectory_png(shown, truth, title, note, metres=metres or truth is not None))
-    write_file(files[2], (json.dumps(summary, indent=1) + "\n").encode())
-    return OdometryReport(name, len(motions) + 1, unit, error, scale, files)
+    write_tum(files[1], predicted)
+    write_file(files[2], trajectory_png(shown, truth, title, note, metres=metres or truth is not None))
+    write_file(files[3], (json.dumps(summary, indent=1) + "\n").encode())
+    return OdometryReport(name, len(motions) + 1, unit, error, scale, drifted, files)
