@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import chain, count, islice, repeat
 from math import ceil
 from typing import Any, TypedDict
 
@@ -238,10 +238,14 @@ class Loader:
             self._reader.start(self._requests())
 
     def _requests(self) -> Iterator[Request]:
-        """What to read from here on: `batches_ahead` at a time. In training without end, over the ends of epochs."""
+        """What to read from here on: `batches_ahead` at a time. In training without end, over the ends of epochs.
+
+        DALI starts as many reads as it prepares ahead before it gives the first, so these are of one batch.
+        """
         self._shards.fetch_ahead(self._upcoming(), reach=self.samples)
         batches = self._batches() if self.train else self._pass()
-        while chunk := list(islice(batches, self._ahead)):
+        sizes = chain(repeat(1, self.config.prefetch), repeat(self._ahead))
+        while chunk := list(islice(batches, next(sizes))):
             samples, draws, until, places = zip(*chunk, strict=True)
             merged: dict[int, int] = {}
             for needed in until:

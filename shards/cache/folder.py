@@ -38,6 +38,7 @@ VERIFY_EVERY = 24 * 3600.0
 _SPARE = 64 << 20
 """Bytes of the disk that are left free."""
 _LOCK_PATIENCE = 600.0
+_ENDINGS = (".tar", ".idx", ".tar.part", ".idx.part")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 _log = logging.getLogger(__name__)
@@ -237,11 +238,30 @@ def residents(cache: Cache) -> list[Resident]:
         if re.fullmatch(r"[0-9a-f]{32}", folder.name):
             marker = folder / ".used"
             used = marker.stat().st_mtime if marker.exists() else 0.0
-            sizes = {path.relative_to(folder).as_posix(): _size(path) for path in folder.glob("*/*.*")}
+            sizes = _file_sizes(folder)
             idle = _is_free(cache.lock(f"{folder.name}.use"))
             coming = sum(_coming(cache, folder, claim, sizes) for claim in folder.glob(".claims/*"))
             found.append(Resident(folder, used, idle, sum(sizes.values()), coming))
     return sorted(found, key=lambda resident: resident.used)
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of a dataset's parts. Of 10,000 shards they are looked up for every shard that is fetched."""
+    found = {}
+    for part in _entries(folder):
+        if part.is_dir() and not part.name.startswith("."):
+            for file in _entries(part):
+                with suppress(FileNotFoundError):
+                    found[f"{part.name}/{file.name}"] = file.stat().st_size
+    return found
+
+
+def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What is in a folder; nothing if it is gone."""
+    try:
+        return list(os.scandir(folder))
+    except FileNotFoundError:
+        return []
 
 
 def _coming(cache: Cache, folder: Path, claim: Path, sizes: dict[str, int]) -> int:
@@ -249,8 +269,12 @@ def _coming(cache: Cache, folder: Path, claim: Path, sizes: dict[str, int]) -> i
     if _is_free(cache.lock(f"{folder.name}.{claim.name}")):
         return 0
     stem = "/".join(claim.name.rsplit("-", 1))
+    return max(0, _claimed_bytes(claim) - sum(sizes.get(stem + ending, 0) for ending in _ENDINGS))
+
+
+def _claimed_bytes(claim: Path) -> int:
     try:
-        return max(0, int(claim.read_text()) - sum(size for name, size in sizes.items() if name.startswith(f"{stem}.")))
+        return int(claim.read_text())
     except (FileNotFoundError, ValueError):  # just fetched; a full disk has cut the note short
         return 0
 
@@ -261,6 +285,9 @@ def make_room(cache: Cache, missing: int, *, urgent: bool) -> None:
     Raises:
         NoRoomError: too little can go.
     """
+    claimed = sum(map(_claimed_bytes, cache.folder.glob("*/.claims/*")))
+    if cache.limit is None and missing + claimed + _SPARE <= shutil.disk_usage(cache.folder).free:
+        return
     everyone = residents(cache)
     held, coming = sum(r.present for r in everyone), sum(r.coming for r in everyone)
 
@@ -309,9 +336,9 @@ def _to_evict(cache: Cache, everyone: list[Resident], urgent: bool) -> Iterator[
     yield from _evict_idle(cache, everyone)
     shards = []
     for resident in everyone:
-        for stamp in resident.folder.glob(".verified/*"):
+        for entry in _entries(resident.folder / ".verified"):
             with suppress(FileNotFoundError):
-                shards.append((stamp.stat().st_mtime, resident.folder, stamp))
+                shards.append((entry.stat().st_mtime, resident.folder, Path(entry.path)))
     done = [shard for shard in shards if shard[0] == 0]
     ahead = sorted((shard for shard in shards if shard[0] > 0), key=lambda shard: -shard[0])
     for _, folder, stamp in [*done, *(ahead if urgent else [])]:

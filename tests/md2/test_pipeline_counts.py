@@ -50,8 +50,8 @@ def on_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(md2.pipeline, "host_threads", lambda: HostThreads(_Here(), _Here()))
 
 
-def third_batch(batches: Loader) -> tuple[Batch, int]:
-    """A batch after the first ones, and the Python calls that it took on this thread."""
+def later_batch(batches: Loader) -> tuple[Batch, int]:
+    """A batch that has been read with the one before, and the Python calls that it took on this thread."""
     calls = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
@@ -59,8 +59,8 @@ def third_batch(batches: Loader) -> tuple[Batch, int]:
         calls += event in ("call", "c_call")
 
     iterator = iter(batches)
-    next(iterator)
-    next(iterator)
+    for _ in range(batches.config.prefetch + 1):
+        next(iterator)
     sys.setprofile(count)
     try:
         batch = next(iterator)
@@ -109,7 +109,7 @@ def test_an_image_costs_a_few_tensor_operations_on_the_cpu_and_a_batch_a_few_hun
     calls, operations = {}, {}
     for size in (8, 24):
         batches = loader(dataset, settings, batch_size=size)
-        batch, calls[size] = third_batch(batches)
+        batch, calls[size] = later_batch(batches)
         assert batch.size == size
         with Operations() as counted:
             next(iter(batches))
@@ -147,7 +147,8 @@ def test_reading_a_sample_takes_a_bounded_number_of_python_calls(
         monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", ahead)
         reader = loader(dataset, settings, batch_size=8)._reader
         assert reader is not None
-        reader.read()
+        for _ in range(1 + settings.prefetch):  # the first ones are small
+            reader.read()
         calls[ahead] = 0
 
         def count(frame: FrameType, event: str, argument: object, ahead: int = ahead) -> None:
@@ -207,7 +208,8 @@ def test_memory_goes_back_to_dali_only_when_the_gpu_has_read_it(
     monkeypatch.setattr(md2.pipeline, "SAMPLES_AHEAD", 16)
     batches = loader(dataset, batch_size=8)
     iterator = iter(batches)
-    next(iterator)
+    for _ in range(batches.config.prefetch + 1):  # the first reads are small
+        next(iterator)
     watched = _Watched(batches)
     monkeypatch.setattr(batches, "_read_on_gpu", watched)
     first = batches._chunk
