@@ -93,7 +93,7 @@ def narrow() -> Iterator[None]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without `summary.png`, which takes a second to draw; those of module fixtures have one."""
-    for module in ("md2.train", "md2.training.trainer"):
+    for module in ("md2.training.summary", "md2.training.trainer"):
         monkeypatch.setattr(f"{module}.run_figure", lambda run: None)
 
 
