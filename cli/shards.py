@@ -1,4 +1,4 @@
-"""`md2 shards ls|latest|show|verify|pull|push|copy|rm|clean|cache`: datasets in folders and object storage."""
+"""`md2 shards ls|latest|show|diff|verify|pull|push|copy|rm|clean|cache`: datasets in folders and object storage."""
 
 from __future__ import annotations
 
@@ -96,6 +96,30 @@ def _sheet_path(url: str) -> Path:
 
     name = local_path(url).resolve().name if is_local(url) else url.rstrip("/").rpartition("/")[2]
     return Path(f"{name or 'dataset'}.png")
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A dataset.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another dataset.")],
+) -> None:
+    """Say what differs between two datasets: content, samples, and whether one trains on what the other holds out."""
+    from shards.manage import difference
+
+    found = difference(a, b)
+    for name, (mine, other) in found.settings.items():
+        say(f"{name:<16}A: {mine}")
+        say(f"{'':<16}B: {other}")
+    for part, (both, only_a, only_b) in found.samples.items():
+        say(f"{part:<16}{both:,} samples in both, {only_a:,} in A alone, {only_b:,} in B alone")
+    for leak in found.leaks:
+        train, held = ("A", "B") if leak.train == a else ("B", "A")
+        say(
+            f"{'leak':<16}{train}'s part train uses {leak.seen:,} of {held}'s {leak.images:,} {leak.part} images "
+            f"({leak.targets:,} as target frame)"
+        )
+    if not found.settings and not any(only_a or only_b for _, only_a, only_b in found.samples.values()):
+        say("no difference in content or samples")
 
 
 @app.command()

@@ -1,14 +1,20 @@
-"""Datasets below a URL, and the removal of datasets and of unfinished publications: `md2 shards ls|rm|clean`."""
+"""Datasets below a URL, what differs between two, and the removal of datasets and of unfinished publications.
+
+`md2 shards ls|diff|rm|clean`
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
+from shards.dataset import read_index
 from shards.errors import DatasetError, StorageError, UsageError
 from shards.manifest import CARD, MANIFEST, REPORT, Manifest
 from shards.publish import FOLDER, Claim, read_claim, read_manifest, require_manifest
+from shards.sample import place_of
 from shards.storage import Storage, is_local, open_storage
 
 MAX_DEPTH = 6
@@ -189,3 +195,91 @@ def remove_dataset(url: str) -> int:
     storage.delete([MANIFEST, *names])
     storage.sweep()
     return 1 + len(names)
+
+
+Place = tuple[str, str, int]
+"""Drive, side, frame."""
+_PARTNER = {"l": "r", "r": "l"}
+_BYTES = ("md2_version", "split", "frames", "stereo", "depth", "size", "codec", "quality", "jpeg", "seed", "components")
+"""Fields of a manifest that are compared."""
+
+
+def part_keys(storage: Storage, manifest: Manifest, part: str) -> list[str]:
+    """Return the keys of a part's samples, in order, out of its indexes.
+
+    Raises:
+        DatasetError: no such part, or an index differs from the manifest.
+        StorageError: the storage fails.
+    """
+    names = [entries[0].name for shard in manifest.part(part) for entries in read_index(storage, shard)]
+    return [PurePosixPath(name).name.partition(".")[0] for name in names]
+
+
+def loaded_places(targets: Iterable[Place], frames: Iterable[int], stereo: bool) -> set[Place]:
+    """Return the images that training loads: targets, temporal frames at these offsets, stereo partners."""
+    targets, offsets = set(targets), {0, *frames}
+    seen = {(drive, side, frame + offset) for drive, side, frame in targets for offset in offsets}
+    return seen | ({(drive, _PARTNER.get(side, side), frame) for drive, side, frame in targets} if stereo else set())
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Images of one dataset's part that another's `train` part holds: all, as targets, as any image."""
+
+    train: str
+    part: str
+    images: int
+    targets: int
+    seen: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs between datasets A and B.
+
+    Attributes:
+        settings: field of the manifest -> its values in A and B, where they differ.
+        samples: part -> number of samples in both, in A alone, in B alone.
+        leaks: held-out parts of one that meet the `train` part of the other.
+    """
+
+    settings: dict[str, tuple[str, str]]
+    samples: dict[str, tuple[int, int, int]]
+    leaks: list[Leak]
+
+
+def difference(a: str, b: str) -> Difference:
+    """Compare two datasets by their manifests and indexes.
+
+    Raises:
+        DatasetError, StorageError: one cannot be read.
+    """
+    storages = [open_storage(url) for url in (a, b)]
+    manifests = [require_manifest(storage).manifest for storage in storages]
+    trees = [manifest.model_dump(mode="json") for manifest in manifests]
+    values = {name: (_short(trees[0][name]), _short(trees[1][name])) for name in _BYTES}
+    settings = {name: (mine, other) for name, (mine, other) in values.items() if mine != other}
+    keys = [
+        {part: part_keys(storage, manifest, part) for part in manifest.parts}
+        for storage, manifest in zip(storages, manifests, strict=True)
+    ]
+    samples = {}
+    for part in sorted({*keys[0], *keys[1]}):
+        mine, others = set(keys[0].get(part, [])), set(keys[1].get(part, []))
+        samples[part] = (len(mine & others), len(mine - others), len(others - mine))
+    leaks = []
+    for train, held, name in ((0, 1, a), (1, 0, b)):
+        if "train" not in keys[train]:
+            continue
+        targets = {place_of(key) for key in keys[train]["train"]}
+        seen = loaded_places(targets, manifests[train].frames, manifests[train].stereo)
+        for part in manifests[held].parts:
+            places = [place_of(key) for key in keys[held][part]]
+            leak = Leak(name, part, len(places), sum(p in targets for p in places), sum(p in seen for p in places))
+            if part != "train" and leak.seen:
+                leaks.append(leak)
+    return Difference(settings, samples, leaks)
+
+
+def _short(value: object) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

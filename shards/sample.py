@@ -38,6 +38,7 @@ MAX_FRAMES = 100
 """Frames of a sample, the target included: manifests with more are refused."""
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
+_PLACE = re.compile(r"(.+)_([lr])_(\d{1,18})")
 
 
 def image_extension(codec: Codec) -> str:
@@ -62,6 +63,12 @@ def offset_name(offset: Offset) -> str:
 def image_component(offset: Offset, codec: Codec) -> str:
     """Return the name of an image component, such as `m1.jpg` for the frame before the target."""
     return f"{offset_name(offset)}.{image_extension(codec)}"
+
+
+def place_of(key: str) -> tuple[str, str, int]:
+    """Split a sample's key into drive, side (`l` or `r`) and frame; a key of another form is a drive of its own."""
+    match = _PLACE.fullmatch(key)
+    return (match[1], match[2], int(match[3])) if match else (key, "", 0)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ LAYERS = {
         "shards.card shards.cache",
         "shards.stream",
         "shards.publish",
-        "shards.dataset shards.manage",
-        "shards.contact_sheet shards.transfer",
+        "shards.dataset",
+        "shards.manage shards.contact_sheet shards.transfer",
     ],
     "prep": [
         "prep.workers",

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from md2.config import DataConfig
-from shards.dataset import read_index
 from shards.errors import DatasetError, StorageError
+from shards.manage import loaded_places, part_keys
 from shards.publish import require_manifest
+from shards.sample import place_of
 from shards.storage import is_local, open_storage
-
-_KEY = re.compile(r"(.+)_([lr])_(\d+)")
-"""A sample's key: drive, side, frame."""
 
 
 @dataclass(frozen=True)
@@ -56,25 +52,15 @@ def training_overlap(keys: Iterable[str], data: DataConfig) -> Overlap | None:
         return None
     try:
         storage = open_storage(data.url)
-        shards = require_manifest(storage).manifest.part("train")
-        names = [entries[0].name for shard in shards for entries in read_index(storage, shard)]
+        targets = {place_of(key) for key in part_keys(storage, require_manifest(storage).manifest, "train")}
     except (DatasetError, StorageError):
         return None
-    targets = {_place(PurePosixPath(name).name.partition(".")[0]) for name in names}
-    seen = {(drive, side, frame + offset) for drive, side, frame in targets for offset in data.frames}
-    if data.stereo:
-        seen |= {(drive, {"l": "r", "r": "l"}.get(side, side), frame) for drive, side, frame in targets}
+    seen = loaded_places(targets, data.frames, data.stereo)
     drives = {drive for drive, _, _ in targets}
-    places = [_place(key) for key in keys]
+    places = [place_of(key) for key in keys]
     return Overlap(
         len(places),
         sum(place in targets for place in places),
         sum(place in seen for place in places),
         sum(drive in drives for drive, _, _ in places),
     )
-
-
-def _place(key: str) -> tuple[str, str, int]:
-    """Split a key into drive, side and frame; a key of another form is a drive of its own."""
-    match = _KEY.fullmatch(key)
-    return (match[1], match[2], int(match[3])) if match else (key, "", 0)

@@ -11,7 +11,7 @@ from typing import Literal
 from prep.packing.encode import ChunkJob, ImageFormat, TimeStep
 from prep.raw.calibration import other
 from prep.raw.kitti import Drive, Layout
-from prep.raw.splits import CameraSide, SplitLine, SplitLists
+from prep.raw.splits import CameraSide, SplitLine, SplitLists, eigen_overlap
 from prep.raw.text import printable
 from prep.raw.velodyne import SCAN_POINT_BYTES, Convention
 from shards.dataset import SHARD_BYTES
@@ -224,9 +224,23 @@ def make_plan(
             if problem is not None:
                 plan.skipped.append(Skipped(part, line.text, "broken frame", layout.raw.without_place(problem)))
     _collect_time_steps(plan)
+    # Synthetic drives have KITTI's names.
+    real = [line for line in lines.get("train", []) if line.drive not in plan.found or plan.found[line.drive].kitti]
+    plan.notes += leaks(real, content.frames)
     if content.depth == "velodyne":
         plan.notes += [note for drive in plan.drives.values() for note in short_scans(drive)]
     return plan
+
+
+def leaks(train: list[SplitLine], frames: tuple[int, ...]) -> list[str]:
+    """A note if training would see Eigen's test frames."""
+    targets, loaded = eigen_overlap(train, frames)
+    if not loaded:
+        return []
+    return [
+        f"{targets} of Eigen's 697 test frames are targets of part train, {loaded} with its neighbours: "
+        "published numbers on them are of models that have not seen them"
+    ]
 
 
 def short_scans(drive: Drive) -> list[str]:

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 from evaluation_data import constant, measured, pack_truth, tiny_checkpoint, tiny_config
+from prep_data import command
 
 from md2.evaluation.overlap import Overlap, training_overlap
+from shards.manage import difference
 
 
 def key(frame: int, side: str = "l", drive: str = "2011_09_26_drive_0001_sync") -> str:
@@ -42,3 +44,18 @@ def test_the_evaluation_says_it(tmp_path: Path) -> None:
     (warning,) = report.warnings
     assert warning.startswith("training used 2 of the 3 images (1 as target frame), and drives of 3: ")
     assert json.loads((tmp_path / "e.json").read_text())["training_overlap"] == vars(report.overlap)
+
+
+def test_diff_says_what_two_datasets_hold_and_where_one_trains_on_the_others_test_images(tmp_path: Path) -> None:
+    train = pack_truth(tmp_path / "train", [constant(5)] * 3, part="train", split="own", keys=[key(1), key(5), key(8)])
+    test = pack_truth(tmp_path / "test", [constant(5)] * 3, keys=[key(5), key(6), key(30)])
+    found = difference(str(test), str(train))
+    assert found.samples == {"test": (0, 3, 0), "train": (0, 0, 3)}
+    assert found.settings["split"] != found.settings["split"][::-1]
+    (leak,) = found.leaks
+    assert (leak.train, leak.part, leak.images, leak.targets) == (str(train), "test", 3, 1)
+    done = command("shards", "diff", "test", "train", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "B's part train uses" in done.stdout and "(1 as target frame)" in done.stdout
+    same = difference(str(train), str(train))
+    assert (same.settings, same.samples, same.leaks) == ({}, {"train": (3, 0, 0)}, [])

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from prep.packing.pack import scratch_folder
-from prep.raw.splits import NAMED, SplitLine, part_of, read_split
+from prep.packing.plan import leaks
+from prep.raw.splits import NAMED, SplitLine, eigen_overlap, part_of, read_split
 from shards.errors import InputError, UsageError
 
 LINES = "2011_09_26/2011_09_26_drive_0001_sync 5 l\n2011_09_26/2011_09_26_drive_0001_sync 0000000006 r\n"
@@ -215,3 +216,23 @@ def test_counts_and_hashes_of_the_published_lists(kitti: Path) -> None:
         assert not any(lists.bad.values())
         for file, sha256 in NAMED[name].files.items():
             assert hashlib.sha256((kitti / "splits" / name / file).read_bytes()).hexdigest() == sha256
+
+
+def test_lists_that_train_on_eigens_test_frames_are_noted() -> None:
+    """Frames 54 and 69 of drive 0002 are tested; the second is a target here, the first a neighbour."""
+    drive = "2011_09_26/2011_09_26_drive_0002_sync"
+    lines = [SplitLine(drive, 69, "l"), SplitLine(drive, 55, "r"), SplitLine(drive.replace("0002", "0001"), 1, "l")]
+    assert eigen_overlap(lines, (0, -1, 1)) == (1, 2)
+    assert eigen_overlap(lines[2:], (0, -1, 1)) == (0, 0)
+    assert leaks(lines, (0,)) and not leaks(lines[2:], (0, -1, 1))
+
+
+@pytest.mark.kitti
+def test_the_official_lists_overlap_as_known(kitti: Path) -> None:
+    """Monodepth2's list `benchmark` has 451 of the 697 test frames as targets, 457 with neighbours; eigen_zhou none."""
+    found = {
+        name: read_split(name, kitti / "splits").parts for name in ("benchmark", "eigen_zhou", "eigen_full", "eigen")
+    }
+    counts = {name: eigen_overlap(parts["train"], (0, -1, 1)) for name, parts in found.items() if "train" in parts}
+    assert counts == {"benchmark": (451, 457), "eigen_zhou": (0, 0), "eigen_full": (0, 0)}
+    assert eigen_overlap(found["eigen"]["test"], (0,)) == (697, 697)
