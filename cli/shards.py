@@ -332,6 +332,7 @@ def _describe(manifest: Manifest) -> None:
         "frames": f"{', '.join(str(frame) for frame in manifest.frames)}{' and the stereo partner' * manifest.stereo}",
         "depth": depth,
         "images": manifest.encoding,
+        **({"intrinsics": "guessed from a field of view"} if manifest.intrinsics else {}),
         "in every sample": ", ".join(manifest.components),
         "in some": optional,
         "skipped": str(manifest.skipped),

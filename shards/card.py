@@ -51,6 +51,7 @@ def card(manifest: Manifest, url: str = "URL", licence: str | None = None) -> st
         f"Frames: {', '.join(f'{f:+d}' if f else '0' for f in manifest.frames)}"
         f"{', and the stereo partner' if manifest.stereo else ''}. Samples are in random order (seed {manifest.seed}). "
         f"Skipped because input was missing: {manifest.skipped} (report.json, if present, lists them).\n",
+        "The cameras' intrinsics are a guess from a field of view.\n" if manifest.intrinsics else "",
         _depth(manifest),
         _components(manifest),
         _reading(url, example, manifest),

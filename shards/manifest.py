@@ -117,7 +117,8 @@ class Manifest(_Model):
     Every sample of every part has all of `components`; `optional_components` counts the samples that have each of the
     others. `size` is (width, height) in pixels of the stored images, or None if they keep their native size. `quality`
     is None for lossless codecs and for JPEG with even tables. `jpeg` is None for other codecs, and for JPEGs packed
-    before it was recorded: standard tables, 4:4:4. `plan_sha256` is the hash of everything that decided the bytes; the
+    before it was recorded: standard tables, 4:4:4. `intrinsics` is `guessed` if of some drive only a field of view was
+    given, else None. `plan_sha256` is the hash of everything that decided the bytes; the
     store fills it in, and recognises by it the same dataset packed again.
     """
 
@@ -131,6 +132,7 @@ class Manifest(_Model):
     codec: Codec
     quality: int | None
     jpeg: JpegInfo | None = None
+    intrinsics: Literal["guessed"] | None = None
     seed: int
     components: list[Text]
     optional_components: dict[Text, int]
@@ -180,7 +182,7 @@ class Manifest(_Model):
 
     def to_json(self) -> str:
         """Return the text of `dataset.json`; the same dataset gives the same bytes, also an old one without `jpeg`."""
-        absent = {"jpeg"} if self.jpeg is None else None
+        absent = {name for name in ("jpeg", "intrinsics") if getattr(self, name) is None}
         return json.dumps(self.model_dump(mode="json", exclude=absent), indent=1) + "\n"
 
     @classmethod

@@ -271,6 +271,7 @@ def _assemble(this: _Run, encoded: Encoded, receipts: Mapping[str, Receipt]) -> 
         codec=content.format.codec,
         quality=content.format.quality,
         jpeg=content.format.jpeg,
+        intrinsics="guessed" if any(drive.calibration.guessed for drive in plan.drives.values()) else None,
         seed=content.seed,
         components=components,
         optional_components=optional,

@@ -42,6 +42,7 @@ class StereoCalibration:
         velodyne: (4, 4), lidar coordinates -> rectified coordinates; None without lidar calibration.
         imu: (4, 4), coordinates of the GPS/IMU unit -> rectified coordinates; None unless asked for.
         where: the calibration's file, for messages.
+        guessed: the intrinsics are a guess from a field of view.
     """
 
     projection: dict[CameraSide, Matrix]
@@ -49,6 +50,7 @@ class StereoCalibration:
     velodyne: Matrix | None
     where: str
     imu: Matrix | None = None
+    guessed: bool = False
 
     def intrinsics(self, side: CameraSide, native: tuple[int, int], stored: tuple[int, int]) -> npt.NDArray[np.float32]:
         """(4,) fx, fy, cx, cy in pixels of the stored image.

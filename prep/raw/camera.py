@@ -140,7 +140,7 @@ class Camera(BaseModel):
         left = np.array([[fx, 0, cx, 0], [0, fy, cy, 0], [0, 0, 1, 0]], dtype=np.float64)
         right = left.copy()
         right[0, 3] = -fx * (self.baseline or 0.0)
-        return StereoCalibration({"l": left, "r": right}, view.size, None, where)
+        return StereoCalibration({"l": left, "r": right}, view.size, None, where, guessed=self.fov is not None)
 
 
 _LEAST = 8

@@ -14,7 +14,7 @@ from PIL import Image
 from train_data import Silent, config, trainer
 
 from md2.checkpoint import load_checkpoint
-from md2.config import LossConfig, ModelConfig, load_config
+from md2.config import DataConfig, LossConfig, ModelConfig, load_config
 from md2.data.batch import Batch, Offset
 from md2.inference.inputs import find_inputs
 from md2.inference.predict import PredictOptions, run_predict
@@ -22,11 +22,13 @@ from md2.inference.predictor import load
 from md2.loss import ReprojectionLoss
 from md2.model import Pose, Prediction
 from md2.networks.camera import LearnedCamera, in_pixels, matrices
+from md2.pipeline import guess_warning
 from md2.train import resume_run, start_run
 from md2.training.runlog import read_metrics
 from prep.synthetic.render import Renderer
 from prep.synthetic.rig import Array, CameraRig, Trajectory, inverse, rigid, rotation
 from prep.synthetic.street import build_street
+from shards.dataset import open_dataset
 from shards.errors import UsageError
 
 WIDTH, HEIGHT = 96, 64
@@ -136,6 +138,14 @@ def test_a_run_learns_its_camera_and_resumes_with_it(dataset: Path, tmp_path: Pa
     camera = load(whole, "cpu").predict(np.zeros((HEIGHT, 2 * WIDTH, 3), np.uint8)).intrinsics
     assert camera is not None
     assert camera[0] == pytest.approx(2 * WIDTH * float(one["start"][0] * torch.exp(30 * one["offsets"][0])))
+
+
+def test_intrinsics_that_are_a_guess_are_reported_unless_they_are_learned(dataset: Path) -> None:
+    packed = open_dataset(str(dataset)).manifest
+    guessed = packed.model_copy(update={"intrinsics": "guessed"})
+    assert guess_warning(packed, DataConfig()) is None
+    assert "data.intrinsics=learned" in (guess_warning(guessed, DataConfig()) or "")
+    assert guess_warning(guessed, DataConfig(intrinsics="learned")) is None
 
 
 def test_gradients_are_exchanged_while_the_camera_is_held(dataset: Path, tmp_path: Path) -> None:

@@ -160,6 +160,7 @@ def test_a_corrected_camera_is_another_dataset(tmp_path: Path) -> None:
     assert run(tmp_path / "raw", tmp_path / "out")[0].already
     write_camera(tmp_path / "raw", **{**CAMERA, "fx": 185})
     packed, _ = run(tmp_path / "raw", tmp_path / "out")
+    assert packed.manifest.intrinsics is None
     assert packed.url.endswith("out-v2")
     k = np.frombuffer(read_part(Path(packed.url))[0]["k.f32"], "<f4")
     assert k[0] == 185
@@ -195,7 +196,8 @@ def test_sizes_that_fit(frame: tuple[int, int], sizes: set[tuple[int, int]]) -> 
 def test_a_squeeze_is_noted(tmp_path: Path) -> None:
     write_film(tmp_path / "raw/a.mp4", size=(192, 108), seconds=[n / 10 for n in range(5)])
     write_camera(tmp_path / "raw", fov=90)
-    _, notes = run(tmp_path / "raw", tmp_path / "out", size="640x192")
+    packed, notes = run(tmp_path / "raw", tmp_path / "out", size="640x192")
+    assert packed.manifest.intrinsics == "guessed"
     assert any("192x108 become 640x192, which squeezes them 1.88 times; --size 512x288 or" in note for note in notes)
     assert not any("squeeze" in note for note in run(tmp_path / "raw", tmp_path / "b", size="512x288")[1])
 

@@ -227,7 +227,7 @@ def test_a_manifest_from_before_jpegs_were_described_stays_as_it_is(tmp_path: Pa
     """It means standard tables and full chroma, and a copy has the same bytes."""
     packed = make_dataset(tmp_path, train=2)
     text = (tmp_path / "dataset.json").read_text()
-    assert "jpeg" not in json.loads(text)
+    assert not {"jpeg", "intrinsics"} & {*json.loads(text)}
     assert Manifest.from_json(text, "x").to_json() == text
     assert packed.encoding == "JPEG, quality 90, chroma 4:4:4"
     info = JpegInfo(chroma="420", chroma_blur=2, tables="even")
@@ -235,6 +235,10 @@ def test_a_manifest_from_before_jpegs_were_described_stays_as_it_is(tmp_path: Pa
     assert Manifest.from_json(now.to_json(), "x") == now
     assert now.encoding == "JPEG, even tables, chroma 4:2:0 (smoothed, 2 px)"
     assert now.encoding in card(now)
+    guessed = now.model_copy(update={"intrinsics": "guessed"})
+    assert Manifest.from_json(guessed.to_json(), "x") == guessed
+    assert "a guess from a field of view" in card(guessed)
+    assert "a guess" not in card(now)
 
 
 def test_card_says_what_is_in_it(tmp_path: Path) -> None:
