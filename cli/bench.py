@@ -23,6 +23,7 @@ WHAT = {
     "scale": "what the loader costs with 10 to 10,000 shards, and over 10,000 steps",
     "parity": "whether md2 learns as well as the method trained the plain way; what each deviation does",
     "camera": "own cameras: what lens distortion and a wrong focal length do to the depth that is learned",
+    "intrinsics": "learned intrinsics: how far they come from a wrong guess, by how much the camera turns",
     "storage": "reading from object storage, with latency and faults (from a checkout)",
     "gpu": "every check and measurement that needs a GPU, into a folder",
 }
@@ -37,7 +38,7 @@ def bench(
     if what in ("--help", "-h"):
         console.print(context.get_help(), markup=False, highlight=False)
         for name, about in WHAT.items():
-            console.print(f"  {name:9}{about}", highlight=False, soft_wrap=True)
+            console.print(f"  {name:11}{about}", highlight=False, soft_wrap=True)
         raise typer.Exit
     if what not in WHAT:
         near = difflib.get_close_matches(what, WHAT, n=1)

@@ -424,6 +424,21 @@ class Loader:
             )
 
 
+def data_warnings(manifest: Manifest, config: DataConfig) -> list[str]:
+    """What is to be said before a training on a dataset."""
+    return [text for warn in (resize_warning, guess_warning) if (text := warn(manifest, config)) is not None]
+
+
+def guess_warning(manifest: Manifest, config: DataConfig) -> str | None:
+    """That the intrinsics to be trained with are a guess; None if they are measured or learned."""
+    if manifest.intrinsics is None or config.intrinsics != "calibrated":
+        return None
+    return (
+        "the dataset's intrinsics are a guess (fov in camera.yaml): calibrate the camera, or if it turns enough, learn "
+        "them with data.intrinsics=learned (docs/training.md)"
+    )
+
+
 def resize_warning(manifest: Manifest, config: DataConfig) -> str | None:
     """What it costs that images are not stored at the size they are trained at; None if they are."""
     wanted = (config.width, config.height)

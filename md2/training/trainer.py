@@ -29,7 +29,7 @@ from md2.distributed import Ranks, describe
 from md2.loss import LossOutput, ReprojectionLoss
 from md2.model import Networks, Prediction
 from md2.networks.camera import figures
-from md2.pipeline import Loader, resize_warning
+from md2.pipeline import Loader, data_warnings
 from md2.training.amp import AmpSettings
 from md2.training.finite import FiniteBuffers, FiniteGuard
 from md2.training.loggers import check_loggers, open_loggers
@@ -139,8 +139,8 @@ class Trainer:
                 self.reporter.message(f"{config.model.weights} has no {', '.join(left)}: random weights there")
         else:
             networks.load_networks(resume.networks, f"{self.run}/checkpoints")
-        if (resized := resize_warning(self.dataset.manifest, config.data)) and main:
-            self.reporter.message(f"warning: {resized}")
+        for text in data_warnings(self.dataset.manifest, config.data) if main else []:
+            self.reporter.message(f"warning: {text}")
         self.networks = self.amp.prepare(networks.to(device))
         self.loss = ReprojectionLoss(config.loss, config.model)
         trainable = [p for p in self.networks.parameters() if p.requires_grad]
