@@ -1,6 +1,7 @@
 """Compare md2's loader with what people would use instead, on the same shards, in turns.
 
     md2 bench loader [RAW] [--modes mono,mono+stereo] [--codecs jpeg,ppm] [--rows md2,spdl,…]
+    md2 bench loader --what-if URL|FOLDER CONFIG [key.sub=value …]      what limits a training (bench/what_if.py)
 
 RAW holds drives in KITTI's raw layout with both cameras; without it, a synthetic drive of KITTI's size is rendered
 (about a minute). Its images are smoother than KITTI's, and therefore cheaper to decode, in every row. prep packs the
@@ -211,8 +212,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="number of rounds; 0: only prepare the data")
     parser.add_argument("--samples", type=int, default=960, help="samples in the dataset")
     parser.add_argument("--data", type=Path, help="folder to keep the data in, and to take it from")
+    parser.add_argument(
+        "--what-if",
+        nargs="+",
+        metavar=("URL", "CONFIG"),
+        help="instead: a training's step and loader, alone and together",
+    )
     add_append(parser)
     options = parser.parse_args()
+    if options.what_if:
+        from bench.what_if import main as what_if
+
+        publish(what_if(options.what_if, options.seconds), options.append)
+        return
     with tempfile.TemporaryDirectory() as name:
         if options.data is not None:
             options.data.mkdir(parents=True, exist_ok=True)

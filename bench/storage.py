@@ -1,6 +1,6 @@
 """Compare ways to train from object storage: through md2's cache, from a local folder, and by DALI itself.
 
-    md2 bench storage [--samples 800] [--shard-mb 1] [--latency 0 10 50] [--repeats 3]
+    md2 bench storage [--samples 800] [--shard-mb 1] [--latency 0 10 50] [--repeats 3] [--shards 100 10000]
 
 An S3 server (rclone) runs on loopback behind a proxy, in its own process. The proxy delays every request, counts
 bytes and, for the last table, answers 503 for two seconds. A sample is three 640x192 JPEGs, decoded on the CPU.
@@ -9,6 +9,8 @@ bytes and, for the last table, answers 503 for two seconds. A sample is three 64
     bucket    md2's loader on the URL with an empty cache: epoch 1 fetches, epoch 2 is local
     quarter   the same, with a cache that may hold a quarter of the dataset
     native    DALI's webdataset reader on s3:// itself, decoding alone (on fewer samples, because it is slow)
+
+A table before says how long datasets of many small shards take to start, at the first latency.
 
 Cold start is the time from opening to the first batch. Fetched / needed divides the bytes that left the server in an
 epoch by the bytes of the decoded images; for native, it includes about 24 samples that DALI has prefetched
@@ -37,6 +39,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.data import numbered_dataset
 from bench.write_dataset import write_dataset
 from md2.config import DataConfig
 from md2.pipeline import Loader
@@ -53,6 +56,8 @@ IMAGES = ["0.jpg", "m1.jpg", "p1.jpg"]
 BATCH, THREADS = 12, 2
 OUTAGE, OUTAGE_AFTER = 2.0, 12
 """Seconds for which the failing server answers 503, and the number of the request that starts them."""
+DIFFERENT = 200
+"""Samples that are made; more are the same again."""
 BUCKET = "bench"
 URL = f"s3://{BUCKET}/drive"
 
@@ -67,6 +72,8 @@ class Run:
     """Samples per second of each epoch, its start included."""
     fetched: list[int]
     """Bytes from the server in each epoch."""
+    cpu: list[float]
+    """CPU milliseconds of this process a sample in each epoch; the server has a process of its own."""
 
 
 def serve(folder: str, pipe: Connection) -> None:
@@ -115,7 +122,11 @@ class Server:
 def make_samples(count: int) -> Iterator[Sample]:
     """Make samples with as much detail as street images: about 45 kB an image at quality 93."""
     rng = np.random.default_rng(0)
+    made: list[dict[str, bytes]] = []
     for number in range(count):
+        if number >= DIFFERENT:
+            yield Sample(f"drive_l_{number:010d}", made[number % DIFFERENT])
+            continue
         components = {"k.f32": b"\0" * 16, "meta.json": b"{}"}
         for name in IMAGES:
             coarse = Image.fromarray(rng.integers(0, 256, (24, 80, 3), np.uint8)).resize((640, 192))
@@ -123,6 +134,7 @@ def make_samples(count: int) -> Iterator[Sample]:
             buffer = io.BytesIO()
             Image.fromarray(picture.astype(np.uint8)).save(buffer, "JPEG", quality=93)
             components[name] = buffer.getvalue()
+        made.append(components)
         yield Sample(f"drive_l_{number:010d}", components)
 
 
@@ -147,15 +159,16 @@ def take(pipeline: Any, batches: int) -> None:
 
 def measure(samples: int, epochs: list[Callable[[], Any]], server: Server | None) -> Run:
     """Time epochs; each callable opens the dataset and returns a pipeline."""
-    run, batches = Run(0.0, [], []), samples // BATCH
+    run, batches = Run(0.0, [], [], []), samples // BATCH
     before = server.sent() if server else 0
     for open_pipeline in epochs:
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         pipeline = open_pipeline()
         pipeline.run()
         run.first = run.first or time.monotonic() - began
         take(pipeline, batches - 1)
         run.epochs.append(batches * BATCH / (time.monotonic() - began))
+        run.cpu.append(1000 * (time.process_time() - cpu) / (batches * BATCH))
         del pipeline
         after = server.sent() if server else 0
         run.fetched.append(after - before)
@@ -205,7 +218,9 @@ def row(name: str, runs: list[Run], needed: int, base: float) -> str:
     rates = [statistics.median(rates) for rates in zip(*(run.epochs for run in runs), strict=True)]
     fetched = [statistics.median(f) / needed for f in zip(*(run.fetched for run in runs), strict=True)]
     rate = " / ".join(f"{r:.0f} ({r / base:.2f})" for r in rates)
-    return f"| {name} | {first:.2f} s | {rate} | {' / '.join(f'{f:.2f}' for f in fetched)} |"
+    cpu = [statistics.median(each) for each in zip(*(run.cpu for run in runs), strict=True)]
+    cells = [rate, " / ".join(f"{c:.2f}" for c in cpu), " / ".join(f"{f:.2f}" for f in fetched)]
+    return f"| {name} | {first:.2f} s | {' | '.join(cells)} |"
 
 
 def payload(samples: int, per_sample: float) -> int:
@@ -215,8 +230,8 @@ def payload(samples: int, per_sample: float) -> int:
 def table(options: argparse.Namespace, drive: Path, manifest: Manifest, per_sample: float, server: Server) -> None:
     few = min(options.samples, options.native_samples)
     print(f"\nlatency {server.latency * 1000:g} ms a request\n")
-    print("| | cold start | samples/s, epoch 1 / 2 (over local) | fetched / needed, epoch 1 / 2 |")
-    print("|---|---|---|---|")
+    print("| | cold start | samples/s, epoch 1 / 2 (over local) | CPU ms a sample | fetched / needed, epoch 1 / 2 |")
+    print("|---|---|---|---|---|")
     runs: dict[str, list[Run]] = {"local": [], "bucket": [], "quarter": [], "native": []}
     quarter = sum(shard.bytes + shard.index_bytes for shard in manifest.shards) // 4
     for _ in range(options.repeats):
@@ -231,6 +246,31 @@ def table(options: argparse.Namespace, drive: Path, manifest: Manifest, per_samp
     for name, done in runs.items():
         needed = payload(few if name == "native" else options.samples, per_sample)
         print(row(name, done, needed, base), flush=True)
+
+
+def starts(options: argparse.Namespace, bucket: Path, server: Server) -> None:
+    """Print how long datasets of many shards, of four small samples each, take to the first batch from the bucket."""
+    print(
+        f"\nlatency {server.latency * 1000:g} ms a request, medians of {options.repeats} starts with an empty cache\n"
+    )
+    print("| shards | opened | first batch |\n|---:|---:|---:|")
+    server.sent()
+    for count in options.shards:  # before the first request: rclone remembers what is in a folder
+        numbered_dataset(bucket / f"shards-{count}", count, 4)
+    for count in options.shards:
+        times = []
+        for _ in range(options.repeats):
+            with tempfile.TemporaryDirectory(prefix="md2-bench-", ignore_cleanup_errors=True) as folder:
+                cache, began = Cache(Path(folder)), time.monotonic()
+                open_dataset(f"s3://{BUCKET}/shards-{count}", cache=cache)
+                opened = time.monotonic() - began
+                batches = Batches(f"s3://{BUCKET}/shards-{count}", cache)
+                batches.run()
+                times.append((opened, time.monotonic() - began - opened))
+                del batches
+        print(
+            f"| {count} | {' | '.join(f'{statistics.median(t):.2f} s' for t in zip(*times, strict=True))} |", flush=True
+        )
 
 
 def faults(options: argparse.Namespace, manifest: Manifest, server: Server) -> None:
@@ -257,6 +297,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=800)
     parser.add_argument("--native-samples", type=int, default=36)
     parser.add_argument("--shard-mb", type=int, default=1)
+    parser.add_argument("--shards", type=int, nargs="*", default=[100, 10000], help="start datasets of so many shards")
     parser.add_argument("--latency", type=float, nargs="*", default=[0.0, 10.0, 50.0])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -285,6 +326,9 @@ def main() -> None:
         measure(BATCH, from_md2(str(folder / "drive"))[:1], None)  # so that DALI's own start is not measured
         server = Server(folder / "server")
         try:
+            server.latency = options.latency[0] / 1000
+            if options.shards:
+                starts(options, folder / "server" / BUCKET, server)
             for server.latency in (milliseconds / 1000 for milliseconds in options.latency):
                 table(options, folder / "drive", manifest, per_sample, server)
             faults(options, manifest, server)

@@ -14,7 +14,7 @@ from cli.console import console
 from shards.errors import UsageError
 
 WHAT = {
-    "loader": "the loader against a plain DataLoader, webdataset, and bare decoding",
+    "loader": "the loader against SPDL, LitData, webdataset and DALI alone; --what-if: what limits a training",
     "step": "a training step, part by part, against a straightforward one",
     "count": "operations, launches and bytes of a GPU's training step, without a GPU",
     "waiting": "how OpenMP threads should wait, on a quiet and on a busy machine",

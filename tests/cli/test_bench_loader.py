@@ -19,6 +19,7 @@ from bench.data import numbered_dataset
 from bench.loader import NEEDS, ROWS, Row, table
 from bench.peers import ROWS as PEERS
 from bench.peers import Task
+from bench.what_if import Rate, predicted, sentence, what_if
 from shards.dataset import open_dataset
 from shards.tar import read_samples
 
@@ -126,3 +127,44 @@ def test_an_unknown_row_is_one_line() -> None:
     done = python("-m", "cli.main", "bench", "loader", "--rows", "md2,spdll")
     assert done.returncode == 2
     assert "--rows: spdll: choose from md2, spdl" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("step", "loader", "seconds", "what"),
+    [
+        # Wall and CPU seconds on two cores; a step of 1 s that hands over for 0.1 s.
+        (Rate(1.0, 1.0), Rate(0.5, 0.5, 0.1), 1.1, "the training step limits it"),
+        (Rate(1.0, 0.1), Rate(2.0, 2.0, 0.1), 2.0, "the loader limits it"),
+        (Rate(1.0, 2.0), Rate(0.9, 1.8, 0.1), 1.9, "the processor, which both share, limits it"),
+    ],
+)
+def test_what_both_give_is_limited_by_the_slowest(step: Rate, loader: Rate, seconds: float, what: str) -> None:
+    assert predicted(step, loader, 2) == pytest.approx(seconds)
+    said = sentence(step, {2: loader}, 2, 2)
+    assert f"takes {1 / seconds:.2f} steps/s, {1 / seconds:.0%} of what the step alone would: {what}" in said
+
+
+def test_more_or_fewer_threads_are_advised_where_they_pay() -> None:
+    step, loaders = Rate(1.0, 0.1), {1: Rate(4.0, 4.0), 2: Rate(2.0, 4.0), 8: Rate(0.5, 4.0)}
+    assert sentence(step, loaders, 2, 16).endswith("the loader limits it, and data.threads=8 would give 1.00.")
+    assert sentence(step, loaders, 8, 16).endswith(
+        "the training step limits it, and more decoding threads would not help."
+    )
+
+
+@pytest.mark.usefixtures("narrow")
+def test_what_if_measures_step_loader_and_both(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("md2.pipeline.SAMPLES_AHEAD", 2)
+    small = ["model.weights=scratch", "data.width=96", "data.height=64", "train.batch_size=2", "train.device=cpu"]
+    text = what_if(str(dataset), "stereo", [*small, "data.threads=2"], 0.01)
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("|")][2:]
+    assert [name.strip() for name, _ in rows] == [
+        "training step alone",
+        "loader alone, 1 thread",
+        "loader alone, 2 threads",
+        "both, 1 thread, predicted",
+        "both, 2 threads, predicted",
+        "both, 2 threads, measured",
+    ]
+    assert all(float(rate.split()[0]) > 0 for _, rate in rows)
+    assert text.count("training takes ") == 1
