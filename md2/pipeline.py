@@ -17,6 +17,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
+from contextlib import nullcontext
 from itertools import chain, count, islice, repeat
 from math import ceil
 from typing import Any, TypedDict
@@ -28,7 +30,7 @@ from torch import Tensor
 from md2.config import PAPER_METRES_PER_UNIT, DataConfig
 from md2.data.augment import Jitter, camera_matrices, float_images, jitter_factors, rigid_transforms, stereo_transforms
 from md2.data.batch import Batch
-from md2.data.cpu import cores, host_threads
+from md2.data.cpu import batch_thread, default_threads, host_threads
 from md2.data.dali import DRAWS, DecodeDevice, Reader, Request, read_plan
 from md2.data.order import WINDOW, Order, uniform_draws
 from shards.dataset import LocalDataset
@@ -40,7 +42,6 @@ SAMPLES_AHEAD = 96
 BYTES_AHEAD = 128 << 20
 """Several batches are read at once, up to these samples and bytes of decoded images: DALI's threads wait for one
 another at the end of every operator and batch, which in small batches costs a third of the rate."""
-GPU_DECODER_THREADS = 8
 _OLD_READER = "reader"
 
 
@@ -60,6 +61,9 @@ class LoaderState(TypedDict):
     step_samples: int
 
 
+_Made = tuple[Batch, dict[str, float], torch.cuda.Event | None]  # seconds that it took, and when it is ready
+
+
 class Loader:
     """Batches of one part of a dataset.
 
@@ -75,6 +79,8 @@ class Loader:
         depth: decode ground truth as well.
         motion: components of `md2 prep --motion` to read as well.
         accumulate: batches of each rank in a step; an epoch of training has whole steps.
+        ahead: make the next batch on a thread (and CUDA stream) of its own while one is used. None: on a GPU; a CPU's
+            cores are busy with the step.
         state: resume from another loader's `state()`.
 
     Raises:
@@ -101,6 +107,7 @@ class Loader:
         depth: bool = False,
         motion: Sequence[str] = (),
         accumulate: int = 1,
+        ahead: bool | None = None,
         state: LoaderState | None = None,
     ) -> None:
         self.dataset, self.part, self.config = dataset, part, config
@@ -127,6 +134,10 @@ class Loader:
         self._keys: list[str] = []
         self._chunk: dict[str, Tensor] = {}
         self._used = 0
+        self._next: Future[_Made] | None = None
+        self._maker = batch_thread() if (device.type == "cuda" if ahead is None else ahead) else None
+        own = self._maker is not None and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if own else None  # type: ignore[no-untyped-call]
         self._shards = dataset.stream(part)
         self._reader = self._open() if self._left_of(0) or self._left_of(self._begin) else None
 
@@ -159,12 +170,29 @@ class Loader:
             self.step = 0
             self._start()
         while self.left > 0:
-            self._take()
             begin = time.perf_counter()
-            on_gpu = self.device.type == "cuda"
-            batch = self._batch() if on_gpu else host_threads().batch.submit(self._batch).result()
-            self.waited["conversion"] += time.perf_counter() - begin
+            batch, took = self._make()[:2] if self._maker is None else self._made_ahead(self._maker)
+            self.step += 1
+            # What was made ahead took time that nobody waited for.
+            share = min(1.0, (time.perf_counter() - begin) / max(sum(took.values()), 1e-9))
+            self.waited |= {what: self.waited[what] + seconds * share for what, seconds in took.items()}
             yield batch
+
+    def _made_ahead(self, maker: Executor) -> tuple[Batch, dict[str, float]]:
+        """The next batch from the thread that makes them and begins the one after it."""
+        made = self._next = self._next or maker.submit(self._make)
+        wait([made])  # interrupted here, no batch is lost
+        self._next = None
+        batch, took, ready = made.result()
+        self._next = maker.submit(self._make) if self.train or self.left > 1 else None
+        if ready is not None:
+            batch.use_when(ready)
+        return batch, took
+
+    def _drop(self) -> None:
+        """Wait for what is made ahead, and forget it."""
+        wait([] if self._next is None else [self._next])
+        self._next = None
 
     def next_epoch(self) -> None:
         """Pass on to the next epoch when this one is over."""
@@ -174,6 +202,11 @@ class Loader:
     def cancel(self) -> None:
         """End a wait for the storage in another thread, and every later one, with CancelledError."""
         self._shards.cancel()
+
+    def close(self) -> None:
+        """End what is made ahead; nothing more can be read from a storage."""
+        self.cancel()
+        self._drop()
 
     def state(self) -> LoaderState:
         """Where this loader stands: after the last whole step that was taken, whatever is prefetched already."""
@@ -233,6 +266,7 @@ class Loader:
 
     def _start(self) -> None:
         """From the beginning of a pass; what has been read ahead of an earlier one is dropped."""
+        self._drop()
         self._keys, self._used = [], 0
         if self._reader is not None:
             self._reader.start(self._requests())
@@ -283,22 +317,31 @@ class Loader:
             until = {shard: int(self._order.starts[shard + 1]) for shard in set(self._order.shards(samples).tolist())}
             yield Request(samples, uniform_draws(self.seed, 0, samples, DRAWS), until, begin)
 
-    def _take(self) -> None:
-        """Count the next batch; read if it has not been read yet."""
-        if self._used >= len(self._keys):
-            assert self._reader is not None
-            before = dict(self._reader.waited)
-            read = self._reader.read()
-            for what, seconds in self._reader.waited.items():
-                self.waited[what] += seconds - before[what]
-            if self._read_on_gpu is not None:
-                # DALI fills memory again that is let go of, in the order of its own stream, without a look at torch's.
-                self._read_on_gpu.synchronize()
-            self._keys, self._chunk, self._used = read.keys, read.tensors, 0
-        self.step += 1
+    def _make(self) -> _Made:
+        """The next batch; read if it has not been read yet."""
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            took = self._read()
+            begin = time.perf_counter()
+            on_this = self._maker or self.device.type == "cuda"
+            batch = self._batch() if on_this else host_threads().batch.submit(self._batch).result()
+            took["conversion"] = time.perf_counter() - begin
+            return batch, took, None if self._stream is None else self._stream.record_event()
+
+    def _read(self) -> dict[str, float]:
+        """Read the next batches if all that were read are made; seconds that this took, by what they went into."""
+        if self._used < len(self._keys):
+            return {}
+        assert self._reader is not None
+        before = dict(self._reader.waited)
+        read = self._reader.read()
+        if self._read_on_gpu is not None:
+            # DALI fills memory again that is let go of, in the order of its own stream, without a look at torch's.
+            self._read_on_gpu.synchronize()
+        self._keys, self._chunk, self._used = read.keys, read.tensors, 0
+        return {what: seconds - before[what] for what, seconds in self._reader.waited.items()}
 
     def _batch(self) -> Batch:
-        """The batch that has just been counted."""
+        """The first of the batches that are read and not made."""
         mine = slice(self._used, self._used + self.batch_size)
         self._used += self.batch_size
         host = {name: values[mine] for name, values in self._chunk.items()}
@@ -454,11 +497,6 @@ def resize_warning(manifest: Manifest, config: DataConfig) -> str | None:
     if width < wanted[0] or height < wanted[1]:
         return f"{stored} and enlarged to {wanted[0]}x{wanted[1]}, which adds no detail: {pack}"
     return f"{stored} and resized in every batch, which makes the loader slower: {pack}"
-
-
-def default_threads(decode: DecodeDevice) -> int:
-    """A thread for each core; few if the GPU decodes, each of whose decoders has as many of its own, with buffers."""
-    return min(cores(), GPU_DECODER_THREADS) if decode == "gpu" else cores()
 
 
 def decode_device(wanted: str, device: torch.device) -> DecodeDevice:

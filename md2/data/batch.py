@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from shards.sample import Offset
 
@@ -53,3 +56,19 @@ class Batch:
     def size(self) -> int:
         """Number of samples."""
         return self.intrinsics.shape[0]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with each tensor replaced."""
+        return Batch(**tree_map_only(Tensor, change, {field.name: getattr(self, field.name) for field in fields(self)}))
+
+    def use_when(self, ready: torch.cuda.Event) -> None:
+        """Let the current CUDA stream wait for another one that makes this batch, and keep its memory from that one."""
+        stream = torch.cuda.current_stream()
+        stream.wait_event(ready)
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
+            return tensor
+
+        self.map(keep)

@@ -17,7 +17,7 @@ from itertools import pairwise
 from math import ceil, inf
 from pathlib import Path
 from threading import Barrier
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from md2.process import cgroup_values, threads_that_fit
 
+GPU_DECODER_THREADS = 8
 SHARED_FROM = 1 << 22
 """Bytes of float images from which on they are shared: handing over less costs more than it saves."""
 
@@ -50,6 +51,11 @@ def cpu_quota(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
     return quota
 
 
+def default_threads(decode: Literal["cpu", "gpu"]) -> int:
+    """A thread for each core; few if the GPU decodes, each of whose decoders has as many of its own, with buffers."""
+    return min(cores(), GPU_DECODER_THREADS) if decode == "gpu" else cores()
+
+
 class HostThreads(NamedTuple):
     """One that makes batches, and those that it shares a batch's images with."""
 
@@ -67,6 +73,14 @@ def host_threads() -> HostThreads:
     threads = HostThreads(_threads("md2-batch", 1), _threads("md2-images", cores()))
     torch.set_num_threads(before)
     return threads
+
+
+def batch_thread() -> Executor:
+    """A thread like that of `host_threads().batch`, for one loader that makes its batches ahead."""
+    before = torch.get_num_threads()
+    thread = _threads("md2-ahead", 1)
+    torch.set_num_threads(before)
+    return thread
 
 
 def _threads(name: str, count: int) -> Executor:

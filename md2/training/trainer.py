@@ -199,6 +199,7 @@ class Trainer:
             while metrics is not None and not (self.measured and self.step >= self.total_steps):
                 metrics = self._train_and_measure()
         finally:
+            self.loader.close()
             if self.log is not None:
                 self.log.close()
         return Stopped(self.step, self.epoch, metrics is None, metrics or {})

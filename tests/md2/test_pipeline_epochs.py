@@ -16,9 +16,9 @@ from pipeline_data import config, loader, make_samples, pack
 
 import md2.data.cpu
 import md2.pipeline
-from md2.data.cpu import cores, cpu_quota, host_threads
+from md2.data.cpu import cores, cpu_quota, default_threads, host_threads
 from md2.data.order import Order
-from md2.pipeline import Loader, default_threads
+from md2.pipeline import Loader
 from shards.dataset import LocalDataset
 
 COUNT = 23
@@ -218,7 +218,7 @@ def test_threads_keep_to_a_containers_share(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_threads_are_a_core_each_and_few_where_the_gpu_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """nvJPEG's decoders, one for each image of a sample, have as many threads again, each with memory of its own."""
-    monkeypatch.setattr(md2.pipeline, "cores", lambda: 64)
+    monkeypatch.setattr(md2.data.cpu, "cores", lambda: 64)
     assert (default_threads("cpu"), default_threads("gpu")) == (64, 8)
-    monkeypatch.setattr(md2.pipeline, "cores", lambda: 2)
+    monkeypatch.setattr(md2.data.cpu, "cores", lambda: 2)
     assert (default_threads("cpu"), default_threads("gpu")) == (2, 2)
