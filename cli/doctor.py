@@ -24,6 +24,8 @@ def doctor() -> None:
         ("torch", _torch),
         ("GPU", _gpu),
         ("DALI", _dali),
+        ("extras", _extras),
+        ("cache", _cache),
         ("free disk", lambda: f"{shutil.disk_usage('.').free / 1e9:.0f} GB here"),
     ]
     failed = False
@@ -34,6 +36,22 @@ def doctor() -> None:
             failed = True
             console.print(f"[red]fails[/] {name:10} {escape(first_line(error))}", highlight=False)
     raise typer.Exit(1 if failed else 0)
+
+
+def _extras() -> str:
+    from importlib.util import find_spec
+
+    modules = {"video": "av", "export": "onnxruntime", "dask": "distributed", "timm": "timm"}
+    missing = [name for name, module in modules.items() if find_spec(module) is None]
+    there = ", ".join(name for name in modules if name not in missing) or "none"
+    return f"{there}; missing: pip install 'md2[{','.join(missing)}]'" if missing else there
+
+
+def _cache() -> str:
+    from shards.cache.folder import Cache, format_bytes, residents
+
+    place = Cache.from_environment()
+    return f"{place.folder}, {format_bytes(sum(resident.present for resident in residents(place)))} of datasets"
 
 
 def _torch() -> str:

@@ -122,7 +122,7 @@ def prep(
         Literal["stop", "skip"], typer.Option(help="At broken input: stop, or leave out its samples and list them.")
     ] = "stop",
 ) -> None:
-    """Pack raw KITTI into tar shards; each frame is decoded and resized once. After a crash, run it again: it resumes.
+    """Pack raw KITTI or your own drives into tar shards. Each frame is decoded once; after a crash, run it again.
 
     Exit code 4: done, but some of the split's lines gave no sample (missing frames); report.json lists them.
     """

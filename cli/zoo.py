@@ -15,7 +15,7 @@ NAMES = 56
 
 def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full.")] = None) -> None:
     """List the published recipes with the paper's figures; they are configurations, not trained weights."""
-    from md2.config import recipes
+    from md2.config import recipe_hint, recipes
     from md2.zoo import zoo as list_recipes
     from prep.packing.encode import ImageFormat
     from shards.errors import UsageError
@@ -41,7 +41,7 @@ def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full
         return
     chosen = next((recipe for recipe in found if recipe.name == name), None)
     if chosen is None:
-        raise UsageError(f"no recipe {name!r}: md2 zoo lists them")
+        raise UsageError(f"no recipe {name!r}{recipe_hint(name)}")
     console.print(recipes()[name].rstrip(), highlight=False, markup=False, soft_wrap=True)
     if chosen.published:
         row = "  ".join(f"{key} {value:.3f}" for key, value in chosen.published.items())

@@ -343,6 +343,16 @@ def recipes() -> dict[str, str]:
     return {entry.name.removesuffix(".yaml"): entry.read_text("utf-8") for entry in sorted(found, key=lambda e: e.name)}
 
 
+def recipe_hint(name: str) -> str:
+    """Return the end of a message about a recipe that does not exist: what may be meant."""
+    known, words = recipes(), re.findall(r"[^\W\d_]+|\d+", name)
+    part = [recipe for recipe in known if words and all(word in recipe for word in words)]
+    if len(part) > 1:
+        return f"; {len(part)} recipes have it in their name, such as {part[0]}: `md2 zoo` lists them"
+    near = part or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean the recipe {near[0]}?" if near else "; `md2 zoo` lists the recipes"
+
+
 def _find(source: str | Path) -> str:
     """Return the YAML text of a file or recipe."""
     path, name, known = Path(source), str(source), recipes()
@@ -350,12 +360,7 @@ def _find(source: str | Path) -> str:
         return _text(path)
     if name in known:
         return known[name]
-    part = [recipe for recipe in known if name and name in recipe]
-    near = part or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean the recipe {near[0]}?" if near else "; `md2 zoo` lists the recipes"
-    if len(part) > 1:
-        hint = f"; {len(part)} recipes have it in their name, such as {part[0]}: `md2 zoo` lists them"
-    raise UsageError(f"no configuration file or recipe {name!r}{hint}")
+    raise UsageError(f"no configuration file or recipe {name!r}{recipe_hint(name)}")
 
 
 def read_config_tree(path: Path) -> dict[str, Any]:

@@ -314,7 +314,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
     try:
-        return run_command(options.config, options.overrides, options.run, options.resume, PlainReporter()).exit_code
+        result = run_command(options.config, options.overrides, options.run, options.resume, PlainReporter())
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{'stopped early' if result.stopped.early else 'done'} at step {result.stopped.step}: {result.run}")
+        return result.exit_code
     except Md2Error as error:
         print(f"md2{rank}: {visible(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -28,6 +28,7 @@ _MAX_OFFSET = 1000
 _MAX_OFFSETS = 100
 """The manifest's limit."""
 _SHOWN = 5
+_SIDES, _LEAST_SIDE = 32, 64
 
 
 def parse_size(text: str) -> tuple[int, int] | None:
@@ -187,6 +188,7 @@ def make_request(
         raise UsageError("--split is missing: eigen_zhou, eigen_full, eigen, eigen_benchmark, odom, a file or a folder")
     lists = read_split(split, splits)
     what = make_content(lists, **content)
+    lists = replace(lists, notes=(*lists.notes, *_size_notes(what.format.size)))
     layout = Kitti(
         RawData(urls, follow_links), what.depth, "; for your own drives give --dataset folder", motion=what.motion
     )
@@ -213,8 +215,20 @@ def _own_drives(
     unsplit = SplitLists(name, {}, {}, "")
     what = make_content(unsplit, **{**content, "depth_source": "dense" if content["depth"] else None})
     lists = split_drives(drives, name, what.frames, what.stereo) if split is None else read_split(split, splits)
-    lists = replace(lists, notes=(*lists.notes, *size_note(drives, what.format.size)))
+    size = what.format.size
+    lists = replace(lists, notes=(*lists.notes, *_size_notes(size), *size_note(drives, size)))
     return Request(lists, layout, what, raw.urls, out or f"./shards/{lists.name}")
+
+
+def _size_notes(size: tuple[int, int] | None) -> list[str]:
+    """A note if no network takes images of this size as they are."""
+    if size is None or (min(size) >= _LEAST_SIDE and not any(side % _SIDES for side in size)):
+        return []
+    width, height = (max(_LEAST_SIDE, round(side / _SIDES) * _SIDES) for side in size)
+    return [
+        f"networks take multiples of {_SIDES} from {_LEAST_SIDE} on, so training would resize {size[0]}x{size[1]} in "
+        f"every batch; --size {width}x{height} avoids that"
+    ]
 
 
 def refuse_empty(plan: PackingPlan, raw: RawData, download: str = "") -> None:

@@ -107,7 +107,8 @@ def read_plan(
     if missing := [name for name in wanted if name not in manifest.components]:
         raise UsageError(
             f"{dataset.url}: not every sample has {', '.join(missing)}, which data.frames {config.frames} and "
-            f"data.stereo {str(config.stereo).lower()} ask for; the dataset has {_contents(manifest)}"
+            f"data.stereo {str(config.stereo).lower()} ask for; the dataset has {_contents(manifest)}: "
+            f"{_remedy(manifest, config)}"
         )
     if depth and DEPTH not in [*manifest.components, *manifest.optional_components]:
         raise UsageError(f"{dataset.url}: has no ground truth depth; the dataset has {_contents(manifest)}")
@@ -132,6 +133,16 @@ def read_plan(
         jitter=train and config.color_jitter,
         motion={name: temporal * (12 if name == POSES else 1) for name in motion},
     )
+
+
+def _remedy(manifest: Manifest, config: DataConfig) -> str:
+    """How to train on a dataset that lacks frames which the configuration asks for."""
+    frames = ",".join(map(str, config.frames))
+    pack = f"pack it with md2 prep --frames {frames}{' --stereo' * config.stereo}"
+    if len(manifest.frames) == 1 and not manifest.stereo:
+        return pack
+    there = ",".join(map(str, manifest.frames))
+    return f"train with data.frames=[{there}] data.stereo={str(manifest.stereo).lower()}, or {pack}"
 
 
 def _contents(manifest: Manifest) -> str:

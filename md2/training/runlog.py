@@ -2,7 +2,7 @@
 
 RUN/config.yaml          the resolved configuration
 RUN/environment.json     versions, device, git revision, dataset hash, command line
-RUN/metrics.jsonl        {"kind": "train" | "val", "step": ..., "epoch": ..., name: value ...}
+RUN/metrics.jsonl        {"kind": "train" | "val", "step": ..., "epoch": complete ones, name: value ...}
 RUN/tensorboard/         the same scalars, and the image panels
 RUN/panels/              the panels as PNG
 """

@@ -264,7 +264,8 @@ def test_stereo_asked_of_a_mono_dataset(dataset: Path, tmp_path: Path) -> None:
     manifest["components"] = [name for name in manifest["components"] if name not in gone]
     manifest["stereo"] = False
     (mono / "dataset.json").write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match=r"not every sample has s\.\w+, t\.f32, which .* data\.stereo true ask for"):
+    told = r"not every sample has s\.\w+, t\.f32, which .*: train with data\.frames=\[0,-1,1\] data\.stereo=false, or"
+    with pytest.raises(UsageError, match=told):
         train(mono, tmp_path / "run", "stereo")
 
 

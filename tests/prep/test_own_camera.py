@@ -199,7 +199,9 @@ def test_a_squeeze_is_noted(tmp_path: Path) -> None:
     packed, notes = run(tmp_path / "raw", tmp_path / "out", size="640x192")
     assert packed.manifest.intrinsics == "guessed"
     assert any("192x108 become 640x192, which squeezes them 1.88 times; --size 512x288 or" in note for note in notes)
-    assert not any("squeeze" in note for note in run(tmp_path / "raw", tmp_path / "b", size="512x288")[1])
+    assert run(tmp_path / "raw", tmp_path / "b", size="512x288")[1] == notes[:-1]
+    notes = run(tmp_path / "raw", tmp_path / "c", size="500x20")[1]
+    assert any("would resize 500x20 in every batch; --size 512x64 avoids" in note for note in notes)
 
 
 # Videos
