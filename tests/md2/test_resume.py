@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import narrow_main
 import pytest
 import torch
 from train_data import SMALL
 
 from md2.checkpoint import load_checkpoint
 from md2.distributed import Ranks
-from md2.train import PlainReporter
+from md2.train import PlainReporter, main
 from md2.training.trainer import Trainer
 from shards.dataset import open_dataset
 
@@ -36,7 +38,7 @@ LIMIT = 240
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "md2.train", *arguments]
+    command = [sys.executable, str(Path(narrow_main.__file__)), "md2.train", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
@@ -123,22 +125,18 @@ def test_sigterm_writes_a_checkpoint_and_says_so(dataset: Path, whole: Path, tmp
     assert_same(run, whole)
 
 
-def test_another_dataset_is_refused_on_resume(whole: Path, dataset: Path, tmp_path: Path) -> None:
+def test_another_dataset_is_refused_on_resume(
+    whole: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other"
-    other.mkdir()
-    for path in dataset.rglob("*"):
-        if path.is_file():
-            target = other / path.relative_to(dataset)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    shutil.copytree(dataset, other)
     manifest = other / "dataset.json"
     manifest.write_text(manifest.read_text() + "\n")
-    process = start("--resume", str(whole), f"data.url={other}", "train.epochs=4")
-    output = finish(process)
-    assert process.returncode == 6, output
-    assert "not the dataset" in output
+    assert main(["--resume", str(whole), f"data.url={other}", "train.epochs=4"]) == 6
+    assert "not the dataset" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("narrow")
 def test_how_the_optimiser_steps_is_the_devices_and_not_the_checkpoints(
     whole: Path, dataset: Path, tmp_path: Path
 ) -> None:
