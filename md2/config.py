@@ -16,8 +16,9 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from shards.errors import UsageError, first_line
+from shards.errors import InputError, UsageError, first_line
 from shards.sample import DISTANCES, POSES
+from shards.yaml_text import load_yaml, read_yaml_text
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -313,7 +314,7 @@ def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
             raise UsageError(f"override {override!r} is not of the form key.sub=value, e.g. train.batch_size=8")
         try:
             # As YAML, a folder named 2024-11-28 would be a date, and # in a name would begin a comment.
-            value = text if text and known_keys().get(key) is str else yaml.safe_load(text)
+            value = text if text and known_keys().get(key) is str else load_yaml(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UsageError(f"override {override!r}: the value is not YAML") from error
         *sections, last = key.split(".")
@@ -374,14 +375,16 @@ def read_config_tree(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_yaml_text(path)
+    except InputError as error:
+        raise UsageError(str(error)) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not a configuration file: {error}") from error
 
 
 def _read_yaml(name: str, text: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text)
+        tree = load_yaml(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"

@@ -16,6 +16,7 @@ LAYERS = {
     "shards": [
         "shards.errors shards.version",
         "shards.files shards.locks shards.parallel shards.video",
+        "shards.yaml_text",
         "shards.sample",
         "shards.manifest",
         "shards.tar",

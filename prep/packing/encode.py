@@ -45,7 +45,7 @@ from prep.raw.video import VideoFrame
 from prep.raw.view import View
 from prep.raw.zips import Ref
 from shards.errors import DatasetError, SampleError, StorageError, UsageError
-from shards.files import temporary
+from shards.files import remove_quietly, temporary
 from shards.manifest import JpegInfo
 from shards.sample import Chroma, Codec
 from shards.version import __version__
@@ -250,7 +250,7 @@ def encode_chunk(job: ChunkJob) -> str:
                 _Encoder(job, archive).run()
             tmp.replace(path)
         finally:
-            tmp.unlink(missing_ok=True)
+            remove_quietly(tmp)
     except OSError as error:
         raise scratch_error(job.folder, error) from error
     return job.name

@@ -16,7 +16,7 @@ from pathlib import Path
 from prep.packing.encode import ChunkJob, encode_chunk, read_chunk, scratch_error
 from prep.workers import Progress, Workers, run
 from shards.errors import UsageError
-from shards.files import temporary
+from shards.files import remove_quietly, temporary
 from shards.parallel import run_threads
 from shards.publish import FOLDER
 from shards.storage import Storage
@@ -134,4 +134,4 @@ def _fetch(bucket: Storage, scratch: Path, name: str) -> None:
     except OSError as error:
         raise scratch_error(scratch, error) from error
     finally:
-        tmp.unlink(missing_ok=True)
+        remove_quietly(tmp)

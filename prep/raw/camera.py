@@ -20,6 +20,7 @@ from prep.raw.text import decode_text
 from prep.raw.view import Lens, View
 from shards.errors import InputError
 from shards.files import open_regular
+from shards.yaml_text import load_yaml
 
 CAMERA_FILE = "camera.yaml"
 _NEEDED = "needed are width, height, fx, fy, cx, cy; or fov alone (docs/camera.md)"
@@ -158,7 +159,7 @@ def parse_camera(content: bytes, where: str) -> Camera:
     """
     text = _OPENCV_HEADER.sub("", decode_text(content), count=1)
     try:
-        data = yaml.load(text, Loader=_Loader)
+        data = load_yaml(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # also: bytes that are no text, or an impossible date
         raise InputError(f"{where}: not YAML ({' '.join(str(error).split())[:200]})") from error
     except RecursionError:

@@ -209,7 +209,8 @@ class FolderLocation:
             entries = _scan_folder(path)
             if entries:
                 self._check_link(path)
-            return entries
+            inside = f"{os.path.realpath(path)}/"
+            return [entry for entry in entries if not (entry["islink"] and _holds(entry["name"], inside))]
         retry = Retrier()
         try:
             if "s3" in self._fs.protocol:
@@ -286,6 +287,11 @@ def _wrapped(folder: str) -> list[str]:
     else:
         return []
     return [f"{top}/{folder}" for top in outer]
+
+
+def _holds(link: str, inside: str) -> bool:
+    """Return whether a link leads to a folder above it: a circle, in which every drive would be found again."""
+    return inside.startswith(f"{os.path.realpath(link)}/")
 
 
 def _scan_folder(path: str) -> list[dict[str, Any]]:
