@@ -53,6 +53,9 @@ class DataConfig(Section):
     """Unit of translations, and so of depth: `paper` is 5.4 m (a stereo baseline of 0.1 for 0.54 m)."""
     flip: bool = True
     """Flip each sample left-right with probability 0.5."""
+    crop: list[float] | None = Field(None, min_length=2, max_length=2)
+    """Train on a random window of each stored image, resized to `width` x `height`: the least and the largest share of
+    the image's width and height, such as [0.7, 1]. None: the whole image."""
     color_jitter: bool = True
     """Jitter brightness, contrast, saturation and hue of the networks' inputs with probability 0.5."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -79,6 +82,8 @@ class DataConfig(Section):
             raise ValueError(f"frames {self.frames}: the target frame 0 comes first, e.g. [0, -1, 1]")
         if len(set(self.frames)) != len(self.frames):
             raise ValueError(f"frames {self.frames}: an offset appears twice")
+        if self.crop is not None and not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise ValueError(f"crop {self.crop}: two shares of the image's sides, 0 < least <= largest <= 1")
         if self.frames == [0] and not self.stereo:
             raise ValueError("frames [0] without stereo leaves no source image to warp: add offsets or stereo=true")
         if self.intrinsics == "learned" and not self.temporal:

@@ -305,7 +305,7 @@ class ReprojectionLoss:
         intrinsics = batch.intrinsics
         if prediction.camera is not None:
             size = batch.images[0].shape[2:]
-            intrinsics = matrices(prediction.camera, (size[0], size[1]), batch.flipped, batch.size)
+            intrinsics = matrices(prediction.camera, (size[0], size[1]), batch.flipped, batch.size, batch.windows)
         output = reprojection_loss(
             prediction,
             pyramids,

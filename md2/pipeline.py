@@ -28,11 +28,20 @@ import torch
 from torch import Tensor
 
 from md2.config import PAPER_METRES_PER_UNIT, DataConfig
-from md2.data.augment import Jitter, camera_matrices, float_images, jitter_factors, rigid_transforms, stereo_transforms
+from md2.data.augment import (
+    Jitter,
+    camera_matrices,
+    float_images,
+    jitter_factors,
+    resize_windows,
+    rigid_transforms,
+    stereo_transforms,
+)
 from md2.data.batch import Batch
 from md2.data.cpu import batch_thread, default_threads, host_threads
-from md2.data.dali import DRAWS, DecodeDevice, Reader, Request, read_plan
+from md2.data.dali import DRAWS, DecodeDevice, Reader, Request
 from md2.data.order import WINDOW, Order, uniform_draws
+from md2.data.plan import read_plan
 from shards.dataset import LocalDataset
 from shards.errors import UsageError
 from shards.manifest import Manifest
@@ -73,7 +82,7 @@ class Loader:
         config: what to read and how to present it.
         batch_size: samples per batch and rank.
         seed: of order, flips and jitter.
-        train: shuffle, and flip and jitter as configured; otherwise evaluation.
+        train: shuffle, and crop, flip and jitter as configured; otherwise evaluation.
         rank, world_size: which share of the samples to read.
         device: where the batches go, and with `config.device` `auto` where JPEGs are decoded.
         depth: decode ground truth as well.
@@ -348,14 +357,17 @@ class Loader:
         flipped = host["flip"] if self._plan.flip else None
         mirror = self._to_device(flipped) if flipped is not None else None
         jitter = self._jitter(host) if self._plan.jitter else None
-        decoding = not self._plan.uncompressed
-        made = {o: float_images(host[f"image {o}"], mirror, jitter, decoding=decoding) for o in self._plan.offsets}
+        size, decoding = self._plan.size, not self._plan.uncompressed
+        pixels = {offset: host[f"image {offset}"] for offset in self._plan.offsets}
+        if self._plan.crop:
+            pixels = {offset: resize_windows(images, host["windows"], size) for offset, images in pixels.items()}
+        made = {o: float_images(images, mirror, jitter, decoding=decoding) for o, images in pixels.items()}
         if self.device.type == "cuda":
             self._read_on_gpu = torch.cuda.current_stream(self.device).record_event()
-        size = self._plan.size
         stored = host["stored"][:, [1, 0]] if self._plan.stored is None else torch.tensor([self._plan.stored])
         nominal = self.config.intrinsics == "nominal"
-        cameras = camera_matrices(host[INTRINSICS], stored, size, flipped, nominal=nominal)
+        windows = self._shown(host["shares"], flipped) if self._plan.crop else None
+        cameras = camera_matrices(host[INTRINSICS], stored, size, flipped, nominal=nominal, windows=windows)
         stereo = None
         if self._plan.stereo:
             shift = host[STEREO_TRANSLATION].flatten()
@@ -372,9 +384,18 @@ class Loader:
             keys=self._keys[mine],
             seeds=self._to_device(host["seeds"]),
             flipped=mirror,
+            windows=None if windows is None else self._to_device(windows.float()),
             distances=self._distances(host) if DISTANCES in self._plan.motion else {},
             poses=self._poses(host, flipped) if POSES in self._plan.motion else {},
         )
+
+    @staticmethod
+    def _shown(shares: Tensor, flipped: Tensor | None) -> Tensor:
+        """Windows as shares of the images after a flip: (n, 4) left, top, width, height."""
+        if flipped is None:
+            return shares
+        left = torch.where(flipped, 1 - shares[:, 0] - shares[:, 2], shares[:, 0])
+        return torch.cat([left.unsqueeze(1), shares[:, 1:]], dim=1)
 
     def _of_temporal(self, numbers: Tensor) -> dict[Offset, Tensor]:
         """Numbers (B, n, ...) of the dataset's temporal frames -> offset -> (B, ...) of the configuration's."""
@@ -424,6 +445,8 @@ class Loader:
             "size": list(read.size),
             "flip": read.flip,
             "color_jitter": read.jitter,
+            # None as in the states of earlier versions, which have no such key.
+            "crop": read.crop and list(read.crop),
         }
 
     def _resume(self, state: LoaderState) -> None:
@@ -485,7 +508,8 @@ def guess_warning(manifest: Manifest, config: DataConfig) -> str | None:
 def resize_warning(manifest: Manifest, config: DataConfig) -> str | None:
     """What it costs that images are not stored at the size they are trained at; None if they are."""
     wanted = (config.width, config.height)
-    if manifest.size == wanted:
+    larger = manifest.size is None or (manifest.size[0] >= wanted[0] and manifest.size[1] >= wanted[1])
+    if manifest.size == wanted or (config.crop and larger):
         return None
     pack = f"pack them with --size {wanted[0]}x{wanted[1]}"
     if manifest.size is None:

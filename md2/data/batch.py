@@ -34,6 +34,8 @@ class Batch:
         keys: the samples' keys, for messages.
         seeds: (B,) int64, drawn for each sample by the run's seed and the epoch, for the loss's noise. None: no noise.
         flipped: (B,) bool, which samples are mirrored; None: none.
+        windows: (B, 4) float32, left, top, width and height of what `images` show, as shares of the whole image as it
+            is after the flip. None: all of it.
         distances: temporal offset -> (B,) distance from the target's camera to that frame's, in units of
             `metres_per_unit` metres, NaN if unknown. Empty unless asked for, as is
         poses: temporal offset -> (B, 4, 4), takes points in target-camera coordinates to that frame's.
@@ -49,6 +51,7 @@ class Batch:
     keys: list[str]
     seeds: Tensor | None = None
     flipped: Tensor | None = None
+    windows: Tensor | None = None
     distances: dict[Offset, Tensor] = field(default_factory=dict)
     poses: dict[Offset, Tensor] = field(default_factory=dict)
 

@@ -1,8 +1,8 @@
 """The DALI graph: files of a batch in, decoded and resized images out. One for CPU and GPU.
 
-`read_plan` says what to read and checks it against the manifest; `Reader` hands DALI the files of whole reads, as views
-of the mapped shards, and returns tensors. What the draws do to the images is in `md2.data.augment`: on a CPU torch does
-it at a fraction of DALI's cost.
+`md2.data.plan` says what to read; `Reader` hands DALI the files of whole reads, as views of the mapped shards, and
+returns tensors. What the draws do to the images is in `md2.data.augment`: on a CPU torch does it at a fraction of
+DALI's cost.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,13 +22,11 @@ import torch
 from nvidia.dali.tensors import TensorListGPU
 from torch import Tensor
 
-from md2.config import DataConfig
-from md2.data.augment import FLIP_PROBABILITY, JITTER_PROBABILITY
-from md2.data.headers import MAX_IMAGE_PIXELS, depth_problem, image_problem, no_depth, size_problem
-from shards.dataset import LocalDataset
-from shards.errors import DatasetError, TrainingError, UsageError
-from shards.manifest import Manifest
-from shards.sample import DEPTH, INTRINSICS, POSES, STEREO_TRANSLATION, Offset, ppm_header
+from md2.data.augment import FLIP_PROBABILITY, JITTER_PROBABILITY, crop_windows
+from md2.data.headers import MAX_IMAGE_PIXELS, depth_problem, image_problem, image_size, no_depth, size_problem
+from md2.data.plan import ReadPlan
+from shards.errors import DatasetError, TrainingError
+from shards.sample import DEPTH, POSES
 from shards.stream import Bytes, ShardStream
 
 # DALI's stubs leave out half of what it exports.
@@ -39,115 +36,11 @@ fn, types = dali.fn, dali.types
 DECODER_BYTES = 1 << 20
 """nvJPEG's first buffers, on the GPU and on the host, for each thread of each decoder; they grow. DALI's own 16 and
 8 MB would be a gigabyte and more with a decoder for each image of a sample and a thread for each core."""
-DRAWS = 7
-"""Uniform numbers of a sample: coins for flip and jitter, brightness, contrast, saturation, hue, the noise's seed."""
-_FLIP = "flip"
+DRAWS = 10
+"""Uniform numbers of a sample: coins for flip and jitter, brightness, contrast, saturation, hue, the noise's seed, the
+window's scale and place."""
+_FLIP, _CORNER, _EXTENT, _SHARES = "flip", "corner", "extent", "shares"
 DecodeDevice = Literal["cpu", "gpu"]
-
-
-@dataclass(frozen=True)
-class ReadPlan:
-    """What a loader reads of each sample; the same on every rank and device.
-
-    Attributes:
-        offsets: images to decode; `images` are their components, in the same order.
-        stereo: read the stereo translation.
-        depth: `always` and `sometimes` (not in every sample), or None.
-        stored: width and height of the stored images, None if it differs from sample to sample.
-        size: width and height of the batch's images.
-        header: what the file of each image begins with if it is `uncompressed`, else nothing.
-        flip, jitter: draw them.
-        motion: components that say how the camera moves, and how many numbers each has; NaN where a sample lacks one.
-    """
-
-    offsets: tuple[Offset, ...]
-    images: tuple[str, ...]
-    stereo: bool
-    depth: Literal["always", "sometimes"] | None
-    stored: tuple[int, int] | None
-    size: tuple[int, int]
-    header: bytes
-    flip: bool
-    jitter: bool
-    motion: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def uncompressed(self) -> bool:
-        """Whether the pixels follow a header as they are, at the batch's size: they need no decoder."""
-        return bool(self.header)
-
-    @property
-    def numbers(self) -> dict[str, int]:
-        """Components that are float32 numbers, and how many of them."""
-        return {INTRINSICS: 4, **({STEREO_TRANSLATION: 1} if self.stereo else {}), **self.motion}
-
-    @property
-    def outputs(self) -> list[str]:
-        """Names of the graph's outputs, in order."""
-        names = [f"image {offset}" for offset in self.offsets]
-        names += ["stored"] if self.stored is None else []
-        return names + (["depth", "depth_size"] if self.depth else [])
-
-
-def read_plan(
-    dataset: LocalDataset, config: DataConfig, *, train: bool, depth: bool, motion: Sequence[str] = ()
-) -> ReadPlan:
-    """Compare what the configuration asks for with what the dataset has.
-
-    Args:
-        motion: components that say how the camera moves.
-
-    Raises:
-        UsageError: frames, the stereo partner, motion or depth that the dataset does not have.
-    """
-    manifest = dataset.manifest
-    offsets: list[Offset] = [*config.frames, *(["s"] if config.stereo else [])]  # type: ignore[list-item]
-    images = [manifest.image_component(offset) for offset in offsets]
-    wanted = [*images, INTRINSICS, *([STEREO_TRANSLATION] if config.stereo else [])]
-    if missing := [name for name in wanted if name not in manifest.components]:
-        raise UsageError(
-            f"{dataset.url}: not every sample has {', '.join(missing)}, which data.frames {config.frames} and "
-            f"data.stereo {str(config.stereo).lower()} ask for; the dataset has {_contents(manifest)}: "
-            f"{_remedy(manifest, config)}"
-        )
-    if depth and DEPTH not in [*manifest.components, *manifest.optional_components]:
-        raise UsageError(f"{dataset.url}: has no ground truth depth; the dataset has {_contents(manifest)}")
-    for name in motion:
-        # Every sample must have poses to be warped; one without distances still has its reprojection error.
-        if name not in manifest.components and (name == POSES or name not in manifest.optional_components):
-            raise UsageError(
-                f"{dataset.url}: not every sample has {name}: pack it with md2 prep --motion; the dataset has "
-                f"{_contents(manifest)}"
-            )
-    temporal = len(manifest.frames) - 1
-    size = (config.width, config.height)
-    return ReadPlan(
-        offsets=tuple(offsets),
-        images=tuple(images),
-        stereo=config.stereo,
-        depth=None if not depth else "always" if DEPTH in manifest.components else "sometimes",
-        stored=manifest.size,
-        size=size,
-        header=ppm_header(*size) if manifest.codec == "ppm" and manifest.size == size else b"",
-        flip=train and config.flip,
-        jitter=train and config.color_jitter,
-        motion={name: temporal * (12 if name == POSES else 1) for name in motion},
-    )
-
-
-def _remedy(manifest: Manifest, config: DataConfig) -> str:
-    """How to train on a dataset that lacks frames which the configuration asks for."""
-    frames = ",".join(map(str, config.frames))
-    pack = f"pack it with md2 prep --frames {frames}{' --stereo' * config.stereo}"
-    if len(manifest.frames) == 1 and not manifest.stereo:
-        return pack
-    there = ",".join(map(str, manifest.frames))
-    return f"train with data.frames=[{there}] data.stereo={str(manifest.stereo).lower()}, or {pack}"
-
-
-def _contents(manifest: Manifest) -> str:
-    sometimes = [f"{name} in {count} of them" for name, count in manifest.optional_components.items()]
-    return ", ".join([*manifest.components, *sometimes])
 
 
 class Request(NamedTuple):
@@ -171,8 +64,9 @@ class Read(NamedTuple):
 
     Attributes:
         keys: of the samples.
-        tensors: `ReadPlan.outputs` (images uint8 (n, H, W, 3) on the device, the rest on the host), `flip` and `jitter`
-            (n,) bool, `draws` (n, 4) from [-1, 1), `seeds` (n,) int64, and `ReadPlan.numbers`.
+        tensors: `ReadPlan.outputs` (images uint8 (n, H, W, 3) on the device, the rest on the host; with `crop` each
+            window at the top left), `windows` and `shares` (n, 4) of the stored image, in pixels and as shares, `flip`
+            and `jitter` (n,) bool, `draws` (n, 4) from [-1, 1), `seeds` (n,) int64, and `ReadPlan.numbers`.
     """
 
     keys: list[str]
@@ -307,6 +201,13 @@ class Reader:
             self.pipeline.feed_input(name, fed.files[name])
         if self.plan.depth and self.plan.flip:
             self.pipeline.feed_input(_FLIP, fed.host["flip"].int().numpy())
+        if self.plan.crop:
+            # (height, width), as DALI counts axes.
+            windows = fed.host["windows"].numpy()[:, [1, 0, 3, 2]].astype(np.int32)
+            self.pipeline.feed_input(_CORNER, windows[:, :2].copy())
+            self.pipeline.feed_input(_EXTENT, windows[:, 2:].copy())
+            if self.plan.depth:
+                self.pipeline.feed_input(_SHARES, fed.host["shares"].numpy()[:, [1, 0, 3, 2]].astype(np.float32, "C"))
         self._in_flight.append(fed)
         # DALI's first run starts as many as it prepares ahead, each of which must have its files.
         if self._first and len(self._in_flight) < self._prefetch:
@@ -345,6 +246,8 @@ class Reader:
                 raise self._wrong(key, f"has no {name}, which the manifest promises")
         fed = _Fed(keys, tars, files, host, self._requests, request.place)  # type: ignore[arg-type]
         self._check_files(fed)
+        if plan.crop:
+            host |= self._windows(request.draws[:, 7:], fed)
         for name, count in plan.numbers.items():
             host[name] = self._numbers(keys, name, count, fed.files.pop(name))
         return fed
@@ -357,6 +260,19 @@ class Reader:
         if self.plan.jitter:
             found |= {"jitter": uniform[:, 1] < JITTER_PROBABILITY, "draws": (2 * uniform[:, 2:6] - 1).float()}
         return found
+
+    def _windows(self, draws: npt.NDArray[np.float64], fed: _Fed) -> dict[str, Tensor]:
+        """The window of each sample, in pixels and in shares; all images of a sample must have one size."""
+        assert self.plan.crop is not None
+        sizes = np.array([image_size(file.data) for file in fed.files[self.plan.images[0]]], np.int64)
+        for name in self.plan.images:
+            for place, file in enumerate(fed.files[name]):
+                expected = self.plan.stored or tuple(sizes[place].tolist())
+                if (found := image_size(file.data)) != expected:
+                    what = f"{fed.tars[place]}: {fed.keys[place]}.{name}"
+                    raise self._wrong(what, f"is {found} pixels large instead of {expected}")
+        windows = torch.from_numpy(crop_windows(draws, sizes, self.plan.crop))
+        return {"windows": windows, "shares": windows / torch.from_numpy(np.tile(sizes, 2))}
 
     def _numbers(self, keys: list[str], name: str, count: int, files: list[Bytes]) -> Tensor:
         """(n, count) float32 out of files that are nothing else."""
@@ -388,6 +304,8 @@ class Reader:
         return None if file[: len(header)].tobytes() == header else f"does not begin with {header!r}"
 
     def _check_shapes(self, outputs: dict[str, Any], fed: _Fed) -> None:
+        if self.plan.crop:
+            return  # `_windows` looked at them
         width, height = self.plan.size
         for offset in self.plan.offsets:
             output = outputs[f"image {offset}"]
@@ -439,6 +357,9 @@ def _graph(plan: ReadPlan, decode: DecodeDevice, target: DecodeDevice) -> tuple[
         return tuple(outputs)
     depth = fn.decoders.image(_files(DEPTH), device="cpu", output_type=types.ANY_DATA, dtype=types.UINT16)
     depth = fn.cast(depth, dtype=types.FLOAT)
+    if plan.crop:
+        shares = fn.external_source(name=_SHARES, dtype=types.FLOAT, ndim=1)
+        depth = fn.slice(depth, rel_start=shares[:2], rel_shape=shares[2:], axes=[0, 1])
     if plan.flip:
         depth = fn.flip(depth, horizontal=fn.external_source(name=_FLIP, dtype=types.INT32, ndim=0))
     return (*outputs, fn.pad(depth), depth.shape())
@@ -450,17 +371,23 @@ def _files(name: str) -> Any:
 
 
 def _images(plan: ReadPlan, encoded: list[Any], decode: DecodeDevice, target: DecodeDevice) -> list[Any]:
-    """Decode; resize only if the size differs."""
-    images = fn.decoders.image(
-        encoded,
-        device="mixed" if decode == "gpu" else "cpu",
-        output_type=types.RGB,
-        jpeg_fancy_upsampling=True,
-        device_memory_padding=DECODER_BYTES,
-        host_memory_padding=DECODER_BYTES,
-        affine=False,  # ranks that share a machine would be tied to the same cores
-    )
-    if plan.stored != plan.size:
+    """Decode; cut the windows out, or resize if the size differs."""
+    options = {
+        "device": "mixed" if decode == "gpu" else "cpu",
+        "output_type": types.RGB,
+        "jpeg_fancy_upsampling": True,
+        "device_memory_padding": DECODER_BYTES,
+        "host_memory_padding": DECODER_BYTES,
+        "affine": False,  # ranks that share a machine would be tied to the same cores
+    }
+    if plan.crop:
+        corner, extent = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in (_CORNER, _EXTENT))
+        images = fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=[0, 1], **options)
+        # Of one shape, to be one tensor.
+        images = fn.pad(images, axes=[0, 1])
+    else:
+        images = fn.decoders.image(encoded, **options)
+    if plan.stored != plan.size and not plan.crop:
         width, height = plan.size
         # Lanczos with antialiasing is what prep resizes with.
         images = fn.resize(images, size=[height, width], interp_type=types.INTERP_LANCZOS3, antialias=True)

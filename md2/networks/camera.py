@@ -51,7 +51,9 @@ class LearnedCamera(nn.Module):
         self.moving.fill_(0.0 if held else 1.0)
 
 
-def matrices(camera: Tensor, size: tuple[int, int], flipped: Tensor | None, count: int) -> Tensor:
+def matrices(
+    camera: Tensor, size: tuple[int, int], flipped: Tensor | None, count: int, windows: Tensor | None = None
+) -> Tensor:
     """Camera matrices of a batch, differentiable in the camera.
 
     Args:
@@ -59,6 +61,7 @@ def matrices(camera: Tensor, size: tuple[int, int], flipped: Tensor | None, coun
         size: height and width of the images.
         flipped: (B,) bool, which images are mirrored: their cx is W - 1 - cx. None: none.
         count: B.
+        windows: (B, 4) left, top, width and height of what the images show, as shares of the whole. None: all of it.
 
     Returns:
         (B, 3, 3) in pixels, pixel centres at integers.
@@ -67,6 +70,9 @@ def matrices(camera: Tensor, size: tuple[int, int], flipped: Tensor | None, coun
     fx, fy, cx, cy = camera.expand(count, 4).unbind(1)
     if flipped is not None:
         cx = torch.where(flipped, 1 - cx, cx)
+    if windows is not None:
+        left, top, across, down = windows.unbind(1)
+        fx, fy, cx, cy = fx / across, fy / down, (cx - left) / across, (cy - top) / down
     zero = torch.zeros_like(fx)
     rows = [fx * width, zero, cx * width - 0.5, zero, fy * height, cy * height - 0.5, zero, zero, zero + 1]
     return torch.stack(rows, dim=1).view(count, 3, 3)
