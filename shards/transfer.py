@@ -248,7 +248,7 @@ def verify(url: str, progress: Progress | None = None) -> Verified:
             if isinstance(error, StorageError) and not is_local(url):
                 failures.append(error)
                 if len(failures) >= _GIVE_UP:
-                    raise
+                    raise StorageError(f"{error}; broken or unreadable so far: {', '.join(sorted(broken))}") from error
             return Counter()
         failures.clear()
         return counts

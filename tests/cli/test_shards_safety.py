@@ -179,6 +179,7 @@ def test_verify_ends_soon_if_the_whole_storage_is_down(
     code, _, err = md2("verify", f"{bucket.url}/d")
     assert code == 5
     assert "gave up" in err
+    assert "broken or unreadable so far: train/0" in err
     assert len(asked) < 10
 
 
