@@ -199,8 +199,9 @@ class TrainConfig(Section):
     compile: Literal["auto", "graphs"] | bool = "auto"
     """Compile the networks with torch.compile.
 
-    `auto`: on a GPU with Triton; if compiling fails, training continues without it. `graphs`: also replay them as CUDA
-    graphs, for GPUs that wait for the host's launches."""
+    `auto`: on a GPU with Triton; if compiling fails, training continues without it. `graphs`: also replay the whole
+    step as one CUDA graph, for GPUs that wait for the host's launches; with several ranks, accumulation or fp16 the
+    networks alone."""
     poses: Literal["learned", "given"] = "learned"
     """Motion between target and temporal frames: `learned` by a pose network, or `given` by the dataset.
 

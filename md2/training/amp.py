@@ -61,11 +61,14 @@ class AmpSettings:
         """Networks with weights in the chosen memory format."""
         return networks.to(memory_format=torch.channels_last) if self.channels_last else networks  # type: ignore[call-overload]
 
-    def compiled(self, networks: nn.Module) -> Any:
-        """Networks that compile when they are first called, or the networks themselves."""
+    def compiled(self, networks: nn.Module, whole: bool = False) -> Any:
+        """Networks that compile when they are first called, or the networks themselves.
+
+        `whole`: the step that they are part of is recorded as one CUDA graph, so they need none of their own.
+        """
         if not self.compile:
             return networks
-        return torch.compile(networks, mode="reduce-overhead" if self.compile == "graphs" else None)
+        return torch.compile(networks, mode="reduce-overhead" if self.compile == "graphs" and not whole else None)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that the networks run in."""

@@ -29,35 +29,28 @@ class FiniteGuard:
         self.device = device
         self._pending: list[tuple[NotFinite, Tensor, torch.cuda.Event | None]] = []
 
-    def step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        loss: Tensor,
-        *,
-        step: int,
-        keys: list[str],
-    ) -> None:
-        """Step the optimiser unless the gradient is not finite. `loss` is the scalar, not scaled."""
-        which = NotFinite(step, keys)
+    def step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> Tensor:
+        """Step the optimiser unless the gradient is not finite; returns whether that was so, as a scalar on the device.
+
+        `loss` is the scalar, not scaled. With a fused optimiser the host does not wait for the device.
+        """
         if scaler.is_enabled():
             scaler.step(optimizer)
             scaler.update()
             # get_scale() would wait for the step.
             scale: Tensor = scaler.scale(torch.ones((), device=self.device))
-            self._read_later(which, (scale < 1) | ~loss.isfinite())
-            return
+            return (scale < 1) | ~loss.isfinite()
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         bad = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients))
-        if self.device.type == "cuda":
+        if optimizer.defaults.get("fused"):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             optimizer.step()
         elif not bad:
             optimizer.step()
-        self._read_later(which, bad)
+        return bad
 
-    def _read_later(self, which: NotFinite, bad: Tensor) -> None:
-        """Copy the outcome to the host without waiting for it."""
+    def read_later(self, which: NotFinite, bad: Tensor) -> None:
+        """Copy the outcome of a step to the host without waiting for it; `found` then reports it."""
         if self.device.type != "cuda":
             self._pending.append((which, bad, None))
             return

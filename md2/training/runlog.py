@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -172,3 +173,40 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+class Window:
+    """Images and waiting time since the last report."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.begin, self.images = time.perf_counter(), 0
+        self.waited: dict[str, float] = {}
+
+    def wait(self, seconds: dict[str, float]) -> None:
+        """Count waiting for data: all of it under "", and its kinds under "/storage" and so on."""
+        for kind, more in seconds.items():
+            self.waited[kind] = self.waited.get(kind, 0.0) + more
+
+    def add(self, images: int) -> None:
+        """Count images."""
+        self.images += images
+
+    @property
+    def images_per_second(self) -> float:
+        """Target images per second since the last report, over all ranks."""
+        return self.images / max(time.perf_counter() - self.begin, 1e-9)
+
+    def shares(self) -> dict[str, float]:
+        """Shares of the time so far spent waiting for data, by kind as `wait` has them."""
+        elapsed = max(time.perf_counter() - self.begin, 1e-9)
+        return {kind: seconds / elapsed for kind, seconds in self.waited.items()}
+
+    def rates(self) -> dict[str, float]:
+        """Target images per second over all ranks, and the share of time spent waiting for data."""
+        found = {f"data_wait{kind}": share for kind, share in self.shares().items()}
+        found["images_per_second"] = self.images_per_second
+        self._reset()
+        return found

@@ -31,10 +31,11 @@ from md2.model import Networks, Prediction
 from md2.networks.camera import figures
 from md2.pipeline import Loader, data_warnings
 from md2.training.amp import AmpSettings
-from md2.training.finite import FiniteBuffers, FiniteGuard
+from md2.training.finite import FiniteBuffers, FiniteGuard, NotFinite
+from md2.training.graph import StepGraph, why_not_whole
 from md2.training.loggers import check_loggers, open_loggers
 from md2.training.panels import panel
-from md2.training.runlog import RunLog
+from md2.training.runlog import RunLog, Window
 from md2.training.summary import run_figure
 from md2.training.validate import validate
 from md2.weights import initialise
@@ -124,7 +125,7 @@ class Trainer:
         planned += self.steps_per_epoch * (config.train.epochs - self.loader.epoch - 1)
         self.total_steps = min(planned, config.train.max_steps or planned)
         self.log: RunLog | None = None
-        self.window = _Window()
+        self.window = Window()
 
     def _build(self, resume: Checkpoint | None) -> None:
         """Make the networks and everything that trains them."""
@@ -144,7 +145,11 @@ class Trainer:
         self.networks = self.amp.prepare(networks.to(device))
         self.loss = ReprojectionLoss(config.loss, config.model)
         trainable = [p for p in self.networks.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trainable, lr=config.train.learning_rate, fused=device.type == "cuda")
+        self.graph = self._step_graph()
+        whole = self.graph is not None
+        self.optimizer = torch.optim.Adam(
+            trainable, lr=config.train.learning_rate, fused=device.type == "cuda", capturable=whole
+        )
         self.schedule = torch.optim.lr_scheduler.StepLR(
             self.optimizer, config.train.lr_step_epochs, config.train.lr_gamma
         )
@@ -167,8 +172,19 @@ class Trainer:
                 self.networks, broadcast_buffers=False, gradient_as_bucket_view=not self.keep_gradients
             )
         # Compiled around DDP, so that gradients are exchanged while the rest of the backward pass runs.
-        self.model: nn.Module = self.amp.compiled(self.eager)
+        self.model: nn.Module = self.amp.compiled(self.eager, whole)
         self.compiles = not self.amp.required and self.model is not self.eager
+
+    def _step_graph(self) -> StepGraph[tuple[Prediction, LossOutput, Tensor, Tensor]] | None:
+        """What records whole steps, if that is asked for and possible."""
+        if self.amp.compile != "graphs":
+            return None
+        parts = why_not_whole(self.config.train, self.ranks.world_size, self.amp.scaled)
+        if parts is None:
+            return StepGraph(lambda batch: self._compute([batch]), self.reporter.message)
+        if self.ranks.main:
+            self.reporter.message(f"train.compile=graphs: CUDA graphs of the networks, not of the whole step: {parts}")
+        return None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -227,7 +243,7 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """Run steps until the epoch (or the run) ends; True if stopped before."""
         self.model.train()
-        self.window, whole = _Window(), _Window()  # rates leave validation out
+        self.window, whole = Window(), Window()  # rates leave validation out
         batches = iter(self.loader)
         while self.loader.left and self.step < self.total_steps:
             began, before = time.perf_counter(), dict(self.loader.waited)
@@ -260,20 +276,35 @@ class Trainer:
 
     def _step(self, group: list[Batch]) -> tuple[Prediction, LossOutput]:
         """One optimiser step over a group of batches, whose gradients are averaged."""
-        self.networks.hold_camera(self.step < self.config.train.camera_from)
+        held = self.step < self.config.train.camera_from
+        self.networks.hold_camera(held)
+        if self.graph is None or self._wants_panel():
+            computed = self._compute(group)
+        else:
+            computed = self.graph(group[0], (held, *self.schedule.get_last_lr()))
+        prediction, losses, self.losses, bad = computed
+        keys = [key for batch in group for key in batch.keys]
+        self.guard.read_later(NotFinite(self.step + 1, keys), bad)
+        self._check_steps()
+        return prediction, losses
+
+    def _compute(self, group: list[Batch]) -> tuple[Prediction, LossOutput, Tensor, Tensor]:
+        """All that a step computes, as one CUDA graph if that is asked for: nothing here may wait for a GPU.
+
+        Returns:
+            Prediction and losses of the last batch, the step's mean losses (total, then each scale's), and whether its
+            gradient was not finite.
+        """
         self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
         self.averages.keep()
-        self.losses = torch.zeros(1 + len(self.config.model.scales), device=self.ranks.device)
+        means = torch.zeros(1 + len(self.config.model.scales), device=self.ranks.device)
         for index, batch in enumerate(group):
             with self._without_sync(index < len(group) - 1):
                 prediction, losses = self._forward(batch)
                 self.scaler.scale(losses.total / len(group)).backward()  # type: ignore[no-untyped-call]
-            self.losses += torch.stack([losses.total, *losses.per_scale.values()]).detach() / len(group)
+            means += torch.stack([losses.total, *losses.per_scale.values()]).detach() / len(group)
         self.averages.mend()
-        keys = [key for batch in group for key in batch.keys]
-        self.guard.step(self.optimizer, self.scaler, self.losses[0], step=self.step + 1, keys=keys)
-        self._check_steps()
-        return prediction, losses
+        return prediction, losses, means, self.guard.step(self.optimizer, self.scaler, means[0])
 
     def _forward(self, batch: Batch) -> tuple[Prediction, LossOutput]:
         with self.amp.autocast():
@@ -443,7 +474,7 @@ class Trainer:
         try:
             part = "optimizer"
             # Whether it is fused depends on the device, not on the run.
-            ours = {"fused": self.optimizer.param_groups[0]["fused"]}
+            ours = {name: self.optimizer.param_groups[0][name] for name in ("fused", "capturable")}
             groups = [{**group, **ours} for group in state[part]["param_groups"]]
             self.optimizer.load_state_dict({**state[part], "param_groups": groups})
             part = "schedule"
@@ -466,39 +497,3 @@ _NOT_RESUMABLE = "its training state cannot be resumed (start a new run with its
 
 def _left_out(samples: int) -> str:
     return f"; {samples} samples, less than a step, are left out" if samples else ""
-
-
-class _Window:
-    """Images and waiting time since the last report."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self.begin, self.images = time.perf_counter(), 0
-        self.waited: dict[str, float] = {}
-
-    def wait(self, seconds: dict[str, float]) -> None:
-        """Count waiting for data: all of it under "", and its kinds under "/storage" and so on."""
-        for kind, more in seconds.items():
-            self.waited[kind] = self.waited.get(kind, 0.0) + more
-
-    def add(self, images: int) -> None:
-        self.images += images
-
-    @property
-    def images_per_second(self) -> float:
-        """Target images per second since the last report, over all ranks."""
-        return self.images / max(time.perf_counter() - self.begin, 1e-9)
-
-    def shares(self) -> dict[str, float]:
-        """Shares of the time so far spent waiting for data, by kind as `wait` has them."""
-        elapsed = max(time.perf_counter() - self.begin, 1e-9)
-        return {kind: seconds / elapsed for kind, seconds in self.waited.items()}
-
-    def rates(self) -> dict[str, float]:
-        """Target images per second over all ranks, and the share of time spent waiting for data."""
-        found = {f"data_wait{kind}": share for kind, share in self.shares().items()}
-        found["images_per_second"] = self.images_per_second
-        self._reset()
-        return found

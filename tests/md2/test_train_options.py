@@ -148,7 +148,7 @@ def test_what_replayed_graphs_accumulate_is_added_outside_of_their_memory(
     extra = ["train.accumulate=2", "loss.disable_automasking=true", "train.learning_rate=1e-12"]
     plain = trainer(dataset, tmp_path / "plain", extra)
     monkeypatch.setattr(AmpSettings, "of", lambda train, device: AmpSettings(device, None, True, "graphs"))
-    monkeypatch.setattr(AmpSettings, "compiled", lambda self, networks: networks)
+    monkeypatch.setattr(AmpSettings, "compiled", lambda self, networks, whole: networks)
     graphs = trainer(dataset, tmp_path / "graphs", extra)
     group = [share(fixed_batch(), 0, 2), share(fixed_batch(), 1, 2)]
     places = []
@@ -179,7 +179,7 @@ def test_networks_that_do_not_compile_run_without_unless_compiling_is_asked_for(
     for name, required, compiled in (("auto", False, broken), ("asked", True, broken), ("full", False, full)):
         settings = AmpSettings(torch.device("cpu"), None, True, True, required)
         monkeypatch.setattr(AmpSettings, "of", lambda train, device, settings=settings: settings)
-        monkeypatch.setattr(AmpSettings, "compiled", lambda self, networks, compiled=compiled: compiled)
+        monkeypatch.setattr(AmpSettings, "compiled", lambda self, networks, whole, compiled=compiled: compiled)
         one = trainer(dataset, tmp_path / name, [], "stereo")
         if name == "auto":
             for _ in range(2):
