@@ -2,7 +2,8 @@
 
 The figures are the paper's; md2 has not measured them. Godard et al., "Digging Into Self-Supervised Monocular Depth
 Estimation", ICCV 2019: Tables 1 and 2 (KITTI 2015, Eigen test images, raw velodyne, Garg crop, capped at 80 m), and the
-supplement's tables for ResNet-50 and odometry. A recipe without a figure has none in the paper.
+supplement's tables for ResNet-50 and odometry. A recipe without a figure has none in the paper. Recipes for other
+papers' encoders, decoders and augmentation have their figures, with the source, in a note.
 
 The settings come from sections 4 and 4.1 (20 epochs, lr 1e-4, after 15 epochs 1e-5, batch 12, one nominal camera for
 all images), and from the released code's README and experiments/*.sh (splits; 30 epochs without pretraining and on the
@@ -43,7 +44,18 @@ _ROWS: dict[str, tuple[float, ...]] = {
 }
 PUBLISHED = {name: dict(zip(_FIGURES, row, strict=True)) for name, row in _ROWS.items()}
 """Recipe -> metric -> the paper's value."""
-_ODOMETRY = {f"{_P}odometry_mono_640x192": "ATE 09: 0.017 ± 0.008 m, 10: 0.015 ± 0.010 m"}
+_NOTES = {
+    f"{_P}odometry_mono_640x192": "ATE 09: 0.017 ± 0.008 m, 10: 0.015 ± 0.010 m",
+    # Spencer et al., "Deconstructing Self-Supervised Monocular Reconstruction", TMLR 2022: means of three seeds.
+    "convnext_tiny_kitti_mono_640x192": "with stereo abs_rel 0.0998 (Spencer et al. 2022); not reproduced by md2",
+    "convnext_tiny_kitti_mono_stereo_640x192": "abs_rel 0.0998 (Spencer et al. 2022); not reproduced by md2",
+    "hrnet_w18_kitti_mono_640x192": "with stereo abs_rel 0.1021 (Spencer et al. 2022); not reproduced by md2",
+    "hrnet_w18_kitti_mono_stereo_640x192": "abs_rel 0.1021 (Spencer et al. 2022); not reproduced by md2",
+    # Lyu et al., AAAI 2021.
+    "hrdepth_resnet18_kitti_mono_640x192": "abs_rel 0.109, rmse 4.632 (Lyu et al. 2021); not reproduced by md2",
+    # He et al., "RA-Depth: Resolution Adaptive Self-Supervised Monocular Depth Estimation", ECCV 2022.
+    f"{_P}mono_crop_640x192": "abs_rel 0.096 with an HRNet and more (RA-Depth 2022); not reproduced",
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Recipe:
         summary: first comment line of its file.
         config: resolved.
         published: metric name -> the paper's value; empty if the paper gives none.
-        note: other published figures (odometry).
+        note: other published figures (odometry, other papers), and whether md2 has reproduced them.
     """
 
     name: str
@@ -86,7 +98,7 @@ def zoo() -> list[Recipe]:
             text.splitlines()[0].removeprefix("#").strip(),
             load_config(name),
             PUBLISHED.get(name, {}),
-            _ODOMETRY.get(name, ""),
+            _NOTES.get(name, ""),
         )
         for name, text in recipes().items()
     ]
