@@ -30,9 +30,10 @@ import torch
 from bench.machine import busy, processor, versions
 from md2.config import Config, load_config
 from md2.data.batch import Batch
-from md2.data.cpu import cores
+from md2.data.cpu import cores, default_threads
+from md2.data.dali import decode_device
 from md2.distributed import Ranks, ranks
-from md2.pipeline import Loader, decode_device, default_threads
+from md2.pipeline import Loader
 from md2.train import PlainReporter
 from md2.training.trainer import Trainer
 from shards.dataset import LocalDataset, open_dataset
@@ -149,12 +150,15 @@ class Measured:
             if self.place.device.type == "cuda":
                 torch.cuda.synchronize(self.place.device)
             handing.append(time.perf_counter() - began)
+        loader.close()
         return Rate(found.wall, found.cpu, median(handing))
 
     def of_both(self, threads: int) -> Rate:
         loader = self.loader(threads)
         groups = self.groups(loader)
-        return measure(lambda: self.step(next(groups)), self.seconds, self.place.device, self.at_a_time(loader))
+        found = measure(lambda: self.step(next(groups)), self.seconds, self.place.device, self.at_a_time(loader))
+        loader.close()
+        return found
 
     def at_a_time(self, loader: Loader) -> int:
         """Steps that are read at once, so that no read is counted in part."""

@@ -39,12 +39,11 @@ from md2.data.augment import (
 )
 from md2.data.batch import Batch
 from md2.data.cpu import batch_thread, default_threads, host_threads
-from md2.data.dali import DRAWS, DecodeDevice, Reader, Request
+from md2.data.dali import DRAWS, Reader, Request, decode_device
 from md2.data.order import WINDOW, Order, uniform_draws
 from md2.data.plan import read_plan
 from shards.dataset import LocalDataset
 from shards.errors import UsageError
-from shards.manifest import Manifest
 from shards.sample import DEPTH_SCALE, DISTANCES, INTRINSICS, POSES, STEREO_TRANSLATION, Offset
 
 SAMPLES_AHEAD = 96
@@ -488,50 +487,6 @@ class Loader:
                 f"a step took {step_samples} samples and now takes {self.step_samples}: epoch {epoch + 1} continues "
                 f"behind its first {taken} samples in steps of {self.step_samples}"
             )
-
-
-def data_warnings(manifest: Manifest, config: DataConfig) -> list[str]:
-    """What is to be said before a training on a dataset."""
-    return [text for warn in (resize_warning, guess_warning) if (text := warn(manifest, config)) is not None]
-
-
-def guess_warning(manifest: Manifest, config: DataConfig) -> str | None:
-    """That the intrinsics to be trained with are a guess; None if they are measured or learned."""
-    if manifest.intrinsics is None or config.intrinsics != "calibrated":
-        return None
-    return (
-        "the dataset's intrinsics are a guess (fov in camera.yaml): calibrate the camera, or if it turns enough, learn "
-        "them with data.intrinsics=learned (docs/training.md)"
-    )
-
-
-def resize_warning(manifest: Manifest, config: DataConfig) -> str | None:
-    """What it costs that images are not stored at the size they are trained at; None if they are."""
-    wanted = (config.width, config.height)
-    larger = manifest.size is None or (manifest.size[0] >= wanted[0] and manifest.size[1] >= wanted[1])
-    if manifest.size == wanted or (config.crop and larger):
-        return None
-    pack = f"pack them with --size {wanted[0]}x{wanted[1]}"
-    if manifest.size is None:
-        return f"images of native size are resized in every batch, which makes the loader several times slower: {pack}"
-    width, height = manifest.size
-    if min(width, height) >= 64 and width % 32 == height % 32 == 0:
-        pack = f"train at their size (data.width={width} data.height={height}), or {pack}"
-    stored = f"images are stored at {width}x{height}"
-    if width < wanted[0] or height < wanted[1]:
-        return f"{stored} and enlarged to {wanted[0]}x{wanted[1]}, which adds no detail: {pack}"
-    return f"{stored} and resized in every batch, which makes the loader slower: {pack}"
-
-
-def decode_device(wanted: str, device: torch.device) -> DecodeDevice:
-    """Where to decode: `data.device` `auto` is the GPU if the batches go to one.
-
-    Raises:
-        UsageError: `gpu`, but the batches go to the CPU.
-    """
-    if wanted == "gpu" and device.type != "cuda":
-        raise UsageError(f"data.device gpu needs training on a GPU, but train.device is {device.type}")
-    return "gpu" if wanted != "cpu" and device.type == "cuda" else "cpu"
 
 
 def batches_ahead(batch_size: int, sample_bytes: int) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from md2.data.augment import FLIP_PROBABILITY, JITTER_PROBABILITY, crop_windows
 from md2.data.headers import MAX_IMAGE_PIXELS, depth_problem, image_problem, image_size, no_depth, size_problem
 from md2.data.plan import ReadPlan
-from shards.errors import DatasetError, TrainingError
+from shards.errors import DatasetError, TrainingError, UsageError
 from shards.sample import DEPTH, POSES
 from shards.stream import Bytes, ShardStream
 
@@ -414,3 +414,14 @@ def _reason(error: BaseException) -> str:
             return line.strip()
     lines = text.rpartition("encountered:")[2].strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def decode_device(wanted: str, device: torch.device) -> DecodeDevice:
+    """Where to decode: `data.device` `auto` is the GPU if the batches go to one.
+
+    Raises:
+        UsageError: `gpu`, but the batches go to the CPU.
+    """
+    if wanted == "gpu" and device.type != "cuda":
+        raise UsageError(f"data.device gpu needs training on a GPU, but train.device is {device.type}")
+    return "gpu" if wanted != "cpu" and device.type == "cuda" else "cpu"

@@ -25,11 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 from md2.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, save_checkpoint
 from md2.config import Config
 from md2.data.batch import Batch, Offset
+from md2.data.warnings import data_warnings
 from md2.distributed import Ranks, describe
 from md2.loss import LossOutput, ReprojectionLoss
 from md2.model import Networks, Prediction
 from md2.networks.camera import figures
-from md2.pipeline import Loader, data_warnings
+from md2.pipeline import Loader
 from md2.training.amp import AmpSettings
 from md2.training.finite import FiniteBuffers, FiniteGuard, NotFinite
 from md2.training.graph import StepGraph, why_not_whole

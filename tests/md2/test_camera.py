@@ -16,13 +16,13 @@ from train_data import Silent, config, trainer
 from md2.checkpoint import load_checkpoint
 from md2.config import DataConfig, LossConfig, ModelConfig, load_config
 from md2.data.batch import Batch, Offset
+from md2.data.warnings import guess_warning
 from md2.inference.inputs import find_inputs
 from md2.inference.predict import PredictOptions, run_predict
 from md2.inference.predictor import load
 from md2.loss import ReprojectionLoss
 from md2.model import Pose, Prediction
 from md2.networks.camera import LearnedCamera, in_pixels, matrices
-from md2.pipeline import guess_warning
 from md2.train import resume_run, start_run
 from md2.training.runlog import read_metrics
 from prep.synthetic.render import Renderer

@@ -14,8 +14,8 @@ from pipeline_data import HEIGHT, WIDTH, as_floats, config, decode, encode, load
 from bench.matching import find_poses
 from md2.data.augment import crop_windows
 from md2.data.order import uniform_draws
+from md2.data.warnings import resize_warning
 from md2.networks.camera import matrices
-from md2.pipeline import resize_warning
 from prep.raw.calibration import read_raw_calibration
 from shards.errors import DatasetError, UsageError
 from shards.sample import Sample

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from pipeline_data import HEIGHT, WIDTH, as_floats, config, decode, encode, loader, make_samples, pack
 
-from md2.pipeline import resize_warning
+from md2.data.warnings import resize_warning
 from shards.errors import DatasetError, UsageError
 from shards.sample import Codec, Sample, image_extension
 
