@@ -20,6 +20,7 @@ WHAT = {
     "waiting": "how OpenMP threads should wait, on a quiet and on a busy machine",
     "codec": "ways of storing images: how often the photometric error is smallest at the true depth",
     "prep": "md2 prep against decoding, resizing and encoding alone",
+    "rehearsal": "KITTI at full size: check, pack, publish, an epoch from object storage",
     "scale": "what the loader costs with 10 to 10,000 shards, and over 10,000 steps",
     "parity": "whether md2 learns as well as the method trained the plain way; what each deviation does",
     "camera": "own cameras: what lens distortion and a wrong focal length do to the depth that is learned",
