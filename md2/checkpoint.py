@@ -28,7 +28,7 @@ import torch
 from md2.config import Config, config_from_dict, recipes
 from shards.cache.download import fetch
 from shards.errors import InputError, first_line
-from shards.files import cache_folder, disk_errors, fsync_folder, sha256_file, write_atomic
+from shards.files import cache_folder, disk_errors, fsync_folder, sha256_file, temporary, write_atomic
 from shards.locks import FileLock
 from shards.storage import is_local, open_storage
 from shards.storage.retry import patience_from_environment
@@ -79,7 +79,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: Path | None = N
     Raises:
         InputError: the disk is full or the folder cannot be written.
     """
-    beside = path.with_name(path.name + ".tmp")
+    beside = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:

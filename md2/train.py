@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from md2.config import Config, config_from_dict, load_source, merge_overrides, read_config_tree
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import InputError, Md2Error, TrainingError, UsageError, first_line, visible
-from shards.files import require_local, write_atomic
+from shards.files import require_local, sweep, write_atomic
 from shards.locks import FileLock
 
 # What loads PyTorch, which takes seconds, is imported inside the functions: mistakes in words and dataset come first.
@@ -202,6 +202,8 @@ def _claimed(run: Path, place: Ranks) -> Iterator[None]:
     if not free:
         raise UsageError(f"{run}: {lock.holder()} is training there: wait for it, or name another with --run")
     with lock:
+        for folder in (run, run / "checkpoints", run / "panels"):
+            sweep(folder, held=True)
         yield
 
 

@@ -93,7 +93,11 @@ def _start_time(process: int) -> int | None:
 
 
 def temporary(path: Path) -> Path:
-    """Return a name beside `path` that no other process uses and that holds this process's identity."""
+    """Return a name beside `path` that no other process uses and that holds this process's identity.
+
+    The first such name in a folder removes what killed processes left there.
+    """
+    _sweep_once(path.parent)
     machine, process, started = ProcessIdentity.own()
     return path.with_name(f".{path.name}.{machine}-{process}-{started}-{uuid.uuid4().hex[:12]}.tmp")
 
@@ -102,6 +106,33 @@ def is_abandoned(path: Path) -> bool:
     """Return whether `temporary` made the name in a process of this machine that has ended since."""
     made = _TEMPORARY.fullmatch(path.name)
     return made is not None and ProcessIdentity(made[1], int(made[2]), int(made[3])).has_ended()
+
+
+def sweep(folder: Path, pattern: str = ".*.tmp", *, held: bool = False) -> list[Path]:
+    """Remove the files and folders that killed processes left under names of `temporary`; return their paths.
+
+    Args:
+        pattern: which of them (`Path.glob`).
+        held: the caller holds the folder, so that those of other machines have been left as well.
+    """
+    removed = []
+    with suppress(OSError):
+        for path in [path for path in folder.glob(pattern) if is_abandoned(path) or (held and _is_temporary(path))]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                remove_quietly(path)
+            removed.append(path)
+    return removed
+
+
+@cache
+def _sweep_once(folder: Path) -> None:
+    sweep(folder)
+
+
+def _is_temporary(path: Path) -> bool:
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 @contextmanager
@@ -113,10 +144,7 @@ def scratch_folder(name: str, parent: Path | None = None) -> Iterator[Path]:
         parent: where it is made; None: the system's temporary folder.
     """
     parent = parent or Path(tempfile.gettempdir())
-    with suppress(OSError):
-        for left in parent.glob(f".{name}.*.tmp"):
-            if is_abandoned(left):
-                shutil.rmtree(left, ignore_errors=True)
+    sweep(parent)
     folder = temporary(parent / name)
     folder.mkdir(mode=0o700, parents=True)
     try:

@@ -19,7 +19,7 @@ _POLL = 0.05
 
 
 class FileLock:
-    """A lock on a file that exists only for it and is never deleted.
+    """A lock on a file that exists only for it, and that nothing but `remove` may delete.
 
     Each object is a holder of its own, threads of one process included.
 
@@ -49,6 +49,9 @@ class FileLock:
             os.close(descriptor)
             reason = error.strerror or error
             raise StorageError(f"{self.path}: no file locks on this file system ({reason}); {self._advice}") from error
+        if not _is_at(descriptor, self.path):  # removed since it was opened: whoever comes next locks a new file
+            os.close(descriptor)
+            return self.try_acquire(shared=shared)
         self._descriptor = descriptor
         if not shared:
             with suppress(OSError):  # the holder's number is only for messages; the disk may be full
@@ -84,8 +87,22 @@ class FileLock:
             os.close(self._descriptor)
             self._descriptor = None
 
+    def remove(self) -> None:
+        """Delete the lock's file unless somebody holds the lock."""
+        if self.try_acquire():
+            with suppress(OSError):
+                self.path.unlink()
+            self.release()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from md2.training.curves import curves_of, draw
 from md2.training.runlog import METRICS, read_metrics
 from md2.visualize import Picture
+from shards.files import temporary
 
 SUMMARY = "summary.png"
 
@@ -48,7 +49,7 @@ def run_figure(run: Path) -> Path | None:
         axes.set_title(f"{kind}, step {step.lstrip('0')}", fontsize=9, loc="left")
         axes.axis("off")
     figure.suptitle(f"{run.name}, step {lines[-1]['step']}", fontsize=11)
-    beside = run / (SUMMARY + ".tmp")
+    beside = temporary(run / SUMMARY)
     figure.savefig(beside, format="png", dpi=110)
     beside.replace(drawn)
     return drawn

@@ -12,7 +12,6 @@ OUT/splits/sample/train_files.txt, val_files.txt, test_files.txt
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from prep.synthetic.rig import COLOUR_CAMERAS, DATE, FRAME_SECONDS, CameraRig, i
 from prep.synthetic.street import build_street
 from prep.workers import run, start_workers
 from shards.errors import InputError, UsageError
+from shards.files import temporary
 
 SPLIT = "sample"
 
@@ -156,9 +156,8 @@ def _appearing(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into. It becomes `out` at the end, and is removed on an error."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists already; remove it or choose another folder")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial = temporary(out)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         partial.rename(out)

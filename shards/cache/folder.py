@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import StorageError, UsageError
-from shards.files import CACHE_FOLDER, cache_folder, disk_errors
+from shards.files import CACHE_FOLDER, cache_folder, disk_errors, sweep, temporary
 from shards.locks import FileLock
 from shards.manifest import Shard
 
@@ -117,6 +117,9 @@ class CachedFolder:
             for name in (".verified", ".claims"):
                 (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
             (self.folder / ".used").touch()
+            sweep(self.folder)
+            for claim in (self.folder / ".claims").iterdir():
+                _drop_if_left(cache, claim)
         except OSError as error:
             where = f"set {CACHE_FOLDER} to a folder that can be written"
             raise StorageError(f"{cache.folder}: no cache can be kept there ({error.strerror}); {where}") from error
@@ -163,7 +166,7 @@ class CachedFolder:
     def mark_verified(self, shard: Shard) -> None:
         """Note down what the files look like now; their sha256 has just been checked."""
         stamp = self._stamp(shard)
-        tmp = stamp.with_name(f"{stamp.name}.{os.getpid()}.tmp")
+        tmp = temporary(stamp)
         tmp.write_text(json.dumps({"at": time.time(), "files": self._look(shard)}))
         tmp.replace(stamp)
 
@@ -266,10 +269,19 @@ def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
 
 def _coming(cache: Cache, folder: Path, claim: Path, sizes: dict[str, int]) -> int:
     """Bytes of a claim that are not there yet; none if the process that made it has ended."""
-    if _is_free(cache.lock(f"{folder.name}.{claim.name}")):
+    if _drop_if_left(cache, claim):
         return 0
     stem = "/".join(claim.name.rsplit("-", 1))
     return max(0, _claimed_bytes(claim) - sum(sizes.get(stem + ending, 0) for ending in _ENDINGS))
+
+
+def _drop_if_left(cache: Cache, claim: Path) -> bool:
+    """Remove a claim whose process has ended, which freed the fetch lock; return whether it has."""
+    with cache.lock(f"{claim.parents[1].name}.{claim.name}") as lock:
+        left = lock.try_acquire()
+        if left:
+            claim.unlink(missing_ok=True)
+    return left
 
 
 def _claimed_bytes(claim: Path) -> int:
@@ -318,7 +330,9 @@ def clear(cache: Cache) -> int:
         StorageError: a file cannot be removed.
     """
     with disk_errors(cache.folder), cache.lock("room").acquire(_LOCK_PATIENCE):
-        return sum(_evict_idle(cache, residents(cache)))
+        freed = sum(_evict_idle(cache, residents(cache)))
+        _remove_locks(cache)
+        return freed
 
 
 def _evict_idle(cache: Cache, everyone: list[Resident]) -> Iterator[int]:
@@ -328,7 +342,16 @@ def _evict_idle(cache: Cache, everyone: list[Resident]) -> Iterator[int]:
             with lock:
                 _log.info("evicting %s (%s) from the cache", resident.folder, format_bytes(resident.present))
                 shutil.rmtree(resident.folder)
+            _remove_locks(cache)
             yield resident.present
+
+
+def _remove_locks(cache: Cache) -> None:
+    """Remove the locks of datasets that are not in the cache any more."""
+    for entry in _entries(cache.folder / "locks"):
+        identity, dot, _ = entry.name.partition(".")
+        if dot and not (cache.folder / identity).exists():
+            cache.lock(entry.name).remove()
 
 
 def _to_evict(cache: Cache, everyone: list[Resident], urgent: bool) -> Iterator[int]:
@@ -337,7 +360,9 @@ def _to_evict(cache: Cache, everyone: list[Resident], urgent: bool) -> Iterator[
     shards = []
     for resident in everyone:
         for entry in _entries(resident.folder / ".verified"):
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):  # beside the stamps: those that are being written
+                if entry.name.startswith("."):
+                    continue
                 shards.append((entry.stat().st_mtime, resident.folder, Path(entry.path)))
     done = [shard for shard in shards if shard[0] == 0]
     ahead = sorted((shard for shard in shards if shard[0] > 0), key=lambda shard: -shard[0])

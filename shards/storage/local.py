@@ -8,15 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.files import (
-    create_from,
-    disk_errors,
-    is_abandoned,
-    open_regular,
-    remove_quietly,
-    temporary,
-    write_atomic,
-)
+from shards.files import create_from, disk_errors, open_regular, remove_quietly, sweep, temporary, write_atomic
 from shards.storage import Stat, Storage, check_folder, check_name
 from shards.storage.retry import MissingError
 
@@ -104,8 +96,7 @@ class LocalStorage(Storage):
 
     def sweep(self) -> None:
         with disk_errors(self.folder):
-            for path in [path for path in self.folder.rglob(".*.tmp") if is_abandoned(path)]:
-                path.unlink(missing_ok=True)
+            for path in sweep(self.folder, "**/.*.tmp"):
                 self._remove_empty(path.parent)
 
     def _remove_empty(self, folder: Path) -> None:

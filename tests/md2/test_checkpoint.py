@@ -144,9 +144,10 @@ def test_fields_of_other_names_or_types_are_refused_in_one_line(tmp_path: Path, 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     save_checkpoint(checkpoint(1), path)
-    (tmp_path / "a.pt.tmp").mkdir()
+    (tmp_path / "in-the-way").mkdir()
     with pytest.raises(InputError, match="cannot write"):
-        save_checkpoint(checkpoint(2), path)
+        save_checkpoint(checkpoint(2), path, keep=tmp_path / "in-the-way")
+    assert {file.name for file in tmp_path.iterdir()} == {"a.pt", "in-the-way"}
     assert load_checkpoint(path).step == 1
 
 
