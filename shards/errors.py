@@ -46,6 +46,8 @@ _PARAMETER = re.compile(
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 _AUTHORIZATION = re.compile(r"(?P<name>(?:proxy-)?authorization['\"]?\s*[:=]\s*)[^\n]+", re.IGNORECASE)
 _VARIABLE = re.compile(r"^(AWS_(SECRET_ACCESS_KEY|SESSION_TOKEN)|.*(SECRET|TOKEN|PASSWORD|PASSWD|API_KEY)(_.*)?)$")
+_ADDRESS = re.compile(r"(?:MD2_SPLITS_URL|HF_ENDPOINT|AWS_ENDPOINT_URL(?:_[A-Z0-9_]+)?)")
+_SERVER = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://(?:.*@)?[^/?#;\s]*")
 _SHORTEST = 8
 """Shorter values of environment variables are left alone: they may be words of the message."""
 
@@ -105,14 +107,24 @@ def conceal(text: str) -> str:
 
     Removes from URLs, chained ones included, the user part and the query; from anything else the values of parameters
     and headers that carry credentials, tokens of the Hub, and the values of environment variables named like secrets.
+    Of variables that hold an address, it removes what follows the server: a path may be a token as well.
     """
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and _VARIABLE.match(name):
-            text = text.replace(value, "…")
+        if _VARIABLE.match(name):
+            text = _without(text, value, "…")
+        elif _ADDRESS.fullmatch(name):
+            server = _SERVER.match(value)
+            rest = value[server.end() :].rstrip("/") if server else value
+            for part in (rest, re.split("[?#]", rest)[0].rstrip("/")):
+                text = _without(text, part, f"{part[0]}…" if server and part else "…")
     if ":/" in text:
         text = _WORD.sub(_conceal_url, text)
     text = _AUTHORIZATION.sub(r"\g<name>…", _HUB_TOKEN.sub("…", text))
     return _PARAMETER.sub(r"\g<name>\g<equals>…", text)
+
+
+def _without(text: str, secret: str, shown: str) -> str:
+    return text.replace(secret, shown) if len(secret) >= _SHORTEST else text
 
 
 def _conceal_url(word: re.Match[str]) -> str:

@@ -89,6 +89,31 @@ def test_values_of_the_environment_are_taken_out(monkeypatch: pytest.MonkeyPatch
     assert visible("\x1b[31m\u202eabcdefgh12345") == "\\x1b[31m\\u202e…"
 
 
+@pytest.mark.parametrize(
+    ("value", "text", "shown"),
+    [
+        ("https://h:1/tokentoken/x/", "h:1/tokentoken/x/a: 404 for url: /tokentoken/x", "h:1/…/a: 404 for url: /…"),
+            "https://h:1/tokentoken/x/",
+            "h:1/tokentoken/x/eigen: 404 for url: /tokentoken/x",
+            "h:1/…/eigen: 404 for url: /…",
+        ),
+        ("https://h;tokentoken", "https://h;tokentoken/eigen/a.txt: no", "https://h;…/eigen/a.txt: no"),
+        ("https://h/tokentoken?key=1", "https://h/tokentoken/eigen: no", "https://h/…/eigen: no"),
+        ("https://u:to/ken@h/tokentoken", "https://u:to/ken@h/tokentoken: no", "https://…@h/…: no"),
+        ("tokentoken", "ValueError: Invalid endpoint: tokentoken", "ValueError: Invalid endpoint: …"),
+        ("http://minio:9000/", "http://minio:9000/ is down", "http://minio:9000/ is down"),
+        ("http://minio:9000/s3", "http://minio:9000/s3 is down", "http://minio:9000/s3 is down"),
+    ],
+)
+@pytest.mark.parametrize("name", ["MD2_SPLITS_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_of_an_address_in_the_environment_only_the_server_is_shown(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, text: str, shown: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert conceal(text) == shown
+    assert str(Md2Error(text)) == shown
+
+
 def test_concealing_a_long_text_takes_no_time() -> None:
     began = time.monotonic()
     for text in (
