@@ -193,7 +193,7 @@ class TrainConfig(Section):
     """Precision of the networks' arithmetic; loss and geometry stay float32.
 
     `auto`: float32 on a CPU; on a GPU bf16, or the precision that an older GPU supports natively. `float32` on a GPU
-    uses TF32 in convolutions, as PyTorch does by default."""
+    uses TF32 in convolutions, as PyTorch does by default; evaluation and prediction never do."""
     channels_last: Literal["auto"] | bool = "auto"
     """Memory format of the networks; `auto` is channels_last."""
     compile: Literal["auto", "graphs"] | bool = "auto"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from md2.data.batch import Offset
 from md2.geometry import disparity_to_depth
-from md2.inference.predictor import Predictor
+from md2.inference.predictor import Predictor, float32_convolutions
 from md2.visualize import write_file
 from shards.errors import InputError, UsageError
 
@@ -97,11 +97,12 @@ class MotionPredictor:
         """Predict the transform from the target to each source."""
         predictor, model = self.predictor, self.predictor.config.model
         images = {offset: image.to(predictor.device, torch.float32) for offset, image in images.items()}
-        poses = self.networks.poses(images)
         depth = None
-        if any(pose.relative for pose in poses.values()):
-            sigmoid = self.networks.disparities(images[0])[0].float()
-            depth = disparity_to_depth(sigmoid, model.min_depth, model.max_depth)
+        with float32_convolutions():
+            poses = self.networks.poses(images)
+            if any(pose.relative for pose in poses.values()):
+                sigmoid = self.networks.disparities(images[0])[0].float()
+                depth = disparity_to_depth(sigmoid, model.min_depth, model.max_depth)
         return {offset: pose.transform(depth).double().cpu().numpy() for offset, pose in poses.items()}
 
 

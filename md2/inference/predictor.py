@@ -11,10 +11,11 @@ A model that was trained on one camera predicts depth up to an unknown factor; `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -114,8 +115,9 @@ class Predictor:
             (B, 1, height, width) float32 on `device`, from 1 / max_depth to 1 / min_depth.
         """
         images = images.to(self.device, torch.float32)
-        merged = self._disparity(images)
-        return post_process(merged, self._disparity(images.flip(-1))) if flip else merged
+        with float32_convolutions():
+            merged = self._disparity(images)
+            return post_process(merged, self._disparity(images.flip(-1))) if flip else merged
 
     def _disparity(self, images: Tensor) -> Tensor:
         sigmoid = self.networks.disparities(images)[0].float()
@@ -182,6 +184,21 @@ def load(path: str | Path, device: DeviceChoice = "auto") -> Predictor:
     networks = Networks.of(config)
     networks.load_networks(checkpoint.networks, str(found))
     return Predictor(networks, config, checkpoint.metres_per_unit, place)
+
+
+@contextmanager
+def float32_convolutions() -> Iterator[None]:
+    """Let a GPU's convolutions compute in float32 within; PyTorch's default is TF32, whose mantissa has 10 bits."""
+    cudnn: Any = torch.backends.cudnn
+    # PyTorch 2.9 has a new setting, and refuses to read the old one if a program has used the new one.
+    new = hasattr(cudnn, "conv")
+    place, name, exact = (cudnn.conv, "fp32_precision", "ieee") if new else (cudnn, "allow_tf32", False)
+    before = getattr(place, name)
+    setattr(place, name, exact)
+    try:
+        yield
+    finally:
+        setattr(place, name, before)
 
 
 def post_process(disparity: Tensor, flipped: Tensor) -> Tensor:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from evaluation_data import HEIGHT, WIDTH, tiny_config
 
 from md2.config import DataConfig, LossConfig, ModelConfig, TrainConfig, load_config
 from md2.data.batch import Offset
+from md2.evaluation.odometry import MotionPredictor
+from md2.inference.predictor import Predictor
 from md2.model import Networks
 from md2.training.amp import AmpSettings
 from shards.errors import UsageError
@@ -63,6 +67,36 @@ def test_networks_compile_into_one_graph_with_the_same_outputs(monkeypatch: pyte
     for one, other in zip(found.tensors(), expected.tensors(), strict=True):
         torch.testing.assert_close(one, other)
     torch._dynamo.reset()
+
+
+def test_inference_has_no_tf32_and_leaves_the_setting_as_it_was() -> None:
+    cudnn: Any = torch.backends.cudnn
+    config = tiny_config()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"pose_network": "posecnn"})})
+    predictor = Predictor(Networks.of(config), config, None)
+    seen: dict[str, object] = {}
+
+    def look(name: str) -> object:
+        seen[name] = cudnn.conv.fp32_precision if hasattr(cudnn, "conv") else not cudnn.allow_tf32
+        if hasattr(predictor, "broken"):
+            raise RuntimeError(name)
+        return None
+
+    for name in ("encoder", "depth", "pose"):
+        # Odometry runs a copy of the networks with the same children.
+        getattr(predictor.networks, name).register_forward_pre_hook(lambda module, inputs, name=name: look(name))
+    assert cudnn.allow_tf32, "PyTorch's default has changed: this test and what it tests can go"
+    images = torch.rand(1, 3, HEIGHT, WIDTH)
+    predictor.disparity(images, flip=True)
+    assert set(seen) == {"encoder", "depth"} and set(seen.values()) <= {"ieee", True}
+    seen.clear()
+    MotionPredictor(predictor).of_pairs(images, images)
+    assert set(seen) == {"encoder", "depth", "pose"} and set(seen.values()) <= {"ieee", True}
+    assert cudnn.allow_tf32
+    predictor.broken = True  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="encoder"):
+        predictor.disparity(images)
+    assert cudnn.allow_tf32
 
 
 @pytest.mark.gpu
