@@ -82,17 +82,21 @@ def check_sizes(folder: Path, shard: Shard) -> None:
         DatasetError: naming the file that is missing or differs.
         StorageError: a file that cannot be looked at.
     """
-    for name, expected in ((shard.name, shard.bytes), (shard.index_name, shard.index_bytes)):
-        path = folder / name
-        with disk_errors(path):
-            try:
-                found = path.stat()
-            except FileNotFoundError as error:
-                raise DatasetError(f"{path}: missing, though the manifest lists it; {_AGAIN}") from error
-        if not stat.S_ISREG(found.st_mode):
-            raise StorageError(f"{path}: not a regular file; {_AGAIN}")
-        if found.st_size != expected:
-            raise DatasetError(f"{path}: {found.st_size} bytes, the manifest says {expected}; {_AGAIN}")
+    check_size(folder / shard.name, shard.bytes)
+    check_size(folder / shard.index_name, shard.index_bytes)
+
+
+def check_size(path: Path, expected: int) -> None:
+    """As `check_sizes`, of one file."""
+    with disk_errors(path):
+        try:
+            found = path.stat()
+        except FileNotFoundError as error:
+            raise DatasetError(f"{path}: missing, though the manifest lists it; {_AGAIN}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise StorageError(f"{path}: not a regular file; {_AGAIN}")
+    if found.st_size != expected:
+        raise DatasetError(f"{path}: {found.st_size} bytes, the manifest says {expected}; {_AGAIN}")
 
 
 def check_shard(folder: Path, shard: Shard) -> list[list[IndexEntry]]:
@@ -107,8 +111,14 @@ def check_shard(folder: Path, shard: Shard) -> list[list[IndexEntry]]:
         DatasetError: naming the file that is missing or differs.
         StorageError: a file that cannot be read.
     """
-    check_sizes(folder, shard)
+    check_size(folder / shard.name, shard.bytes)
+    return check_index_file(folder, shard)
+
+
+def check_index_file(folder: Path, shard: Shard) -> list[list[IndexEntry]]:
+    """As `check_shard`, without a look at the tar."""
     index = folder / shard.index_name
+    check_size(index, shard.index_bytes)
     with disk_errors(index), open_regular(index) as file:
         return check_index(file.read(shard.index_bytes + 1), shard, str(index))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from shards.cache.download import fetch
@@ -20,8 +21,8 @@ from shards.manifest import CARD, MANIFEST, REPORT, Manifest, Shard
 from shards.parallel import run_threads
 from shards.publish import SCRATCH, Committed, Store, plan_sha256, require_manifest
 from shards.storage import Storage, is_local, local_path, open_storage
-from shards.stream import check_shard
-from shards.tar import build_index
+from shards.stream import check_index_file, check_shard, check_size
+from shards.tar import IndexEntry, build_index
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and all bytes; from one thread at a time."""
@@ -192,11 +193,28 @@ def _send(
 
 def _bring(source: Storage, shard: Shard, folder: Path, advance: Callable[[int], None]) -> None:
     """Fetch a shard's two files."""
-    for name, size, sha256 in (
+    files = (
         (shard.index_name, shard.index_bytes, shard.index_sha256),
         (shard.name, shard.bytes, shard.sha256),
-    ):
-        fetch(source, name, folder / name, size=size, sha256=sha256, advance=advance)
+    )
+    _all_of(
+        partial(fetch, source, name, folder / name, size=size, sha256=sha256, advance=advance)
+        for name, size, sha256 in files
+    )
+
+
+def _all_of(steps: Iterable[Callable[[], object]]) -> None:
+    """Run all steps, and then raise one error with the problems of all; a storage that fails ends it at once."""
+    problems: list[str] = []
+    for step in steps:
+        try:
+            step()
+        except StorageError as error:
+            raise StorageError("; ".join([*problems, str(error)])) from error
+        except DatasetError as error:
+            problems.append(str(error))
+    if problems:
+        raise DatasetError("; ".join(problems))
 
 
 @contextmanager
@@ -266,11 +284,16 @@ def verify(url: str, progress: Progress | None = None) -> Verified:
 
 
 def _check(folder: Path, shard: Shard) -> Counter[str]:
-    samples = check_shard(folder, shard)
     tar, index = folder / shard.name, folder / shard.index_name
-    with disk_errors(tar):
-        if sha256_file(tar) != shard.sha256:
-            raise DatasetError(f"{tar}: its sha256 is not the manifest's")
+    samples: list[list[IndexEntry]] = []
+
+    def check_tar() -> None:
+        check_size(tar, shard.bytes)
+        with disk_errors(tar):
+            if sha256_file(tar) != shard.sha256:
+                raise DatasetError(f"{tar}: its sha256 is not the manifest's")
+
+    _all_of((check_tar, lambda: samples.extend(check_index_file(folder, shard))))
     if build_index(tar) != index.read_bytes():
         raise DatasetError(f"{index}: is not the index of {tar.name}")
     return Counter(entry.component for entries in samples for entry in entries)

@@ -162,9 +162,11 @@ def test_verify_names_every_broken_shard(md2: RunShards, moto_bucket: Bucket, tm
     flip = lambda data: data[:2000] + bytes([data[2000] ^ 1]) + data[2001:]  # noqa: E731
     if remote:
         moto_bucket.put("d/train/000001.tar", flip(moto_bucket.get("d/train/000001.tar")))
+        moto_bucket.put("d/train/000001.idx", moto_bucket.get("d/train/000001.idx")[:-1])
         moto_bucket.remove("d/train/000003.idx")
     else:
         damaged(tmp_path / "d", "train/000001.tar", flip)
+        damaged(tmp_path / "d", "train/000001.idx", lambda data: data[:-1])
         (tmp_path / "d/train/000003.idx").unlink()
     code, out, err = md2("verify", url)
     assert code == 5
@@ -172,6 +174,9 @@ def test_verify_names_every_broken_shard(md2: RunShards, moto_bucket: Bucket, tm
         "train/000001.tar",
         "train/000003.tar",
     ]
+    both = next(line for line in out.splitlines() if "000001" in line)
+    assert "train/000001.tar: " in both
+    assert "train/000001.idx: " in both
     assert "2 of 5 shards are broken" in err
 
 
