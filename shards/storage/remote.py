@@ -306,14 +306,14 @@ def all_pages(url: str, patience: float, get: Callable[[str], Page]) -> tuple[di
         StorageError: more names than `MAX_NAMES` or `MAX_LISTING`, or pages without an end.
     """
     files: dict[str, int] = {}
-    folders: list[str] = []
+    folders: dict[str, None] = {}
     token, taken, start = "", 0, time.monotonic()
     while True:
         page = get(token)
         files |= page.files
-        folders += page.folders
+        folders |= dict.fromkeys(page.folders)
         if not page.next:
-            return {name: size for name, size in files.items() if name and not name.endswith("/")}, folders
+            return {name: size for name, size in files.items() if name and not name.endswith("/")}, list(folders)
         taken += sum(map(sys.getsizeof, (*page.files, *page.folders)))
         count = len(files) + len(folders)
         if count >= MAX_NAMES or taken > MAX_LISTING:

@@ -106,6 +106,8 @@ def test_a_listing_has_a_most_of_names_and_of_their_memory(monkeypatch: pytest.M
         assert int(found[1].replace(",", "")) <= most
     with pytest.raises(StorageError, match="does not end"):
         all_pages("s3://b", 1e9, lambda token: Page({}, [], "same"))
+    with pytest.raises(StorageError, match="does not end"):  # ever the same names, which earn no time
+        all_pages("s3://b", 0.1, lambda token: Page({"a": 1}, ["d"], str(int(token or 0) + 1)))
 
 
 def test_a_circle_of_folders_ends(tmp_path: Path) -> None:
