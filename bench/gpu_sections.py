@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 ZHOU_SAMPLES, PAPER_EPOCHS = 39_810, 20
 AIM_TRIPLETS, AIM_WAIT = 1500, 0.05
+ENGINE_SHARES = (0.5, 0.65, 0.9)
 CPU = torch.device("cpu")
 UNCOMPRESSED = "nowhere (ppm)"
 """In place of what decodes: the uncompressed dataset."""
@@ -226,20 +227,33 @@ def decode(setup: Setup, record: Record) -> None:
 
 def loader(setup: Setup, record: Record) -> None:
     """Batches alone, with flips and jitter."""
-    from md2.pipeline import SAMPLES_AHEAD
+    from md2.data import dali
 
     rows = record.table("The loader alone, with flips and colour jitter")
     for stereo in (False, True):
         for batch in setup.batches:
             for decoder in decoders(setup):
-                setup.reset_memory()
-                batches = endless(make_loader(setup, batch, setup.device, decode=decoder, stereo=stereo))
-                for _ in range(4 * SAMPLES_AHEAD // batch if not setup.tiny else 1):
-                    next(batches)  # what was prepared while nothing was timed
-                seconds, _ = timed(setup, lambda batches=batches: next(batches))  # type: ignore[misc]
+                rate = loader_rate(setup, batch, decoder, stereo)
                 mode = "mono+stereo" if stereo else "mono"
-                rate = batch / seconds
                 rows.append({"mode": mode, "batch": batch, "decoded on": decoder, "samples/s": rate})
+    if setup.device.type == "cuda":
+        rows = record.table(f"Decoded on the GPU, by the share that its JPEG engines take (md2: {dali.JPEG_ENGINES})")
+        for share in ENGINE_SHARES:
+            with patch.object(dali, "JPEG_ENGINES", share):
+                rate = loader_rate(setup, setup.batches[-1], "gpu", stereo=False)
+            rows.append({"mode": "mono", "batch": setup.batches[-1], "share": share, "samples/s": rate})
+
+
+def loader_rate(setup: Setup, batch: int, decoder: str, stereo: bool) -> float:
+    """Samples/s of a loader whose batches nobody uses."""
+    from md2.pipeline import SAMPLES_AHEAD
+
+    setup.reset_memory()
+    batches = endless(make_loader(setup, batch, setup.device, decode=decoder, stereo=stereo))
+    for _ in range(4 * SAMPLES_AHEAD // batch if not setup.tiny else 1):
+        next(batches)  # what was prepared while nothing was timed
+    seconds, _ = timed(setup, lambda: next(batches))
+    return batch / seconds
 
 
 # --- training

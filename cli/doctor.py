@@ -75,7 +75,21 @@ def _gpu() -> str:
         warnings.simplefilter("always")
         runs = has_kernels(torch.zeros(1, device="cuda:0"))
     kernels = "Triton kernels run" if runs else str(caught[-1].message) if caught else "without Triton: slower"
-    return f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}, {kernels}"
+    return f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}, {kernels}{_video()}"
+
+
+def _video() -> str:
+    """What to do if the driver's video libraries are missing: containers get them, and JPEG engines, only on demand."""
+    import ctypes
+
+    try:
+        ctypes.CDLL("libnvcuvid.so.1")
+    except OSError:
+        return (
+            "; the driver's video libraries are missing, so JPEG engines, if the GPU has any, stay idle: start a "
+            "container with NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+        )
+    return ""
 
 
 def _dali() -> str:

@@ -36,6 +36,9 @@ fn, types = dali.fn, dali.types
 DECODER_BYTES = 1 << 20
 """nvJPEG's first buffers, on the GPU and on the host, for each thread of each decoder; they grow. DALI's own 16 and
 8 MB would be a gigabyte and more with a decoder for each image of a sample and a thread for each core."""
+JPEG_ENGINES = 0.65
+"""Share of the images that a GPU's JPEG engines decode, if it has any, and its multiprocessors the rest; the value is
+DALI's default."""
 DRAWS = 10
 """Uniform numbers of a sample: coins for flip and jitter, brightness, contrast, saturation, hue, the noise's seed, the
 window's scale and place."""
@@ -380,6 +383,11 @@ def _images(plan: ReadPlan, encoded: list[Any], decode: DecodeDevice, target: De
         "host_memory_padding": DECODER_BYTES,
         "affine": False,  # ranks that share a machine would be tied to the same cores
     }
+    if decode == "gpu":
+        options["hw_decoder_load"] = JPEG_ENGINES
+        if plan.stored is not None:
+            # Their buffers are made at once: to grow them later halts the GPU.
+            options["preallocate_width_hint"], options["preallocate_height_hint"] = plan.stored
     if plan.crop:
         corner, extent = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in (_CORNER, _EXTENT))
         images = fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=[0, 1], **options)
