@@ -86,6 +86,11 @@ class RawData:
         """Names of the folders in a folder of extracted data, sorted."""
         return sorted({name for location in self._folders for name in location.folders(folder)})
 
+    def real_path(self, path: str) -> str:
+        """Where a file or folder lies once links are followed; `path` itself if it is not on this machine."""
+        places = (location.real_path(path) for location in self._folders)
+        return next((place for place in places if place is not None), path)
+
     def zips(self) -> list[str]:
         """URLs of all zips that were found by listing."""
         return [url for location in self._folders for url in location.zips()]
@@ -185,6 +190,10 @@ class FolderLocation:
 
     def folders(self, folder: str) -> list[str]:
         return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in self._ls(folder) if e["type"] == "directory")
+
+    def real_path(self, path: str) -> str | None:
+        place = f"{self._root}/{path}"
+        return os.path.realpath(place) if self._local and os.path.exists(place) else None  # noqa: PTH110
 
     def _list_extracted(self, path: str, folder: str) -> dict[str, Ref]:
         """Files of `path` in this location, under the paths of KITTI's `folder`."""

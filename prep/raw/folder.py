@@ -93,13 +93,18 @@ class FolderLayout:
     def drives(self) -> list[str]:
         """Names of all drives, sorted: folders that hold frames, and videos, relative to the raw location.
 
+        Of several names that links give to one drive, it is the first.
+
         Raises:
             InputError: no drive was found, with what was found instead; or a camera file is malformed.
         """
         found = self._below("", 0)
         if not found:
             raise InputError(f"{', '.join(self.raw.urls)}: no drives; {next(self._what_is_there())}")
-        return found
+        once: dict[str, str] = {}
+        for name in found:
+            once.setdefault(self.raw.real_path(name), name)
+        return list(once.values())
 
     def _below(self, folder: str, level: int) -> list[str]:
         camera = self._camera(folder)

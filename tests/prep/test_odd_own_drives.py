@@ -422,3 +422,16 @@ def test_links_that_lead_outside_need_an_option(tmp_path: Path) -> None:
 def test_options_for_kitti_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--download is for KITTI"):
         run(simple(tmp_path), tmp_path / "out", download="public")
+
+
+def test_a_drive_that_links_give_other_names_is_packed_once(tmp_path: Path) -> None:
+    """One of them by way of a link to the folder above it."""
+    raw = simple(tmp_path)
+    (raw / "week").mkdir()
+    (raw / "d").rename(raw / "week" / "d")
+    (raw / "x").symlink_to("week/d")
+    (raw / "y").symlink_to("week")
+    write_frames(raw / "z" / "left", ["0.png", "1.png", "2.png"])
+    assert FolderLayout(RawData([str(raw)])).drives() == ["week/d", "z"]
+    second = RawData([str(tmp_path / "none"), str(raw)])
+    assert FolderLayout(second).drives() == ["week/d", "z"]
