@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,6 +142,20 @@ def test_a_file_that_disagrees_is_not_written(tmp_path: Path, predictor: Predict
         write_checked(tmp_path / "wrong.onnx", network, [images(1)], write, off_by(float("nan")))
     assert list(tmp_path.iterdir()) == []
     assert write_checked(tmp_path / "right.onnx", network, [images(1)], write, off_by(1e-6)).path.exists()
+
+
+def test_a_file_system_that_fails_is_one_line_and_the_clean_up_does_not_hide_it(
+    tmp_path: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def full(path: Path) -> None:
+        monkeypatch.setattr(Path, "unlink", read_only)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(InputError, match=r"cannot write .*a\.onnx: No space left on device; name another place"):
+        write_checked(tmp_path / "a.onnx", DepthNetwork(predictor), [images(1)], full, lambda *_: [])
 
 
 def test_official_folder_round_trip(tmp_path: Path, checkpoint: Path, predictor: Predictor) -> None:
