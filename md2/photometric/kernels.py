@@ -378,19 +378,8 @@ def _errors(images: Tensor, target: Tensor, no_ssim: bool, gradients: bool) -> t
     images = images.contiguous()
     errors = images.new_empty(batch, sources, height, width)
     slopes = images.new_empty((batch, sources, 9, height, width) if gradients and not no_ssim else (1,))
-    _launch(
-        _error,
-        images,
-        batch * sources,
-        images,
-        target.contiguous(),
-        errors,
-        slopes,
-        sources,
-        WEIGHT=SSIM_WEIGHT,
-        SSIM=not no_ssim,
-        GRADIENTS=gradients,
-    )
+    constants = {"WEIGHT": SSIM_WEIGHT, "SSIM": not no_ssim, "GRADIENTS": gradients}
+    _launch(_error, images, batch * sources, images, target.contiguous(), errors, slopes, sources, **constants)
     return errors, slopes
 
 
