@@ -100,6 +100,7 @@ class Reader:
 
     Raises:
         DatasetError: DALI cannot build its graph.
+        TrainingError: it lacks the memory for that.
     """
 
     def __init__(
@@ -139,8 +140,8 @@ class Reader:
                     prefetch_queue_depth=prefetch,
                 )
                 self.pipeline.build()
-            except (RuntimeError, ValueError) as error:
-                raise DatasetError(f"{where} cannot be read: {_reason(error)}") from error
+            except (RuntimeError, ValueError, MemoryError) as error:
+                raise _memory_problem(error) or DatasetError(f"{where} cannot be read: {_reason(error)}") from error
 
     def start(self, requests: Iterator[Request]) -> None:
         """Read these from now on, of which there are as many as `prefetch` or more; what was being read is dropped."""
@@ -186,7 +187,7 @@ class Reader:
         try:
             outputs = self.pipeline.share_outputs(stream)
             self.pipeline.release_outputs()
-        except (RuntimeError, StopIteration) as error:
+        except (RuntimeError, StopIteration, MemoryError) as error:
             raise self._explained(error, fed) from error
         finally:
             self.waited["decoding"] += time.perf_counter() - begin
@@ -218,7 +219,7 @@ class Reader:
         self._first = False
         try:
             self.pipeline.schedule_run()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise self._explained(error, fed) from error
         return True
 
@@ -326,18 +327,15 @@ class Reader:
 
     def _explained(self, error: BaseException, fed: _Fed) -> DatasetError | TrainingError:
         """What stopped DALI: memory, or an image, which is looked for among those that it was given."""
-        reason = _reason(error)
-        if any(sign in str(error) for sign in ("out of memory", "bad_alloc", "CUDA_ERROR_OUT_OF_MEMORY")):
-            return TrainingError(
-                f"DALI is out of memory ({reason}); lower train.batch_size, data.prefetch or data.threads"
-            )
+        if lacking := _memory_problem(error):
+            return lacking
         for name in [*self.plan.images, *([DEPTH] if self.plan.depth else [])]:
             for key, tar, file in zip(fed.keys, fed.tars, fed.files[name], strict=True):
                 if problem := image_problem(file):
                     return DatasetError(
                         f"{self.where}: {tar}: {key}.{name} {problem}; verify it with md2 shards verify"
                     )
-        return TrainingError(f"{self.where}: DALI fails at samples {fed.keys[0]} to {fed.keys[-1]}: {reason}")
+        return TrainingError(f"{self.where}: DALI fails at samples {fed.keys[0]} to {fed.keys[-1]}: {_reason(error)}")
 
 
 def _tensor(output: Any) -> Tensor:
@@ -412,6 +410,16 @@ def _raw_images(plan: ReadPlan, files: list[Any], target: DecodeDevice) -> list[
     pixels = [fn.slice(file, start=start, shape=shape, axes=[0]) for file in files]
     images = [fn.reshape(image, shape=[height, width, 3], layout="HWC") for image in pixels]
     return [image.gpu() for image in images] if target == "gpu" else images
+
+
+def _memory_problem(error: BaseException) -> TrainingError | None:
+    """What to say if DALI failed for lack of memory, on the GPU or the host."""
+    signs = ("out of memory", "bad_alloc", "CUDA allocation failed", "Can't allocate")
+    if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
+        return None
+    return TrainingError(
+        f"DALI is out of memory ({_reason(error)}); lower train.batch_size, data.prefetch or data.threads"
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_data import HEIGHT, WIDTH, config, make_samples, pack
+from pipeline_data import HEIGHT, WIDTH, config, loader, make_samples, pack
 
 import cli.doctor
 from md2.data import dali
 from md2.data.plan import read_plan
+from shards.dataset import LocalDataset
+from shards.errors import TrainingError
 
 # The loader
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> LocalDataset:
+    return pack(tmp_path_factory.mktemp("small"), make_samples(8))
 
 
 @pytest.mark.parametrize(
@@ -66,3 +73,49 @@ def test_doctor_says_what_jpeg_engines_need(there: bool, monkeypatch: pytest.Mon
     line = cli.doctor._gpu()
     assert line.startswith("NVIDIA A100") and "Triton kernels run" in line
     assert ("NVIDIA_DRIVER_CAPABILITIES=compute,utility,video" in line) is not there
+
+
+DALI_SAYS = (
+    "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.image`,\nwhich was used in the "
+    "pipeline definition with the following traceback:\n\n  File ...\n\nencountered:\n\n{}\nCurrent pipeline object is "
+    "no longer valid."
+)
+
+
+@pytest.mark.parametrize("when", ["build", "schedule_run", "share_outputs"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(DALI_SAYS.format("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory")),
+        RuntimeError(DALI_SAYS.format("Can't allocate 4294967296 bytes on device 0.")),
+        RuntimeError(DALI_SAYS.format("CUDA allocation failed")),
+        RuntimeError(DALI_SAYS.format("std::bad_alloc")),
+        MemoryError("Can't allocate 1024 bytes on host."),
+    ],
+    ids=["cuda", "device", "plain", "host", "python"],
+)
+def test_too_little_memory_is_not_the_datasets_fault(
+    error: Exception, when: str, small: LocalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(dali.dali.Pipeline, when, fail)
+    monkeypatch.setattr(dali, "image_problem", lambda file: pytest.fail("the images are innocent"))
+    with pytest.raises(TrainingError, match=r"^DALI is out of memory \(.+\); lower train\.batch_size, data\.prefetch"):
+        next(iter(loader(small)))
+
+
+def test_another_error_of_the_gpu_is_not_the_datasets_fault(
+    small: LocalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is one whose images are whole, once they have been looked at."""
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError(DALI_SAYS.format("CUDA driver API error CUDA_ERROR_ILLEGAL_ADDRESS (700)"))
+
+    monkeypatch.setattr(dali.dali.Pipeline, "share_outputs", fail)
+    with pytest.raises(
+        TrainingError, match=r"DALI fails at samples drive_00\d.*: CUDA driver API error CUDA_ERROR_ILL"
+    ):
+        next(iter(loader(small)))
