@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from shards.errors import Md2Error, UsageError, visible
 from shards.storage.retry import patience_from_environment
@@ -110,6 +112,20 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (cuda:{device.index or 0})"
     return f"the CPU ({torch.get_num_threads()} threads)"
+
+
+def exchange_gradients(networks: nn.Module, in_place: bool) -> DistributedDataParallel:
+    """Networks whose gradients become the mean over all ranks in the backward pass.
+
+    Buffers are not exchanged: each rank normalises by its own batches, and validation copies rank 0's.
+
+    Args:
+        in_place: gradients are views of what is sent, without a copy.
+    """
+    # PyTorch 2.13 has another name for it, and a warning about this one.
+    new = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    sync: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return DistributedDataParallel(networks, gradient_as_bucket_view=in_place, **sync)
 
 
 @contextmanager

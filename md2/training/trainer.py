@@ -26,7 +26,7 @@ from md2.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, save_checkpoint
 from md2.config import Config
 from md2.data.batch import Batch, Offset
 from md2.data.warnings import data_warnings
-from md2.distributed import Ranks, describe
+from md2.distributed import Ranks, describe, exchange_gradients
 from md2.loss import LossOutput, ReprojectionLoss
 from md2.model import Networks, Prediction
 from md2.networks.camera import figures
@@ -168,10 +168,7 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         self.eager: nn.Module = self.networks
         if self.ranks.world_size > 1:
-            # Buffers are not exchanged: each rank normalises by its own batches, and validation copies rank 0's.
-            self.eager = DistributedDataParallel(
-                self.networks, broadcast_buffers=False, gradient_as_bucket_view=not self.keep_gradients
-            )
+            self.eager = exchange_gradients(self.networks, in_place=not self.keep_gradients)
         # Compiled around DDP, so that gradients are exchanged while the rest of the backward pass runs.
         self.model: nn.Module = self.amp.compiled(self.eager, whole)
         self.compiles = not self.amp.required and self.model is not self.eager

@@ -3,18 +3,125 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import train_data
 from pipeline_data import HEIGHT, WIDTH, config, loader, make_samples, pack
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 import cli.doctor
 from md2.data import dali
+from md2.data.batch import Batch
 from md2.data.plan import read_plan
-from shards.dataset import LocalDataset
+from md2.distributed import Ranks
+from md2.loss import LossOutput
+from md2.model import Networks, Prediction
+from md2.networks import decoder
+from md2.training.amp import AmpSettings
+from md2.training.trainer import Trainer
+from shards.dataset import LocalDataset, open_dataset
 from shards.errors import TrainingError
+
+# Networks and training
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_last_layers_are_padded_before_they_are_widened(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the bytes to move; the convolution itself is in float32, of the same numbers."""
+    padded: list[torch.dtype] = []
+    real = decoder.reflect
+    monkeypatch.setattr(decoder, "reflect", lambda x: (padded.append(x.dtype), real(x))[1])
+    head = decoder.Conv3x3(4, 2, full=True)
+    x = torch.rand(1, 4, 6, 8).to(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(x)
+    assert padded == [kind] and found.dtype is torch.float32
+    torch.testing.assert_close(found, head(x.float()))
+
+
+@pytest.fixture
+def gloo() -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("narrow", "gloo")
+@pytest.mark.parametrize("kept", [False, True], ids=["", "accumulated by graphs"])
+def test_ranks_exchange_gradients_alone_in_place_and_while_the_backward_pass_runs(
+    kept: bool, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No buffers; compiled around DDP, whose hooks are then part of what is compiled."""
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda module, mode: (compiled.append(module), Compiled(module))[1])
+    amp = AmpSettings(torch.device("cpu"), None, True, "graphs" if kept else True)
+    monkeypatch.setattr(AmpSettings, "of", lambda train, device: amp)
+    settings = train_data.config(dataset, "stereo", ["train.accumulate=2", "train.batch_size=1"])
+    one = Trainer(settings, open_dataset(str(dataset)), tmp_path, Ranks(0, 2, amp.device), train_data.Silent())
+    (model,) = compiled
+    assert isinstance(model, DistributedDataParallel) and model.module is one.networks
+    assert isinstance(one.model, Compiled)
+    assert not model.broadcast_buffers
+    # What graphs accumulate must stay where it is.
+    assert model.gradient_as_bucket_view is not kept
+    with one._without_sync(True):
+        assert not model.require_backward_grad_sync
+    with one._without_sync(False):
+        assert model.require_backward_grad_sync
+
+
+class Compiled(torch.nn.Module):
+    """In place of what `torch.compile` makes."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = module
+
+
+@pytest.mark.usefixtures("narrow")
+def test_on_a_gpu_cudnn_looks_for_the_fastest_convolutions_and_adam_is_fused(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    one = train_data.trainer(dataset, tmp_path / "run", [], "stereo")
+    assert not torch.backends.cudnn.benchmark and not one.optimizer.defaults["fused"]
+    one.ranks = Ranks(0, 1, torch.device("cuda"))
+    monkeypatch.setattr(Networks, "to", lambda self, *arguments, **options: self)
+    one._build(None)
+    assert torch.backends.cudnn.benchmark and one.optimizer.defaults["fused"]
+
+
+@pytest.mark.usefixtures("narrow")
+def test_one_pipeline_serves_every_validation(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one takes seconds on a GPU, and memory for decoders each time."""
+    made: list[str] = []
+    keys: list[list[str]] = []
+
+    class Counted(dali.Reader):
+        def __init__(self, plan: Any, shards: Any, starts: Any, where: str, **options: Any) -> None:
+            made.append(where.rpartition("part ")[2])
+            super().__init__(plan, shards, starts, where, **options)
+
+    def measure(networks: Any, loss: Any, batches: Iterator[Batch], *rest: Any) -> tuple[dict[str, float], None]:
+        keys.append([key for batch in batches for key in batch.keys])
+        return {}, None
+
+    monkeypatch.setattr("md2.pipeline.Reader", Counted)
+    monkeypatch.setattr("md2.training.trainer.validate", measure)
+    monkeypatch.setattr(Trainer, "_step", lambda self, group: (self.optimizer.step(), stepped)[1])
+    stepped = (Prediction({}), LossOutput(torch.zeros(()), {}, {}))
+    monkeypatch.setattr(Trainer, "_report", lambda self, batch, output: None)
+    one = train_data.trainer(dataset, tmp_path / "run", ["train.epochs=3"], "stereo")
+    one.fit()
+    assert sorted(made) == ["'train'", "'val'"]
+    assert len(keys) == 3 and keys[0] and keys[0] == keys[1] == keys[2]
+
 
 # The loader
 
