@@ -63,6 +63,7 @@ LONGEST = (
     "test_train.py",
     "test_resume.py",
     "test_cache.py",
+    "test_cache_training.py",
     "test_kernels.py",
     "test_prep_resume.py",
     "test_train_options.py",
