@@ -233,11 +233,13 @@ def config_of(setting: Setting, shards: Path, seed: int, overrides: Sequence[str
 def train_md2(config: Config, setting: Setting, run: Path, probe: Probe) -> None:
     """md2's own trainer and loader; only the networks are made fit for the setting."""
 
-    def networks(*arguments: Any) -> Networks:
-        probe.networks = setting.prepared(Networks(*arguments))
-        return probe.networks
+    class Prepared(Networks):
+        @classmethod
+        def of(cls, config: Config) -> Networks:
+            probe.networks = setting.prepared(Networks.of(config))
+            return probe.networks
 
-    with patch("md2.training.trainer.Networks", networks):
+    with patch("md2.training.trainer.Networks", Prepared):
         result = start_run(config, run, probe)
     if result.exit_code:
         raise SystemExit(result.exit_code)  # stopped by a signal: half a run is no result

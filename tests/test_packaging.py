@@ -23,8 +23,9 @@ import md2
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("prep", "shards", "md2", "cli")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-BROUGHT_BY_OTHERS = {"wandb", "mlflow", "triton"}
-"""A run's configuration names the first two, and the user installs them; CUDA builds of torch require the third."""
+BROUGHT_BY_OTHERS = {"wandb", "mlflow", "triton", "aiobotocore"}
+"""A run's configuration names the first two, and the user installs them; CUDA builds of torch require the third, s3fs
+the last, in a version of its own."""
 
 FOUND_BY_NAME = {"s3fs", "gcsfs", "tensorboard", "onnxscript"}
 """fsspec imports the first two, torch the others."""

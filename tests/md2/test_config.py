@@ -183,7 +183,7 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean the recipe mono_stereo"):
         load_config("mono_stero")
-    with pytest.raises(UsageError, match=r"5 recipes have it in their name, such as \S+mono_stereo_640x192"):
+    with pytest.raises(UsageError, match=r"7 recipes have it in their name, such as \S+mono_stereo_640x192"):
         load_config("mono_stereo_kitti_640")
 
 

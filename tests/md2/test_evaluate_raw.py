@@ -157,9 +157,14 @@ def test_predict_odometry_export_report_from_outside(mono: Path, tmp_path: Path)
     code, output, _ = md2("odometry", mono, tmp_path / "frames", "--out", tmp_path / "o")
     assert code == 0, output
     assert "3 frames; no ground truth" in output
-    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["frames.json", "frames.png", "frames_poses.txt"]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [
+        "frames.json",
+        "frames.png",
+        "frames.tum",
+        "frames_poses.txt",
+    ]
     assert md2("odometry", mono, tmp_path / "frames" / "*.png", "--out", tmp_path / "o")[0] == 0
-    assert len(list((tmp_path / "o").iterdir())) == 3, "a glob is named after its folder"
+    assert len(list((tmp_path / "o").iterdir())) == 4, "a glob is named after its folder"
     code, output, _ = md2("export", mono, "--to", "monodepth2", "--out", tmp_path / "official")
     assert code == 0, output
     _, _, error = md2("export", mono, "--to", "monodepth2", "--dynamic-batch")
