@@ -57,7 +57,8 @@ def commands(text: str) -> list[list[str]]:
         start = re.match(r"\s*(?:\$ )?(?:torchrun .*--no-python )?md2(?= |$)(.*)", line)
         if start is None:
             continue
-        words = start[1].replace("\\|", "|").replace("[", " ").replace("]", " ").replace("…", " ")
+        # Brackets mark what may be left out, except those of a list: key=[0.7,1].
+        words = re.sub(r"(=\[[^\]]*\])|[\[\]…]", lambda found: found[1] or " ", start[1].replace("\\|", "|"))
         words = re.split(r"\s#|;|&&|:\s|\s\|\s", words)[0].rstrip(":,.")
         choices = [[word] if word.isupper() else word.split("|") for word in shlex.split(words)]
         found += [list(choice) for choice in product(*choices)]
