@@ -57,7 +57,7 @@ def browse(chromium: str, file: Path, folder: Path, *options: str) -> tuple[str,
     command += ["--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"]
     command += [
         "--window-size=1280,1100",
-        "--virtual-time-budget=20000",
+        "--virtual-time-budget=100000",
         "--run-all-compositor-stages-before-draw",
         *options,
         file.as_uri(),
@@ -134,9 +134,11 @@ def test_depth_under_the_pointer_and_a_cloud_that_turns(chromium: str, page: Pat
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
     visitor = f"<script>{VISITOR.replace('POINTS', json.dumps(POINTS))}</script></body>"
     (tmp_path / "visited.html").write_text(text.replace("</body>", visitor))
-    dom, complaints = browse(chromium, tmp_path / "visited.html", tmp_path, "--dump-dom")
-    assert complaints == []
-    found = re.search(r'<pre id="seen">([\w+/=]+)</pre>', dom)
+    for _ in range(3):  # on a busy machine the browser's own time can run out before the page is through
+        dom, complaints = browse(chromium, tmp_path / "visited.html", tmp_path, "--dump-dom")
+        assert complaints == []
+        if found := re.search(r'<pre id="seen">([\w+/=]+)</pre>', dom):
+            break
     assert found is not None, dom[-500:]
     seen = json.loads(base64.b64decode(found[1]))
 
