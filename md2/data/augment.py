@@ -215,7 +215,7 @@ def resize_windows(pixels: Tensor, windows: Tensor, size: tuple[int, int]) -> Te
         size: width and height of the result.
 
     Returns:
-        (B, height, width, 3) uint8. On a CPU in a quarter of the time that DALI's resize takes.
+        (B, height, width, 3) uint8.
     """
     width, height = size
     out = torch.empty(len(pixels), height, width, 3, dtype=torch.uint8, device=pixels.device)
