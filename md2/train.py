@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from md2.config import Config, config_from_dict, load_source, merge_overrides, read_config_tree
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import InputError, Md2Error, TrainingError, UsageError, first_line, visible
-from shards.files import require_local, sweep, write_atomic
+from shards.files import read_small, require_local, sweep, write_atomic
 from shards.locks import FileLock
 
 # What loads PyTorch, which takes seconds, is imported inside the functions: mistakes in words and dataset come first.
@@ -248,7 +248,7 @@ def _check_dataset(run: Path, dataset: LocalDataset) -> None:
     if not path.is_file():
         raise InputError(f"{run}: no run to resume there ({ENVIRONMENT} is missing)")
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))["dataset"]["manifest_sha256"]
+        known = json.loads(read_small(path))["dataset"]["manifest_sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({type(error).__name__}); the run cannot be resumed without it") from error
     if known != dataset.manifest_sha256:

@@ -172,6 +172,19 @@ def open_regular(path: Path) -> BufferedReader:
         raise
 
 
+def read_small(path: Path, most: int = 16 << 20) -> bytes:
+    """Read a file that is small unless it is broken.
+
+    Raises:
+        OSError: it cannot be read, is not a regular file, or has more than `most` bytes.
+    """
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB", str(path))
+    return data
+
+
 _FULL = "free some space, or choose another disk (MD2_CACHE for the cache), and run it again: finished files are kept"
 _DENIED = "check its permissions, or choose another folder"
 _ADVICE = {

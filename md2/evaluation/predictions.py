@@ -18,6 +18,7 @@ from torch import Tensor
 from md2.data.batch import Batch
 from md2.inference.inputs import by_number
 from shards.errors import InputError, first_line
+from shards.files import read_small
 from shards.sample import DEPTH_SCALE
 
 MOST_TRUTH_BYTES = 8 << 30
@@ -67,7 +68,7 @@ def _rows_by_key(path: Path, order: Sequence[str] | None) -> Mapping[str, Floats
     rows, keys = read_disparities(path), keys_file(path)
     try:
         if keys.is_file():
-            order = keys.read_text(encoding="utf-8").split()
+            order = read_small(keys).decode().split()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{keys}: cannot be read ({first_line(error)})") from error
     if order is None:

@@ -25,7 +25,7 @@ from md2.training.runlog import ENVIRONMENT
 from md2.weights import is_monodepth2
 from shards.card import licence_name, licence_of
 from shards.errors import InputError, Md2Error, first_line
-from shards.files import fsync_folder, temporary
+from shards.files import fsync_folder, read_small, temporary
 from shards.manifest import CARD
 from shards.storage import is_local, open_storage
 
@@ -87,7 +87,7 @@ def _dataset(checkpoint: Path) -> dict[str, Any]:
     """What a run's environment.json, or an exported model's config.json, says of the training data; {} if nothing."""
     for path in (checkpoint.resolve().parent.parent / ENVIRONMENT, checkpoint.with_name(ABOUT)):
         try:
-            found = json.loads(path.read_bytes()[:_LONGEST])["dataset"]
+            found = json.loads(read_small(path, _LONGEST))["dataset"]
             return {name: str(found[name]) for name in ("split", "manifest_sha256", "images") if name in found}
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
@@ -97,7 +97,7 @@ def _dataset(checkpoint: Path) -> dict[str, Any]:
 def _evaluation(path: Path) -> dict[str, Any]:
     """The facts of a result of `md2 eval --json` that a card shows."""
     try:
-        found = json.loads(path.read_bytes()[:_LONGEST])
+        found = json.loads(read_small(path, _LONGEST))
         overlap = found["training_overlap"]
         return {
             "dataset": " ".join(str(found[name]) for name in ("split", "part") if found[name]) or path.stem,

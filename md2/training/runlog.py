@@ -30,11 +30,13 @@ from md2 import __version__
 from md2.training.loggers import Logger
 from md2.visualize import Picture
 from shards.errors import InputError
-from shards.files import write_atomic
+from shards.files import read_small, write_atomic
 
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
 RowKind = Literal["train", "val"]
+MOST_METRICS = 128 << 20
+"""Bytes of metrics.jsonl: a row every step of twenty epochs of KITTI."""
 
 
 class RunLog:
@@ -110,7 +112,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path}: not a file")
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_small(path, MOST_METRICS).decode(errors="replace")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     rows: list[dict[str, Any]] = []

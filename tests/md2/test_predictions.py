@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from PIL import Image
 
 from md2.evaluation.metrics import EIGEN
 from md2.evaluation.predictions import keys_file
+from md2.train import _check_dataset
+from md2.training.runlog import read_metrics
+from shards.dataset import open_dataset
 from shards.errors import InputError, UsageError
 
 
@@ -225,3 +229,17 @@ def test_a_folder_of_depth_pngs_is_a_prediction(packed: Path, tmp_path: Path) ->
     Image.new("RGB", (9, 9)).save(tmp_path / "keys" / "drive_001.png")
     with pytest.raises(InputError, match="16-bit grey"):
         measured(packed, predictions=tmp_path / "keys")
+
+
+def test_a_gigabyte_beside_small_files_is_one_line(packed: Path, tmp_path: Path) -> None:
+    """Sparse files of zeros: the keys of predictions, the environment of a run that is resumed, and its metrics."""
+    predictions = save_disparities(tmp_path / "d.npy", [4, 10, 20], ["a", "b", "c"])
+    for name in ("d.npy.keys.txt", "environment.json", "metrics.jsonl"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 1 << 30)
+    with pytest.raises(InputError, match=r"keys\.txt: cannot be read .*larger than 16 MiB"):
+        measured(packed, predictions=predictions, scale=1.0)
+    with pytest.raises(InputError, match=r"environment\.json: damaged"):
+        _check_dataset(tmp_path, open_dataset(str(packed)))
+    with pytest.raises(InputError, match=r"metrics\.jsonl: cannot be read \(larger than 128 MiB\)"):
+        read_metrics(tmp_path)
