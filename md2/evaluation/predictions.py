@@ -237,9 +237,15 @@ def read_ground_truth(path: Path) -> list[NDArray[np.float32]]:
     return [np.asarray(depth, dtype=np.float32) for depth in maps]
 
 
+_LONGEST_HEADER = 1 << 16
+"""NumPy parses a header of any length as Python, and repeats it in its messages."""
+
+
 def _load_maps(content: bytes) -> list[Any]:
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
+    if version != (1, 0) and int.from_bytes(content[8:12], "little") > _LONGEST_HEADER:
+        raise ValueError("its header is too long")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
     if not dtype.hasobject:  # all maps have one size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from evaluation_data import constant, measured, pack_truth, save_disparities
 from PIL import Image
 
 from md2.evaluation.metrics import EIGEN
-from md2.evaluation.predictions import keys_file
+from md2.evaluation.predictions import keys_file, read_ground_truth
 from md2.train import _check_dataset
 from md2.training.runlog import read_metrics
 from shards.dataset import open_dataset
@@ -243,3 +244,11 @@ def test_a_gigabyte_beside_small_files_is_one_line(packed: Path, tmp_path: Path)
         _check_dataset(tmp_path, open_dataset(str(packed)))
     with pytest.raises(InputError, match=r"metrics\.jsonl: cannot be read \(larger than 128 MiB\)"):
         read_metrics(tmp_path)
+
+
+def test_a_header_of_a_hundred_megabytes_is_not_parsed(tmp_path: Path) -> None:
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (3,), }" + b" " * (100 << 20)
+    with zipfile.ZipFile(tmp_path / "gt_depths.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data.npy", b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header)
+    with pytest.raises(InputError, match="its header is too long"):
+        read_ground_truth(tmp_path / "gt_depths.npz")
