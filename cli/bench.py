@@ -23,6 +23,7 @@ WHAT = {
     "rehearsal": "KITTI at full size: check, pack, publish, an epoch from object storage",
     "scale": "what the loader costs with 10 to 10,000 shards, and over 10,000 steps",
     "parity": "whether md2 learns as well as the method trained the plain way; what each deviation does",
+    "variants": "crop, HR-Depth, known motion beside the published method: the same steps, several seeds",
     "camera": "own cameras: what lens distortion and a wrong focal length do to the depth that is learned",
     "intrinsics": "learned intrinsics: how far they come from a wrong guess, by how much the camera turns",
     "storage": "reading from object storage, with latency and faults (from a checkout)",

@@ -119,3 +119,28 @@ def test_a_misspelt_measurement_is_one_line(capsys: pytest.CaptureFixture[str]) 
     for word, hint in (("stepp", "did you mean step?"), ("x", "choose from loader, step")):
         assert run(app, ["bench", word]) == 2
         assert f"md2 bench {word}: no such measurement; {hint}" in capsys.readouterr().err
+
+
+def test_variants_repeat_no_training_that_is_done_and_compare_with_the_baseline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import variants
+
+    monkeypatch.setattr(variants, "md2", lambda *words: pytest.fail(f"md2 {words}"))
+    for name, seed, result in (
+        ("mono", 0, {"abs_rel": 0.2}),
+        ("mono", 1, {"abs_rel": 0.22}),
+        ("given", 0, {"abs_rel": 0.1, "metres": 0.11, "factor": 1.02}),
+        ("given", 1, {"abs_rel": 0.11, "metres": 0.13, "factor": 0.98}),
+    ):
+        (tmp_path / "runs" / f"{name}-{seed}").mkdir(parents=True)
+        (tmp_path / "runs" / f"{name}-{seed}" / "result.json").write_text(json.dumps(result))
+    variants.main([str(tmp_path), "--cases", "mono,given,crop", "--report"])
+    shown = capsys.readouterr().out
+    assert "| mono | 2 | 0.210 ± 0.014 |" in shown
+    # Welch: each variance of two runs is half the squared difference, halved again.
+    assert "| given | 2 | 0.105 ± 0.007 | -50.0 ± 5.3 % | -9.4 | better | 0.120 ± 0.014 | 1.000 ± 0.028 |" in shown
+    assert "| crop | 0 |" in shown
+    with pytest.raises(SystemExit):
+        variants.main([str(tmp_path), "--cases", "mono,corp"])
+    assert "no such case: corp; choose from mono, crop" in capsys.readouterr().err
