@@ -49,6 +49,15 @@ def test_steps_are_counted_for_each_way_of_waiting(narrow: None) -> None:
     assert measure(0) > 0
 
 
+def test_the_last_step_is_read_from_whole_lines(tmp_path: Path) -> None:
+    from bench.waiting import steps_done
+
+    metrics = tmp_path / "metrics.jsonl"
+    assert steps_done(metrics) == 0
+    metrics.write_text('{"kind": "train", "step": 9}\n{"kind": "train", "step": 10}\n{"kind": "train", "st')
+    assert steps_done(metrics) == 10
+
+
 def test_what_needs_no_loader_needs_no_dali() -> None:
     """On a machine without it, the kernels and the step against the baseline can still be measured."""
     code = (
