@@ -9,7 +9,7 @@ The children are named as official checkpoint files are: `encoder`, `depth`, `po
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -85,6 +85,29 @@ class Prediction:
     poses: dict[Offset, Pose] | dict[Offset, GivenPose] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
     camera: Tensor | None = None
+
+    @property
+    def relative(self) -> bool:
+        """Whether a pose's transform depends on the depth."""
+        return any(pose.relative for pose in self.poses.values())
+
+    def sources(self, images: Container[Offset], stereo: Tensor | None) -> list[Offset]:
+        """Offsets that are compared with the target, of images at hand: those with a pose, then the stereo partner.
+
+        Raises:
+            ValueError: there is none, or the stereo partner has no transform.
+        """
+        found: list[Offset] = [offset for offset in (*self.poses, "s") if offset in images]
+        if not found:
+            raise ValueError("no source to reproject: the images hold neither a posed frame nor the stereo partner")
+        if "s" in found and stereo is None:
+            raise ValueError('the source "s" needs the stereo transform')
+        return found
+
+    def transforms(self, sources: Sequence[Offset], stereo: Tensor | None, depth: Tensor) -> Tensor:
+        """(B, N, 4, 4), target camera to each source's; `depth` (B, 1, H, W) as for a pose, `stereo` the partner's."""
+        found = [stereo if source == "s" else self.poses[source].transform(depth) for source in sources]
+        return torch.stack([transform.to(depth.dtype) for transform in found if transform is not None], dim=1)
 
     def tensors(self) -> list[Tensor]:
         """All tensors in it."""

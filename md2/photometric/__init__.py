@@ -1,1 +1,1 @@
-"""The fast engine of `md2/loss.py`: photometric error, reprojection, Triton kernels."""
+"""What `md2/loss.py` stands on: its inputs and output, tie-breaking noise, and the fast engine with Triton kernels."""

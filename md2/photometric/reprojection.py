@@ -228,10 +228,8 @@ class Eager:
         return by_depth, torch.stack(parts, dim=-1)
 
 
-def smoothness(disparity: Tensor, image: Tensor) -> Tensor | None:
-    """`md2.loss.smoothness` by its kernel; None where that does not run."""
-    if not has_kernels(disparity):
-        return None
+def smoothness(disparity: Tensor, image: Tensor) -> Tensor:
+    """`md2.loss.smoothness` by its kernel, for what `has_kernels`."""
     from md2.photometric import kernels
 
     return kernels.Smoothness.apply(disparity.contiguous(), image)  # type: ignore[no-any-return, no-untyped-call]

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from md2.config import LossConfig, ModelConfig
 from md2.data.batch import Batch, Offset
 from md2.geometry import disparity_to_depth
-from md2.loss import LossOutput, ReprojectionLoss, image_pyramid, reprojection_loss, seeded_noise, smoothness
+from md2.loss import LossOutput, ReprojectionLoss, image_pyramid, reprojection_loss, smoothness
 from md2.model import Pose, Prediction
+from md2.photometric.ties import seeded_noise
 
 HEIGHT, WIDTH, BATCH = 16, 40, 2
 MONO: list[Offset] = [-1, 1]
@@ -82,10 +83,10 @@ def run(
     panels: bool = False,
     fast: bool = True,
 ) -> LossOutput:
-    """md2's loss on the scenes, everything given: pyramids, intrinsics per level, noise."""
+    """md2's loss on the scenes, everything given: pyramids, intrinsics, noise."""
     first = scenes[0]
     pyramids = {o: {s: tensor([x.images[o][s] for x in scenes], dtype) for s in first.images[o]} for o in first.images}
-    intrinsics = {s: tensor([x.K[s] for x in scenes], dtype) for s in first.K}
+    intrinsics = tensor([x.K[0] for x in scenes], dtype)
     stereo = tensor([x.stereo for x in scenes if x.stereo is not None], dtype) if first.stereo is not None else None
     noise = {s: tensor([x.noise[s] for x in scenes], dtype) for s in first.noise} if first.noise else None
     prediction = as_prediction(scenes, config.predictive_mask, dtype)
@@ -316,7 +317,7 @@ def test_gradients_equal_finite_differences(case: str) -> None:
     config = LossConfig(**options)
     first = scenes[0]
     pyramids = {o: {s: tensor([x.images[o][s] for x in scenes]) for s in first.images[o]} for o in first.images}
-    K = {s: tensor([x.K[s] for x in scenes]) for s in first.K}
+    K = tensor([x.K[0] for x in scenes])
     stereo = tensor([x.stereo for x in scenes if x.stereo is not None]) if "s" in sources else None
     noise = {s: tensor([x.noise[s] for x in scenes]) for s in first.noise}
     start = as_prediction(scenes, config.predictive_mask, torch.float64)

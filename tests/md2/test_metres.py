@@ -15,8 +15,9 @@ from md2.config import load_config
 from md2.data.augment import rigid_transforms
 from md2.data.batch import Batch, Offset
 from md2.geometry import disparity_to_depth
-from md2.loss import ReprojectionLoss, velocity_error
+from md2.loss import ReprojectionLoss
 from md2.model import GivenPose, Networks, Pose, Prediction
+from md2.photometric.velocity import velocity_error
 from md2.pipeline import Loader
 from shards.dataset import open_dataset
 from shards.errors import UsageError

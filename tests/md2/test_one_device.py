@@ -20,6 +20,7 @@ from md2.data.batch import Batch, Offset
 from md2.loss import ReprojectionLoss
 from md2.model import Networks
 from md2.photometric import reprojection
+from md2.photometric.ties import _noise_table
 
 META = torch.device("meta")
 BATCH, WIDTH, HEIGHT = 2, 96, 64
@@ -77,7 +78,8 @@ def make_batch(config: Config) -> Batch:
     images, augmented = ({offset: both[kind] for offset, both in made.items()} for kind in (0, 1))
     assert all(image.is_contiguous(memory_format=torch.channels_last) for image in augmented.values())
     stereo = empty(BATCH, 4, 4) if config.data.stereo else None
-    return Batch(images, augmented, empty(BATCH, 3, 3), stereo, 5.4, None, None, ["a", "b"])
+    seeds = empty(BATCH, dtype=torch.int64)
+    return Batch(images, augmented, empty(BATCH, 3, 3), stereo, 5.4, None, None, ["a", "b"], seeds)
 
 
 PLAIN = ["mono+stereo", "predictive_mask", "v1_multiscale"]
@@ -91,12 +93,12 @@ def test_a_training_step_stays_on_its_device(mode: str, engine: str, monkeypatch
     with META:
         networks: Any = Networks.of(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = make_batch(config)
-    level = config.loss.v1_multiscale
     sources = 1 if config.loss.avg_reprojection else len(batch.images) - 1
-    noise = {s: empty(BATCH, sources, HEIGHT >> s * level, WIDTH >> s * level) for s in config.model.scales}
+    for level in config.model.scales if config.loss.v1_multiscale else [0]:
+        _noise_table(sources * (HEIGHT >> level) * (WIDTH >> level), META)  # made on the CPU, once
     loss = ReprojectionLoss(config.loss, config.model)
     with OneDevice() as watched:
-        losses = loss(batch, networks(batch.augmented), noise=noise, panels=True)
+        losses = loss(batch, networks(batch.augmented), panels=True)
         losses.total.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in networks.parameters() if p.requires_grad]
         finite = torch.isfinite(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]))

@@ -20,9 +20,9 @@ if __name__ == "__main__":
 
 from torch import nn
 
-import md2.loss
 from md2.data.batch import Batch
 from md2.model import Networks
+from md2.photometric import ties
 from md2.train import main
 from md2.training.trainer import Trainer
 
@@ -44,7 +44,7 @@ def watch(put: Callable[[Any, str, Any], None]) -> None:
     """Change the training of this process; `put` is `setattr`, or one that takes it back."""
     put(Trainer, "_step", step)
     put(Networks, "train", lambda self, mode=True: nn.Module.train(self, False))
-    put(md2.loss, "NOISE_SCALE", 0.1)
+    put(ties, "NOISE_SCALE", 0.1)
 
 
 if __name__ == "__main__":
