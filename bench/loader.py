@@ -71,7 +71,7 @@ class Row:
 
 
 def child(what: str, row: str, task: dict[str, Any], *arguments: str) -> Any:
-    """Run `bench.peers` in a process of its own; its result.
+    """Run `bench.turn` in a process of its own; its result.
 
     Raises:
         Md2Error: it fails.
@@ -79,7 +79,7 @@ def child(what: str, row: str, task: dict[str, Any], *arguments: str) -> Any:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(task, file)
         file.flush()
-        command = [sys.executable, "-m", "bench.peers", what, row, file.name, *arguments]
+        command = [sys.executable, "-m", "bench.turn", what, row, file.name, *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Md2Error(f"md2 bench loader: {what} of {row} failed: {done.stderr or done.returncode}")
@@ -87,7 +87,7 @@ def child(what: str, row: str, task: dict[str, Any], *arguments: str) -> Any:
 
 
 def try_resuming(rows: Sequence[str], folder: Path) -> dict[str, dict[str, str]]:
-    """Row -> whether it resumes (see `bench.peers.resumes`)."""
+    """Row -> whether it resumes (see `bench.turn.resumes`)."""
     shards, lit = folder / "numbered", folder / "numbered-lit"
     if not shards.exists():
         numbered_dataset(shards, 6, 8)

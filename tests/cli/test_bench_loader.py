@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BATCHES = """
 import sys, torch
 from itertools import islice
-from bench.peers import ROWS, Task, end, store_for_litdata
+from bench.peers import ROWS, Task, store_for_litdata
+from bench.turn import end
 row, folder, out = sys.argv[1:]
 task = Task(folder, lit=folder + "-lit", jitter=True, batch=8, threads=2)
 if row == "litdata":
