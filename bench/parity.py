@@ -49,6 +49,7 @@ from md2.pipeline import Loader  # noqa: E402
 from md2.train import start_run  # noqa: E402
 from prep.synthetic import write_drives  # noqa: E402
 from shards.dataset import open_dataset  # noqa: E402
+from shards.errors import InputError, UsageError  # noqa: E402
 from shards.sample import DEPTH_SCALE  # noqa: E402
 from shards.tar import read_samples  # noqa: E402
 
@@ -309,7 +310,7 @@ def chosen_variants(options: argparse.Namespace) -> list[str]:
     chosen = options.variants.split(",") if options.variants else list(default)
     for variant in chosen:
         if variant not in known:
-            raise SystemExit(f"--variants {variant}: of {', '.join(known)}")
+            raise UsageError(f"--variants {variant}: of {', '.join(known)}")
     changed = f" with {' '.join(options.overrides)}" if options.overrides else ""
     return [variant + changed if variant in SHARDS else variant for variant in chosen]
 
@@ -347,12 +348,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings, variants = options.settings.split(","), chosen_variants(options)
     for setting in settings:
         if setting not in SETTINGS:
-            raise SystemExit(f"--settings {setting}: of {', '.join(SETTINGS)}")
+            raise UsageError(f"--settings {setting}: of {', '.join(SETTINGS)}")
     if not options.report:
         run_all(options, variants, settings)
     runs = read_runs(options.out / "runs.jsonl")
     if not runs:
-        raise SystemExit(f"{options.out}: no runs there")
+        raise InputError(f"{options.out}: no runs there")
     text = f"{table(runs)}\non {processor()}, {busy()}; {versions('torch', 'pillow')}\n"
     (options.out / "parity.md").write_text(text)
     picture(runs, options.out / "parity.png")
@@ -367,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if variant in variants
     }
     if not judged:
-        raise SystemExit(f"{options.out}: at least two runs each of {REFERENCE} and md2 are needed")
+        raise InputError(f"{options.out}: at least two runs each of {REFERENCE} and md2 are needed")
     worse = [f"{name} {verdict.sigmas:+.1f} standard errors" for name, verdict in judged.items() if verdict.worse]
     found = f"worse than the reference: {'; '.join(worse)}" if worse else "as well as the reference"
     print(f"md2 learns {found}")

@@ -35,6 +35,7 @@ from prep.raw.kitti import Kitti
 from prep.raw.splits import read_split
 from prep.request import make_content
 from prep.workers import start_workers
+from shards.errors import InputError
 
 SIZE = (640, 192)
 FORMAT = ImageFormat(SIZE, "jpeg")
@@ -50,7 +51,7 @@ def link_drive(raw: Path, root: Path, instants: int) -> list[Path]:
         if (scan := left.parents[2] / "velodyne_points" / "data" / f"{left.stem}.bin").exists()
     ]
     if not found:
-        raise SystemExit(f"{raw}: no drive with images and velodyne")
+        raise InputError(f"{raw}: no drive with images and velodyne")
     date = root / DATE
     folders = [date / DRIVE / name / "data" for name in ("image_02", "image_03", "velodyne_points")]
     for folder in folders:

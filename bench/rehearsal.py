@@ -32,7 +32,7 @@ from prep.packing.pack import scratch_folder
 from prep.raw.calibration import other
 from prep.raw.splits import SplitLists, read_split
 from shards.dataset import open_dataset
-from shards.errors import INCOMPLETE
+from shards.errors import INCOMPLETE, InputError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from storage_servers import ACCESS_KEY, SECRET_KEY, rclone_server
@@ -161,7 +161,7 @@ def link_tree(raw: Path, root: Path, lists: SplitLists) -> tuple[int, int]:
         if (scan := left.parents[2] / "velodyne_points" / "data" / f"{left.stem}.bin").exists()
     ]
     if not found:
-        raise SystemExit(f"{raw}: no drive with images and velodyne")
+        raise InputError(f"{raw}: no drive with images and velodyne")
     steps, beside = 0, root.with_name("raw.tmp")
     for name in sorted({line.drive for lines in lists.parts.values() for line in lines}):
         date, drive = beside / name.partition("/")[0], beside / name

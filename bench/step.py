@@ -40,6 +40,7 @@ from md2.data.batch import Offset  # noqa: E402
 from md2.loss import image_pyramid, reprojection_loss  # noqa: E402
 from md2.model import Networks, Pose, Prediction  # noqa: E402
 from md2.training.amp import AmpSettings  # noqa: E402
+from shards.errors import UsageError  # noqa: E402
 
 MODES: dict[str, tuple[list[int], bool]] = {
     "mono": ([0, -1, 1], False),
@@ -155,7 +156,7 @@ def amp_of(variant: str, device: torch.device) -> AmpSettings:
     """A variant's name -> its amp; all but `contiguous` are channels_last too."""
     known = {"contiguous", "channels_last", "bf16", "compile", "bf16+compile"}
     if variant not in known:
-        raise SystemExit(f"unknown variant {variant!r}: one of {', '.join(sorted(known))}")
+        raise UsageError(f"unknown variant {variant!r}: one of {', '.join(sorted(known))}")
     dtype = torch.bfloat16 if "bf16" in variant else None
     return AmpSettings(device, dtype, variant != "contiguous", "compile" in variant)
 

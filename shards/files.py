@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shards.errors import StorageError, UsageError
 
@@ -170,6 +170,32 @@ def open_regular(path: Path) -> BufferedReader:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+class BoundedReader:
+    """A file of which one call reads a limited number of bytes, for libraries that read as many as the file says."""
+
+    def __init__(self, file: Any, most: int) -> None:
+        self._file, self.most = file, most
+
+    def read(self, size: int = -1) -> bytes:
+        """Return `size` bytes, or with -1 as many as the limit allows.
+
+        Raises:
+            ValueError: more than the limit are wanted.
+        """
+        if size > self.most:
+            raise ValueError(f"a part of it claims {size:,} bytes")
+        data: bytes = self._file.read(self.most if size < 0 else size)
+        return data
+
+    def readline(self) -> bytes:
+        """Return a line, or as much of it as the limit allows."""
+        line: bytes = self._file.readline(self.most)
+        return line
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def read_small(path: Path, most: int = 16 << 20) -> bytes:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
+import os
 import pickle
+import tempfile
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -17,15 +22,60 @@ from torch import Tensor
 
 from md2.data.batch import Batch
 from md2.inference.inputs import by_number
-from shards.errors import InputError, first_line
-from shards.files import read_small
+from shards.errors import InputError, StorageError, first_line
+from shards.files import BoundedReader, disk_error, read_small
 from shards.sample import DEPTH_SCALE
 
-MOST_TRUTH_BYTES = 8 << 30
+MOST_TRUTH_BYTES = 4 << 30
 """Largest size of unpacked ground truth that is read; Eigen's 697 maps are 1.3 GB."""
 Floats = NDArray[np.floating[Any]]
-DepthFile = tuple[str, NDArray[np.float32] | Path]
-"""A sample key with its depth map (H, W), metres, 0 = no measurement; or with the PNG that holds it."""
+
+
+class MapStore:
+    """A temporary file of depth maps: for each a bit for every pixel, then the depths of those that have one."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - the maps keep it
+        weakref.finalize(self, self.file.close)
+
+    def add(self, depth: Floats) -> StoredMap:
+        """Store a map.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        with np.errstate(over="ignore"):
+            depth = depth.astype(np.float32)
+        known = depth != 0
+        try:
+            offset = self.file.seek(0, os.SEEK_END)
+            self.file.write(np.packbits(known).tobytes() + depth[known].tobytes())
+        except OSError as error:
+            raise disk_error(Path(tempfile.gettempdir()), error) from error
+        return StoredMap(self, offset, (depth.shape[0], depth.shape[1]), int(known.sum()))
+
+
+@dataclass(frozen=True)
+class StoredMap:
+    """A depth map (H, W), metres, 0 = no measurement, at a place in a store."""
+
+    store: MapStore
+    offset: int
+    shape: tuple[int, int]
+    count: int
+
+    def read(self) -> NDArray[np.float32]:
+        """Return the map."""
+        file, pixels = self.store.file, math.prod(self.shape)
+        file.seek(self.offset)
+        known = np.unpackbits(np.frombuffer(file.read(-(-pixels // 8)), np.uint8), count=pixels).astype(bool)
+        depth = np.zeros(pixels, np.float32)
+        depth[known] = np.frombuffer(file.read(4 * self.count), np.float32)
+        return depth.reshape(self.shape)
+
+
+DepthFile = tuple[str, StoredMap | Path]
+"""A sample key with its depth map, or with the PNG that holds it."""
 
 
 def keys_file(predictions: Path) -> Path:
@@ -169,7 +219,7 @@ def open_ground_truth(path: Path, order: Sequence[str] | None) -> list[DepthFile
     Raises:
         InputError: missing, damaged, or not one map for each line of the split.
     """
-    maps: Sequence[NDArray[np.float32] | Path] = depth_pngs(path) if path.is_dir() else read_ground_truth(path)
+    maps: Sequence[StoredMap | Path] = depth_pngs(path) if path.is_dir() else read_ground_truth(path)
     names = [one.stem if isinstance(one, Path) else f"{number:06d}" for number, one in enumerate(maps)]
     if path.is_dir() and order is not None and not set(names).isdisjoint(order):
         map_of = dict(zip(names, maps, strict=True))
@@ -187,7 +237,7 @@ def truth_batches(files: Sequence[DepthFile], batch_size: int) -> Iterator[Batch
     """
     for start in range(0, len(files), batch_size):
         chosen = files[start : start + batch_size]
-        maps = [_read_depth_png(depth) if isinstance(depth, Path) else depth for _, depth in chosen]
+        maps = [_read_depth_png(depth) if isinstance(depth, Path) else depth.read() for _, depth in chosen]
         sizes = torch.tensor([depth.shape for depth in maps])
         height, width = sizes.max(0).values.tolist()
         padded = torch.zeros(len(maps), 1, height, width)
@@ -205,69 +255,147 @@ def truth_batches(files: Sequence[DepthFile], batch_size: int) -> Iterator[Batch
         )
 
 
-def read_ground_truth(path: Path) -> list[NDArray[np.float32]]:
+def read_ground_truth(path: Path) -> list[StoredMap]:
     """Read `gt_depths.npz` of the official code: depth maps (H, W) of several sizes, metres, 0 = no measurement.
 
     The array in it is pickled, since its maps differ in size. Only what rebuilds a NumPy array is unpickled, so that
-    the file cannot run code.
+    the file cannot run code; and one map after the other, since all together are gigabytes.
 
     Raises:
         InputError: missing, damaged, too large, or holds anything but depth maps.
+        StorageError: no room for the maps among the temporary files.
     """
     _require_file(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(reader := cast(Any, BoundedReader(file, 1 << 20))) as archive:
+            reader.most = _LARGEST_MAP
             names = [info for info in archive.infolist() if info.filename == "data.npy"]
             if len(names) != 1:
                 raise InputError(f"{path}: no array 'data' in it; gt_depths.npz of the official code has one")
             if names[0].file_size > MOST_TRUTH_BYTES:
                 raise InputError(f"{path}: unpacks to {names[0].file_size / 1e9:,.0f} GB; too large for gt_depths.npz")
-            content = archive.read(names[0])
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+            if names[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise InputError(f"{path}: packed in a way that np.savez_compressed does not know")
+            with archive.open(names[0]) as content:
+                maps = _store_maps(content)
+    except (InputError, StorageError):
+        raise
+    except (zipfile.BadZipFile, NotImplementedError) as error:
         raise InputError(f"{path}: not an .npz archive, or damaged ({first_line(error)})") from error
-    try:
-        maps = _load_maps(content)
     except Exception as error:  # a damaged pickle fails in any way
         raise InputError(f"{path}: its array cannot be read ({first_line(error)})") from error
-    for number, depth in enumerate(maps):
-        if not isinstance(depth, np.ndarray) or depth.ndim != 2 or not np.issubdtype(depth.dtype, np.floating):
-            raise InputError(f"{path}: entry {number} is not a floating-point depth map (H, W)")
     if not maps:
         raise InputError(f"{path}: no depth maps in it")
-    return [np.asarray(depth, dtype=np.float32) for depth in maps]
+    return maps
 
 
 _LONGEST_HEADER = 1 << 16
 """NumPy parses a header of any length as Python, and repeats it in its messages."""
+_LARGEST_MAP = 64 << 20
+"""Bytes of one map in the file."""
+_MOST_MAPS = 50_000
+_MOST_STEPS = 30 * _MOST_MAPS
+"""Of unpickling; a map takes 25."""
 
 
-def _load_maps(content: bytes) -> list[Any]:
-    file = io.BytesIO(content)
-    version = np.lib.format.read_magic(file)
-    if version != (1, 0) and int.from_bytes(content[8:12], "little") > _LONGEST_HEADER:
-        raise ValueError("its header is too long")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    if not dtype.hasobject:  # all maps have one size
-        return list(np.load(io.BytesIO(content), allow_pickle=False))
-    loaded = _ArraysOnly(file).load()
-    if not isinstance(loaded, np.ndarray) or loaded.shape != shape or len(shape) != 1:
-        raise ValueError("not a list of arrays")
-    return list(loaded)
+def _store_maps(content: IO[bytes]) -> list[StoredMap]:
+    version = np.lib.format.read_magic(content)
+    if version == (1, 0):
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(content)
+    else:
+        size = content.read(4)
+        if int.from_bytes(size, "little") > _LONGEST_HEADER:
+            raise ValueError("its header is too long")
+        header = io.BytesIO(size + content.read(int.from_bytes(size, "little")))
+        shape, fortran, dtype = np.lib.format.read_array_header_2_0(header)
+    reader, store = BoundedReader(content, _LARGEST_MAP), MapStore()
+    if dtype.hasobject:
+        found = _MapsOnly(reader, store).load()
+        if not isinstance(found, _Pickled) or found.shape != shape or not isinstance(found.content, list):
+            raise ValueError("not a list of arrays")
+        maps = [one.content if isinstance(one, _Pickled) else None for one in found.content]
+        for number, one in enumerate(maps):
+            if not isinstance(one, StoredMap):
+                raise ValueError(f"entry {number} is not a floating-point depth map (H, W)")
+        return cast(list[StoredMap], maps)
+    if len(shape) != 3 or fortran or shape[0] > _MOST_MAPS:  # all maps have one size
+        raise ValueError(f"shape {shape}; a list of depth maps (H, W) is needed")
+    bytes_each = dtype.itemsize * shape[1] * shape[2]
+    return [_stored(store, shape[1:], dtype, False, reader.read(bytes_each)) for _ in range(shape[0])]
 
 
-_ARRAY_PARTS = {
-    *((module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
+def _stored(store: MapStore, shape: Any, dtype: Any, fortran: Any, data: bytes) -> StoredMap:
+    """Store a map that NumPy has written."""
+    if len(shape) != 2 or 0 in shape or not np.issubdtype(dtype, np.floating):
+        raise ValueError("an entry is not a floating-point depth map (H, W)")
+    depth = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    return store.add(depth)
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles NumPy arrays and nothing else."""
+class _Pickled:
+    """An array of a pickle. Its content is a `StoredMap`, or the list of an array of arrays."""
+
+    shape: tuple[int, ...] = ()
+    content: StoredMap | list[Any] | None = None
+
+    def __init__(self, store: MapStore) -> None:
+        self._store = store
+
+    def __setstate__(self, state: Any) -> None:
+        _, self.shape, dtype, fortran, data = state
+        if dtype.hasobject:
+            self.content = data
+        else:
+            self.content = _stored(self._store, self.shape, dtype, fortran, data)
+
+
+class _Forgetful(dict[int, Any]):
+    """What a pickle refers to again, without the content of maps."""
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        parts = value if isinstance(value, tuple) else (value,)
+        large = any(isinstance(part, bytes | str) and len(part) > 256 for part in parts)
+        super().__setitem__(key, None if large else value)
+
+
+class _Steps(dict[int, Any]):
+    """Functions by operation, up to a number of calls: a short file could make objects without an end."""
+
+    def __init__(self, known: dict[int, Any]) -> None:
+        super().__init__(known)
+        self._left = _MOST_STEPS
+
+    def __getitem__(self, key: int) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise pickle.UnpicklingError("it holds more than depth maps")
+        return super().__getitem__(key)
+
+
+class _MapsOnly(pickle._Unpickler):
+    """Unpickles NumPy arrays and nothing else, each into the store. In Python, whose memory of bytes can be cut."""
+
+    def __init__(self, file: BoundedReader, store: MapStore) -> None:
+        super().__init__(file)
+        self.memo = _Forgetful()
+        self.dispatch = _Steps(self.dispatch)  # type: ignore[misc]
+        self._store = store
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ARRAY_PARTS:
+        known = {
+            "numpy.core.multiarray _reconstruct": self._array,
+            "numpy._core.multiarray _reconstruct": self._array,
+            "numpy ndarray": None,
+            "numpy dtype": np.dtype,
+            "_codecs encode": self._bytes,
+        }
+        if f"{module} {name}" not in known:
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not an array")
-        return super().find_class(module, name)
+        return known[f"{module} {name}"]
+
+    def _array(self, *_: Any) -> _Pickled:
+        return _Pickled(self._store)
+
+    def _bytes(self, text: str, _: str) -> bytes:
+        """Bytes as protocol 2 writes them."""
+        return text.encode("latin1")

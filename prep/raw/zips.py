@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from shards.errors import InputError, SampleError
+from shards.files import BoundedReader
 from shards.storage.retry import Retrier
 
 _UNUSED = re.compile(r"/image_0?[01](/|$)")
@@ -27,7 +28,6 @@ _MAX_DIRECTORY = 16 << 20
 _MAX_FILES = 300_000
 """Files that are kept of all zips together, in 170 MB. Those of KITTI raw and of the depth benchmark are 285,000."""
 _MAX_NAME = 250
-_TAIL = 1 << 17
 MAX_FILE_BYTES = 64 << 20
 """Largest frame, scan or depth map."""
 
@@ -78,22 +78,6 @@ class Ref:
 
 Directory = dict[str, dict[str, Ref]]
 """Files of a zip: folder -> name -> Ref."""
-
-
-class _Bounded:
-    """A file that refuses to be read in pieces larger than any zip directory."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def read(self, size: int = -1) -> bytes:
-        if size > _MAX_DIRECTORY:
-            raise zipfile.BadZipFile(f"its directory claims {size:,} bytes")
-        data: bytes = self._file.read(_TAIL if size < 0 else size)
-        return data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 class Directories:
@@ -192,7 +176,7 @@ def _local_members(fs: Any, url: str) -> list[zipfile.ZipInfo]:
 
 
 def _members(file: Any) -> list[zipfile.ZipInfo]:
-    with zipfile.ZipFile(_Bounded(file)) as archive:
+    with zipfile.ZipFile(BoundedReader(file, _MAX_DIRECTORY)) as archive:
         return archive.infolist()
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
+import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -205,7 +208,7 @@ def test_ground_truth_cannot_run_code_and_broken_files_are_one_line(tmp_path: Pa
         ("cut", "not an .npz archive"),
         ("text", "not an .npz archive"),
         ("other", "no array 'data'"),
-        ("flat", "entry 0 is not a floating-point depth map"),
+        ("flat", "an entry is not a floating-point depth map"),
         ("absent", "no such file"),
     ):
         with pytest.raises(InputError, match=message):
@@ -251,4 +254,49 @@ def test_a_header_of_a_hundred_megabytes_is_not_parsed(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "gt_depths.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("data.npy", b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header)
     with pytest.raises(InputError, match="its header is too long"):
+        read_ground_truth(tmp_path / "gt_depths.npz")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_ground_truth_of_gigabytes_is_read_map_by_map(tmp_path: Path, protocol: int) -> None:
+    """As each protocol of pickle writes them: 32 MB of maps in one row after the other, of which little is kept."""
+    rng = np.random.default_rng(0)
+    maps = [np.where(rng.random((300, 400 + n)) < 0.05, 7.0 + n, 0).astype(np.float32) for n in range(60)]
+    maps[0] = np.tile(maps[0], (2, 2))
+    maps[1] = maps[1].astype(">f8")
+    maps[2] = np.asfortranarray(maps[2])
+    ragged = np.empty(len(maps), dtype=object)
+    ragged[:] = maps
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "|O", "fortran_order": False, "shape": ragged.shape})
+    content.write(pickle.dumps(ragged, protocol))
+    with zipfile.ZipFile(tmp_path / "gt_depths.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("data.npy", content.getvalue())
+    del content
+    tracemalloc.start()
+    try:
+        stored = read_ground_truth(tmp_path / "gt_depths.npz")
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+    finally:
+        tracemalloc.stop()
+    for depth, expected in zip(stored, maps, strict=True):
+        np.testing.assert_array_equal(depth.read(), expected.astype(np.float32))
+
+
+def test_a_pickle_that_never_ends_or_claims_gigabytes_is_one_line(tmp_path: Path) -> None:
+    begin = io.BytesIO()
+    np.lib.format.write_array_header_1_0(begin, {"descr": "|O", "fortran_order": False, "shape": (3,)})
+    for what, rest in {
+        "more than depth maps": b"\x80\x04" + b"]" * (4 << 20),
+        "a part of it claims 1,073,741,824 bytes": b"\x80\x04\x8e" + (1 << 30).to_bytes(8, "little"),
+    }.items():
+        with zipfile.ZipFile(tmp_path / "gt_depths.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("data.npy", begin.getvalue() + rest)
+        with pytest.raises(InputError, match=f"cannot be read .*{what}"):
+            read_ground_truth(tmp_path / "gt_depths.npz")
+    begin = io.BytesIO()
+    np.lib.format.write_array_header_1_0(begin, {"descr": "<f4", "fortran_order": False, "shape": (1 << 30, 1, 1)})
+    with zipfile.ZipFile(tmp_path / "gt_depths.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data.npy", begin.getvalue())
+    with pytest.raises(InputError, match="a list of depth maps"):
         read_ground_truth(tmp_path / "gt_depths.npz")
