@@ -14,20 +14,20 @@ from cli.console import console
 from shards.errors import UsageError
 
 WHAT = {
-    "loader": "the loader against SPDL, LitData, webdataset and DALI alone; --what-if: what limits a training",
-    "step": "a training step, part by part, against a straightforward one",
-    "count": "operations, launches and bytes of a GPU's training step, without a GPU",
+    "loader": "the loader against others; --what-if: what limits a training",
+    "step": "a training step, part by part, against a plain one",
+    "count": "operations, launches and bytes of a GPU's step, without a GPU",
     "waiting": "how OpenMP threads should wait, on a quiet and on a busy machine",
-    "codec": "ways of storing images: how often the photometric error is smallest at the true depth",
+    "codec": "ways of storing images: what the photometric error still sees",
     "prep": "md2 prep against decoding, resizing and encoding alone",
-    "rehearsal": "KITTI at full size: check, pack, publish, an epoch from object storage",
-    "scale": "what the loader costs with 10 to 10,000 shards, and over 10,000 steps",
-    "parity": "whether md2 learns as well as the method trained the plain way; what each deviation does",
-    "variants": "crop, HR-Depth, known motion beside the published method: the same steps, several seeds",
-    "camera": "own cameras: what lens distortion and a wrong focal length do to the depth that is learned",
-    "intrinsics": "learned intrinsics: how far they come from a wrong guess, by how much the camera turns",
-    "storage": "reading from object storage, with latency and faults (from a checkout)",
-    "gpu": "every check and measurement that needs a GPU, into a folder",
+    "rehearsal": "KITTI at full size: check, pack, publish, an epoch from S3",
+    "scale": "the loader with 10 to 10,000 shards, and over 10,000 steps",
+    "parity": "whether md2 learns as well as the method trained the plain way",
+    "variants": "crop, HR-Depth and known motion against the published method",
+    "camera": "own cameras: what distortion and a wrong focal length cost",
+    "intrinsics": "learned intrinsics: how near they come, by how much one turns",
+    "storage": "reading from object storage, with latency and faults",
+    "gpu": "every check and measurement that needs a GPU",
 }
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -36,11 +36,11 @@ def bench(
     context: typer.Context,
     what: Annotated[str, typer.Argument(metavar="WHAT", show_default=False, help="Measurement to run.")] = "--help",
 ) -> None:
-    """Measure md2 on this machine; `md2 bench WHAT --help` has the options."""
+    """Measure md2 on this machine. `md2 bench WHAT --help` shows the options."""
     if what in ("--help", "-h"):
         console.print(context.get_help(), markup=False, highlight=False)
         for name, about in WHAT.items():
-            console.print(f"  {name:11}{about}", highlight=False, soft_wrap=True)
+            console.print(f"  {name:12}{about}", highlight=False, soft_wrap=True)
         raise typer.Exit
     if what not in WHAT:
         near = difflib.get_close_matches(what, WHAT, n=1)

@@ -18,7 +18,7 @@ def compare(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers as JSON.")] = None,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture with error bars.")] = None,
 ) -> None:
-    """Compare runs; those that differ in the seed alone are averaged, with their standard deviation."""
+    """Compare runs. Those that differ in the seed alone are averaged, with their standard deviation."""
     from md2.report.compare import compare as grouped
     from md2.report.compare import picture, to_json
     from md2.visualize import require_writable, write_file

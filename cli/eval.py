@@ -30,14 +30,22 @@ def evaluate(
     ],
     split: Annotated[
         str | None,
-        typer.Option(help="Split to take of raw KITTI, or that orders --predictions: eigen ..., a file, a folder."),
+        typer.Option(
+            metavar="NAME|PATH",
+            help="Split to take of raw KITTI, or that orders --predictions: eigen ..., a file, a folder.",
+        ),
     ] = None,
-    splits: Annotated[Path | None, typer.Option(help="Folder that holds splits by name.")] = None,
+    splits: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder that holds splits by name.")] = None,
     raw: Annotated[
         list[str] | None,
-        typer.Option(help="Further location of raw KITTI, such as data_depth_annotated.zip's folder; repeatable."),
+        typer.Option(
+            metavar="PLACE",
+            help="Further location of raw KITTI, such as data_depth_annotated.zip's folder; repeatable.",
+        ),
     ] = None,
-    part: Annotated[str | None, typer.Option(help="Part of the dataset to evaluate. (default: test, else val)")] = None,
+    part: Annotated[
+        str | None, typer.Option(metavar="PART", help="Part of the dataset to evaluate. (default: test, else val)")
+    ] = None,
     protocol: Annotated[
         Literal["auto", "eigen", "eigen_benchmark"],
         typer.Option(help="Published protocol; auto: the one for the dataset's ground truth."),
@@ -62,9 +70,13 @@ def evaluate(
     ] = False,
     predictions: Annotated[
         Path | None,
-        typer.Option(help="Evaluate saved predictions: .npy of disparities (N, H, W), or a folder of depth PNGs."),
+        typer.Option(
+            metavar="PATH", help="Evaluate saved predictions: .npy of disparities (N, H, W), or a folder of depth PNGs."
+        ),
     ] = None,
-    save_predictions: Annotated[Path | None, typer.Option(help="Write the disparities to this .npy.")] = None,
+    save_predictions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the disparities to this .npy.")
+    ] = None,
     save_png: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write 16-bit depth PNGs, as for KITTI's benchmark, to DIR.")
     ] = None,
@@ -89,7 +101,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N images only.")] = None,
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
 ) -> None:
-    """Evaluate depth with the published protocols; prints a table of the seven metrics."""
+    """Evaluate depth with the published protocols and seven metrics."""
     from md2.inference.inputs import require_model
     from prep.evaluation import EvaluationData, evaluation_part, find_evaluation_data, line_keys
     from prep.raw.splits import read_split

@@ -12,7 +12,9 @@ from shards.errors import UsageError
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Run, checkpoint, exported model or folder of Monodepth2 weights.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Run, checkpoint, exported model or folder of Monodepth2 weights.")
+    ],
     to: Annotated[
         Literal["onnx", "torch", "monodepth2", "safetensors"],
         typer.Option(
@@ -23,7 +25,8 @@ def export(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File, or folder for monodepth2 and safetensors. (default: depth.onnx, depth.pt2, monodepth2, model)"
+            metavar="PATH",
+            help="File, or folder for monodepth2 and safetensors. (default: depth.onnx, depth.pt2, monodepth2, model)",
         ),
     ] = None,
     dynamic_batch: Annotated[
@@ -31,10 +34,12 @@ def export(
     ] = False,
     evaluation: Annotated[
         list[Path] | None,
-        typer.Option(help="Result of md2 eval --json, for the model card of safetensors; repeat for several."),
+        typer.Option(
+            metavar="FILE", help="Result of md2 eval --json, for the model card of safetensors; repeat for several."
+        ),
     ] = None,
 ) -> None:
-    """Write the depth network, checked against PyTorch (to 1e-4), or the weights of all networks."""
+    """Write the depth network, or the weights of all networks. Depth is checked against PyTorch (to 1e-4)."""
     from md2.inference.inputs import require_model
 
     require_model(model)

@@ -6,6 +6,7 @@ import sys
 from typing import Annotated
 
 import typer
+from typer.core import TyperArgument
 
 from cli.bench import SETTINGS, bench
 from cli.compare import compare
@@ -28,6 +29,7 @@ app = typer.Typer(
     name="md2",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -48,6 +50,9 @@ def md2(
     """Train Monodepth2 on KITTI at high throughput."""
     debugging(debug)
 
+
+# Help shows an argument's name. Its Python type, such as `<list[str]>`, says nothing to a user.
+TyperArgument.display_type_rich = lambda self, ctx: None  # type: ignore[method-assign]
 
 app.command()(local_paths(sample))
 app.command(cls=PrepCommand)(local_paths(prep))

@@ -11,26 +11,35 @@ from cli.console import bars, say
 
 
 def odometry(
-    model: Annotated[str, typer.Argument(help="Run, checkpoint or folder of Monodepth2 weights; with a pose network.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Run, checkpoint or folder of Monodepth2 weights; with a pose network."),
+    ],
     source: Annotated[
         str,
-        typer.Argument(help="KITTI odometry (folder, zips, URL) or a packed dataset, with --sequence; frames; video."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="KITTI odometry (folder, zips, URL) or a packed dataset, with --sequence; frames; video.",
+        ),
     ],
-    sequence: Annotated[str | None, typer.Option(help="09, 10 ..., or a drive of raw KITTI with its date.")] = None,
+    sequence: Annotated[
+        str | None, typer.Option(metavar="NAME", help="09, 10 ..., or a drive of raw KITTI with its date.")
+    ] = None,
     part: Annotated[
-        str | None, typer.Option(help="Part of a packed dataset to follow. (default: test_SEQUENCE)")
+        str | None, typer.Option(metavar="PART", help="Part of a packed dataset to follow. (default: test_SEQUENCE)")
     ] = None,
     poses: Annotated[
-        Path | None, typer.Option(help="File of true poses, in KITTI's or TUM's format. (default: beside SOURCE)")
+        Path | None,
+        typer.Option(metavar="FILE", help="File of true poses, in KITTI's or TUM's format. (default: beside SOURCE)"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the trajectory, its picture and the numbers.")] = Path(
-        "odometry"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for the trajectory, its picture and the numbers.")
+    ] = Path("odometry"),
     limit: Annotated[int | None, typer.Option(metavar="N", min=2, help="Take the first N frames only.")] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Motions predicted in one pass.")] = 8,
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
 ) -> None:
-    """Predict the trajectory of a sequence; with ground truth, measure the error on 5-frame snippets."""
+    """Predict the trajectory of a sequence. With ground truth, also measure the error on 5-frame snippets."""
     from md2.inference.inputs import require_model
     from prep.evaluation import is_packed
     from prep.raw.kitti import open_sequence

@@ -12,9 +12,11 @@ from shards.errors import INCOMPLETE
 
 
 def predict(
-    model: Annotated[str, typer.Argument(help="Run, checkpoint or folder of Monodepth2 weights.")],
-    inputs: Annotated[list[str], typer.Argument(help="Images, folders, globs, videos; or a camera's index.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("predictions"),
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run, checkpoint or folder of Monodepth2 weights.")],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT", help="Images, folders, globs, videos; or a camera's index.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")] = Path("predictions"),
     save: Annotated[
         str | None,
         typer.Option(
@@ -53,7 +55,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images in one pass; a camera's go singly.")] = 8,
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
 ) -> None:
-    """Predict depth, and write pictures, videos and depth files. Ctrl-C stops a camera and completes its video."""
+    """Predict depth as pictures, videos and depth files. Ctrl-C stops a camera and completes its video."""
     from md2.inference.inputs import find_inputs, parse_intrinsics, parse_kinds, require_model
 
     # Mistakes in the words are reported before PyTorch is imported.

@@ -42,7 +42,8 @@ def prep(
     split: Annotated[
         str | None,
         typer.Option(
-            help="eigen_zhou, eigen_full, eigen, eigen_benchmark, odom; a file; a folder (--dataset folder: optional)."
+            metavar="NAME|PATH",
+            help="eigen_zhou, eigen_full, eigen, eigen_benchmark, odom; a file; a folder (--dataset folder: optional).",
         ),
     ] = None,
     dataset: Annotated[
@@ -50,10 +51,13 @@ def prep(
     ] = "kitti",
     raw: Annotated[
         list[str],
-        typer.Option(help="Folder of drives, folder of KITTI's zips, one zip, or base URL; repeat to combine several."),
+        typer.Option(
+            metavar="PLACE",
+            help="Folder of drives, folder of KITTI's zips, one zip, or base URL; repeat to combine several.",
+        ),
     ] = ["./kitti_data"],  # noqa: B006  (typer copies it)
     out: Annotated[
-        str | None, typer.Option(help="Folder or URL of the dataset (default: ./kitti_shards/SPLIT).")
+        str | None, typer.Option(metavar="URL", help="Folder or URL of the dataset (default: ./kitti_shards/SPLIT).")
     ] = None,
     size: Annotated[str, typer.Option(metavar="WxH|native", help="Size of the stored images.")] = "640x192",
     frames: Annotated[
@@ -81,19 +85,22 @@ def prep(
         ),
     ] = "jpeg",
     quality: Annotated[
-        int | None, typer.Option(help="JPEG quality, 1 to 100, by the standard tables (default: finer, even ones).")
+        int | None,
+        typer.Option(metavar="N", help="JPEG quality, 1 to 100, by the standard tables (default: finer, even ones)."),
     ] = None,
     chroma: Annotated[
         Literal["420", "444"] | None,
         typer.Option(help="Colour resolution of JPEGs: smoothed and halved, or full (default: 420)."),
     ] = None,
     part: Annotated[
-        list[str] | None, typer.Option(help="Pack only this part of the split; repeat for several.")
+        list[str] | None, typer.Option(metavar="PART", help="Pack only this part of the split; repeat for several.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Number of lines to take of each part (default: all).")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
-    shard_mb: Annotated[int, typer.Option(help="Size of a shard in MiB (at most 1000 samples).")] = 256,
-    splits: Annotated[Path | None, typer.Option(help="Folder that holds splits by name.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of lines to take of each part (default: all).")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the shuffle.")] = 0,
+    shard_mb: Annotated[int, typer.Option(metavar="N", help="Size of a shard in MiB (at most 1000 samples).")] = 256,
+    splits: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder that holds splits by name.")] = None,
     download: Annotated[
         str | None,
         typer.Option(metavar="[URL]", help="Read what --raw lacks from KITTI's public archive, or from URL."),
@@ -101,7 +108,9 @@ def prep(
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Pack files that links in --raw lead to outside of it.")
     ] = False,
-    workers: Annotated[int, typer.Option(help="Number of processes on this machine; 0: one per core.")] = 0,
+    workers: Annotated[
+        int, typer.Option(metavar="N", help="Number of processes on this machine; 0: one per core.")
+    ] = 0,
     scheduler: Annotated[
         str | None, typer.Option(metavar="tcp://HOST:PORT", help="Let a dask cluster do the work.")
     ] = None,
@@ -112,7 +121,8 @@ def prep(
     scratch: Annotated[
         Path | None,
         typer.Option(
-            help="Parent of the folder for unfinished work (default: beside the dataset; for a URL MD2_CACHE)."
+            metavar="DIR",
+            help="Parent of the folder for unfinished work (default: beside the dataset; for a URL MD2_CACHE).",
         ),
     ] = None,
     check: Annotated[

@@ -12,13 +12,13 @@ from shards.errors import InputError
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    out: Annotated[Path | None, typer.Option(help="File to write. (default: RUN/report.html)")] = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="File to write. (default: RUN/report.html)")] = None,
     dataset: Annotated[
         str | None, typer.Option(metavar="URL", help="Dataset to measure on. (default: the run's own)")
     ] = None,
     part: Annotated[
-        str | None, typer.Option(help="Part of the dataset to measure on. (default: test, else val)")
+        str | None, typer.Option(metavar="PART", help="Part of the dataset to measure on. (default: test, else val)")
     ] = None,
     limit: Annotated[
         int, typer.Option(metavar="N", min=0, help="Measure on the first N images only; 0: on all.")
@@ -28,7 +28,10 @@ def report(
     ] = True,
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
 ) -> None:
-    """Write a self-contained HTML page: numbers, curves, panels, worst images, configuration, dataset."""
+    """Write a self-contained HTML page about a run.
+
+    It shows numbers, curves, panels, the worst images, the configuration and the dataset.
+    """
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: no run there (config.yaml is missing)")
 

@@ -15,17 +15,19 @@ from shards.errors import UsageError
 
 
 def sample(
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    drives: Annotated[int, typer.Option(help="Number of streets; the last of several is for validation and test.")] = 2,
-    frames: Annotated[int, typer.Option(help="Images per camera and drive, about a metre apart.")] = 60,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    drives: Annotated[
+        int, typer.Option(metavar="N", help="Number of streets; the last of several is for validation and test.")
+    ] = 2,
+    frames: Annotated[int, typer.Option(metavar="N", help="Images per camera and drive, about a metre apart.")] = 60,
     size: Annotated[str, typer.Option(metavar="WxH", help="Size of the images in pixels.")] = "416x128",
-    seed: Annotated[int, typer.Option(help="Same seed, same bytes; another seed, other streets.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Same seed, same bytes; another seed, other streets.")] = 0,
     lidar: Annotated[bool, typer.Option("--lidar/--no-lidar", help="Also write velodyne scans.")] = True,
-    workers: Annotated[int, typer.Option(help="Number of processes that render; 0: one per core.")] = 0,
+    workers: Annotated[int, typer.Option(metavar="N", help="Number of processes that render; 0: one per core.")] = 0,
 ) -> None:
-    """Write synthetic drives in KITTI's raw layout: a street ray-cast with exact geometry, and its true depth.
+    """Write synthetic drives in KITTI's raw layout, with exact depth.
 
-    Stereo pairs with calibration, velodyne scans, oxts, split lists, and beside them the dense true depth.
+    They show a ray-cast street: stereo pairs with calibration, velodyne scans, oxts, split lists, dense true depth.
     """
     from prep.synthetic import write_drives
 

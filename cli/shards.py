@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from shards.manifest import Manifest
     from shards.transfer import Copied
 
-app = typer.Typer(help="List, check, copy and remove packed datasets in folders and buckets.", no_args_is_help=True)
+app = typer.Typer(help="List, check, copy and remove packed datasets.", no_args_is_help=True, rich_markup_mode=None)
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="Folder, s3://, gs://, hf:// or http(s)://.")]
 Writable = Annotated[str, typer.Argument(metavar="URL", help="Folder, s3:// or gs://.")]
@@ -52,7 +52,10 @@ def list_datasets(url: Url) -> None:
 
 @app.command()
 def latest(url: Url) -> None:
-    """Print the URL of the newest of the datasets NAME, NAME-v2, NAME-v3, …: data.url=$(md2 shards latest URL)."""
+    """Print the URL of a dataset's newest version: NAME, NAME-v2, ….
+
+    For commands: md2 train mono data.url=$(md2 shards latest URL).
+    """
     from shards.manage import newest_version
 
     print(newest_version(url))
@@ -63,15 +66,20 @@ def latest(url: Url) -> None:
 def show(
     url: Url,
     part: Annotated[
-        str | None, typer.Option(help="Part to take samples from. (default: train, else val, else test)")
+        str | None,
+        typer.Option(metavar="PART", help="Part to take samples from. (default: train, else val, else test)"),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, max=100, help="Rows of the contact sheet.")] = 6,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, max=100, help="Rows of the contact sheet.")] = 6,
     sheet: Annotated[
-        Path | None, typer.Option(help="File of the contact sheet. (default: ./NAME.png, NAME being the dataset's)")
+        Path | None,
+        typer.Option(metavar="FILE", help="File of the contact sheet. (default: ./NAME.png, NAME being the dataset's)"),
     ] = None,
     no_sheet: Annotated[bool, typer.Option("--no-sheet", help="Print only.")] = False,
 ) -> None:
-    """Describe a dataset, and draw a contact sheet of some samples: target, source frames, stereo partner, depth."""
+    """Describe a dataset, and draw a contact sheet of some samples.
+
+    Its columns are target, source frames, stereo partner and depth.
+    """
     from shards.contact_sheet import contact_sheet, read_some
     from shards.files import disk_error, write_atomic
     from shards.publish import require_manifest
@@ -103,7 +111,10 @@ def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A dataset.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another dataset.")],
 ) -> None:
-    """Say what differs between two datasets: content, samples, and whether one trains on what the other holds out."""
+    """Say what differs between two datasets.
+
+    Content and samples are compared, and whether one trains on what the other holds out.
+    """
     from shards.manage import difference
 
     found = difference(a, b)
@@ -124,7 +135,10 @@ def diff(
 
 @app.command()
 def verify(url: Url) -> None:
-    """Check every byte of the dataset at URL, or of all below it: each shard's sha256, index and sample count."""
+    """Check every byte of the datasets at URL and below it.
+
+    Each shard's sha256, index and number of samples must be those of the manifest.
+    """
     from shards.manage import datasets_at
 
     problems = []
@@ -160,7 +174,7 @@ def _verify(url: str) -> str:
 @app.command()
 def pull(
     url: Url,
-    folder: Annotated[str, typer.Argument(help="Local folder for the dataset.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Local folder for the dataset.")],
     part: Parts = None,
 ) -> None:
     """Fetch a dataset into a local folder. After an interruption, run it again: it resumes."""
@@ -170,7 +184,7 @@ def pull(
 
 @app.command()
 def push(
-    folder: Annotated[str, typer.Argument(help="Local folder with a dataset.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Local folder with a dataset.")],
     url: Annotated[str, typer.Argument(metavar="URL", help="Where to publish it: s3://, gs:// or a folder.")],
     part: Parts = None,
 ) -> None:
@@ -185,7 +199,7 @@ def copy_(
     url: Annotated[str, typer.Argument(metavar="TO", help="URL or folder to publish it at.")],
     part: Parts = None,
 ) -> None:
-    """Copy a dataset, or all datasets below FROM, from anywhere to anywhere."""
+    """Copy a dataset, or all datasets below FROM, to anywhere."""
     _copy(source, url, part)
 
 
@@ -204,7 +218,10 @@ def remove(url: Writable, yes: Yes = False) -> None:
 
 @app.command()
 def clean(url: Writable, yes: Yes = False) -> None:
-    """Remove unfinished publications at URL and below it, after a question: those of interrupted or dead writers."""
+    """Remove what interrupted writers left below URL.
+
+    These are unfinished publications. md2 asks before it removes them.
+    """
     from shards.manage import find_unfinished, remove_unfinished
 
     found = find_unfinished(url)
@@ -224,7 +241,10 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove what no process uses, after a question.")] = False,
     yes: Yes = False,
 ) -> None:
-    """List the datasets in this machine's cache (MD2_CACHE); --clear empties it. Readers fetch again what they need."""
+    """List or clear this machine's cache of datasets (MD2_CACHE).
+
+    Readers fetch again what they need.
+    """
     from shards.cache.folder import Cache, format_bytes, residents
     from shards.cache.folder import clear as clear_cache
     from shards.manage import find_datasets

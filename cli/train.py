@@ -51,12 +51,18 @@ class BarReporter:
 
 
 def train(
-    config: Annotated[str | None, typer.Argument(help="YAML file, or a recipe's name (md2 zoo).")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key.sub=value, e.g. data.url=... train.epochs=5")
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="YAML file, or a recipe's name (md2 zoo).")
     ] = None,
-    run: Annotated[Path | None, typer.Option("--run", "--run-dir", help="Run folder. (default: runs/CONFIG)")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Resume this run, mid-epoch, with the same numbers.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="key.sub=value, e.g. data.url=... train.epochs=5")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", "--run-dir", metavar="DIR", help="Run folder. (default: runs/CONFIG)")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Resume this run, mid-epoch, with the same numbers.")
+    ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Print the whole configuration, defaults and overrides included, and exit.")
     ] = False,

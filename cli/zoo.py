@@ -13,8 +13,8 @@ NAMES = 56
 """Width of the names' column, so that the table is 80 characters wide; figures after a longer name get a new line."""
 
 
-def zoo(name: Annotated[str | None, typer.Argument(help="Show one recipe in full.")] = None) -> None:
-    """List the published recipes with the paper's figures; they are configurations, not trained weights."""
+def zoo(name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show one recipe in full.")] = None) -> None:
+    """List the published recipes, with the paper's figures. They are configurations, not trained weights."""
     from md2.config import recipe_hint, recipes
     from md2.zoo import zoo as list_recipes
     from prep.packing.encode import ImageFormat

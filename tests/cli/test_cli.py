@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,21 @@ def test_help_names_every_command_and_needs_no_torch() -> None:
     for command in COMMANDS:
         assert command in found.stdout
     assert "HEAVY []" in found.stdout
+
+
+def test_help_fits_80_columns_and_speaks_no_python() -> None:
+    """Every command's help: no line is wider, no summary is cut, and no option or argument shows a Python type."""
+    root = get_command(app)
+    groups = {"md2": root} | {f"md2 {name}": one for name, one in root.commands.items()}  # type: ignore[attr-defined]
+    groups |= {f"md2 shards {name}": one for name, one in groups["md2 shards"].commands.items()}
+    for name, command in groups.items():
+        text = command.get_help(command.context_class(command, info_name=name, terminal_width=80))
+        assert text.startswith(f"Usage: {name} ")
+        assert max(map(len, text.splitlines())) <= 80, text
+        assert not re.search(r"<(bool|str|int|float|path|list\b.*)>|[a-z]\.\.\.$", text, re.MULTILINE), text
+    bench = md2("bench", "--help").stdout
+    assert "intrinsics" in bench
+    assert max(map(len, bench.splitlines())) <= 80
 
 
 def test_ctrl_c_while_python_imports_is_quiet(tmp_path: Path) -> None:
