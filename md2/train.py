@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from md2.config import Config, config_from_dict, load_source, merge_overrides, read_config_tree
 from shards.dataset import LocalDataset, open_dataset
@@ -34,7 +34,8 @@ from shards.locks import FileLock
 # What loads PyTorch, which takes seconds, is imported inside the functions: mistakes in words and dataset come first.
 if TYPE_CHECKING:
     from md2.distributed import Ranks
-    from md2.training.trainer import Reporter, Stopped, Trainer
+    from md2.training.runlog import Reporter, Stopped
+    from md2.training.trainer import Trainer
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -212,10 +213,26 @@ def _finish(trainer: Trainer, run: Path, place: Ranks, stop: StopRequest) -> Tra
 
     stop.cancel = trainer.cancel_waits
     with stop_on_signals(stop):
-        stopped = trainer.fit()
+        try:
+            stopped = trainer.fit()
+        except RuntimeError as error:
+            if place.world_size == 1 or not stop():
+                raise
+            _leave_others(f"another rank has left ({first_line(error)})", trainer, place, stop)
+    if stopped.alone:
+        _leave_others("it waited for the storage", trainer, place, stop)
     if place.main:
         run_figure(run)
     return TrainingResult(stopped, run, stop.exit_code if stopped.early else 0)
+
+
+def _leave_others(reason: str, trainer: Trainer, place: Ranks, stop: StopRequest) -> NoReturn:
+    """End a rank of several within a step: another cannot finish it, so all end, and torchrun sees to the rest."""
+    trainer.reporter.message(
+        f"rank {place.rank} stopped after step {trainer.step}: {reason}; resume from the last checkpoint with "
+        f"md2 train --resume {shlex.quote(str(trainer.run))}"
+    )
+    raise SystemExit(stop.exit_code)
 
 
 def _write_start(config: Config, run: Path, place: Ranks, dataset: LocalDataset) -> None:

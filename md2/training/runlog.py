@@ -17,10 +17,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +38,33 @@ ENVIRONMENT = "environment.json"
 RowKind = Literal["train", "val"]
 MOST_METRICS = 128 << 20
 """Bytes of metrics.jsonl: a row every step of twenty epochs of KITTI."""
+
+
+class Reporter(Protocol):
+    """Shows progress: a progress bar, or lines of text."""
+
+    def start(self, total: int, done: int) -> None:
+        """Training begins; `done` of `total` steps are done."""
+
+    def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None:
+        """A step is done; `loss` is None unless it was logged."""
+
+    def message(self, text: str) -> None:
+        """Show one line."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How training ended: the step and epoch reached, whether that was before the end, and the last metrics.
+
+    `alone`: this rank of several left the others within a step, and communicates no more.
+    """
+
+    step: int
+    epoch: int
+    early: bool
+    metrics: dict[str, float]
+    alone: bool = False
 
 
 class RunLog:

@@ -10,13 +10,13 @@ Batch normalisation uses each rank's own batch statistics; the saved running ave
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from md2.training.finite import FiniteBuffers, FiniteGuard, NotFinite
 from md2.training.graph import StepGraph, why_not_whole
 from md2.training.loggers import check_loggers, open_loggers
 from md2.training.panels import panel
-from md2.training.runlog import RunLog, Window
+from md2.training.runlog import Reporter, RunLog, Stopped, Window
 from md2.training.summary import run_figure
 from md2.training.validate import validate
 from md2.weights import initialise
@@ -46,31 +46,10 @@ from shards.storage.retry import CancelledError
 
 STOP_CHECK = 10
 """Steps between asking all ranks whether one should stop; each asking is a collective."""
+LONG_WAIT = 2.0
+"""Seconds that a rank of several waits for data, once it is to stop, before it leaves the others."""
 SHOWN = ("loss", "abs_rel", "rmse", "a1")
 """Metrics in the console's line of an epoch; metrics.jsonl and TensorBoard have all."""
-
-
-class Reporter(Protocol):
-    """Shows progress: a progress bar, or lines of text."""
-
-    def start(self, total: int, done: int) -> None:
-        """Training begins; `done` of `total` steps are done."""
-
-    def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None:
-        """A step is done; `loss` is None unless it was logged."""
-
-    def message(self, text: str) -> None:
-        """Show one line."""
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """How training ended: the step and epoch reached, whether that was before the end, and the last metrics."""
-
-    step: int
-    epoch: int
-    early: bool
-    metrics: dict[str, float]
 
 
 class Trainer:
@@ -127,6 +106,8 @@ class Trainer:
         self.total_steps = min(planned, config.train.max_steps or planned)
         self.log: RunLog | None = None
         self.window = Window()
+        self._waits_since: float | None = None
+        self._alone = False
 
     def _build(self, resume: Checkpoint | None) -> None:
         """Make the networks and everything that trains them."""
@@ -216,7 +197,7 @@ class Trainer:
             self.loader.close()
             if self.log is not None:
                 self.log.close()
-        return Stopped(self.step, self.epoch, metrics is None, metrics or {})
+        return Stopped(self.step, self.epoch, metrics is None, metrics or {}, self._alone)
 
     def _train_and_measure(self) -> dict[str, float] | None:
         """Finish the epoch (or the run): its steps, validation, a checkpoint. None if stopped meanwhile.
@@ -242,12 +223,13 @@ class Trainer:
         """Run steps until the epoch (or the run) ends; True if stopped before."""
         self.model.train()
         self.window, whole = Window(), Window()  # rates leave validation out
-        batches = iter(self.loader)
+        batches = self._awaited(iter(self.loader))
         while self.loader.left and self.step < self.total_steps:
             began, before = time.perf_counter(), dict(self.loader.waited)
             try:
                 group = list(islice(batches, self.config.train.accumulate))
             except CancelledError:  # stopped while it waited for the storage: the checkpoint is of the last whole step
+                self._alone = self.ranks.world_size > 1
                 return True
             waits = {f"/{what}": seconds - before[what] for what, seconds in self.loader.waited.items()}
             waits[""] = time.perf_counter() - began
@@ -367,12 +349,24 @@ class Trainer:
     def cancel_waits(self) -> None:
         """End waits for the storage: called from another thread when the run is to stop.
 
-        Not with several ranks: one that left a step would keep the others.
+        With several ranks only a long wait: the rank that leaves a step keeps the others from finishing it.
         """
-        if self.ranks.world_size == 1:
-            for loader in (self.loader, self.val_loader):
-                if loader is not None:
-                    loader.cancel()
+        begun = time.monotonic()
+        while self.ranks.world_size > 1 and time.monotonic() - max(begun, self._waits_since or math.inf) < LONG_WAIT:
+            time.sleep(0.1)
+        for loader in (self.loader, self.val_loader):
+            if loader is not None:
+                loader.cancel()
+
+    def _awaited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches, and note since when the next is waited for."""
+        while True:
+            self._waits_since = time.monotonic()
+            batch = next(batches, None)
+            self._waits_since = None
+            if batch is None:
+                return
+            yield batch
 
     def _until_stopped(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         try:
@@ -386,7 +380,7 @@ class Trainer:
             return {}
         # Each rank has running averages of its own; all validate rank 0's.
         self.ranks.broadcast(self.networks.buffers())
-        batches: Iterator[Batch] = islice(iter(self.val_loader), self.config.train.val_batches)
+        batches: Iterator[Batch] = islice(self._awaited(iter(self.val_loader)), self.config.train.val_batches)
         batches = self._until_stopped(batches)
         metrics, picture = validate(self.networks, self.loss, batches, self.config, self.ranks, self.amp)
         if self.ranks.any(self.should_stop()):

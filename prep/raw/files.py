@@ -143,11 +143,33 @@ def _open(url: str) -> tuple[Any, str]:
             f"--raw {scheme}://{host}/…: no ? or # in the URL of a raw location (signed links name a single file); "
             "download the zips into a folder and give that"
         )
+    if not colon:
+        return fsspec.filesystem("file"), str(fsspec.filesystem("file")._strip_protocol(url))
     try:
-        found: tuple[Any, str] = url_to_fs(url, **(filesystem_options(scheme.lower()) if colon else {}))
-    except (ValueError, ImportError, TypeError, OSError) as error:
+        fs = _file_system(url)
+    except (ValueError, ImportError, TypeError) as error:
         raise UsageError(f"--raw {url}: {first_line(error)}") from error
-    return found
+    return fs, fs._strip_protocol(url)
+
+
+_connected: dict[tuple[int, str, str], Any] = {}
+
+
+def _file_system(url: str) -> Any:
+    """fsspec's file system of a URL. One that blocks, and connects at once (sftp, ftp), is made once in a process.
+
+    Raises:
+        ValueError, ImportError, TypeError: fsspec does not know this kind of URL, or lacks a package for it.
+        StorageError: no connection within the time limit.
+    """
+    scheme, _, rest = url.partition("://")
+    connect = partial(url_to_fs, url, **filesystem_options(scheme.lower()))
+    if fsspec.get_filesystem_class(scheme).async_impl:
+        return connect()[0]
+    known = os.getpid(), scheme, rest.partition("/")[0]
+    if known not in _connected:
+        _connected[known] = Retrier().run_blocking(url, connect)[0]
+    return _connected[known]
 
 
 def _origin(path: str) -> str:
@@ -233,7 +255,7 @@ class FolderLocation:
             if getattr(self._fs, "async_impl", False):
                 entries = retry.run(self.url, self._fs.loop, partial(self._fs._ls, path, detail=True))
             else:
-                entries = retry.call(self.url, partial(self._fs.ls, path, detail=True))
+                entries = retry.run_blocking(self.url, partial(self._fs.ls, path, detail=True))
         except MissingError:
             return []
         return [entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/")]
@@ -438,17 +460,18 @@ def _read_local(ref: Ref) -> bytes:
 
 
 def _fetch(protocol: str, refs: list[Ref]) -> dict[Ref, bytes]:
-    fs = fsspec.filesystem(protocol, **filesystem_options(protocol))
+    where = refs[0].url
+    fs = _file_system(where)
     paths = [fs._strip_protocol(ref.url) for ref in refs]
     starts = [ref.member.offset if ref.member else 0 for ref in refs]
     ends = [ref.member.offset + ref.member.header + ref.member.packed if ref.member else ref.size for ref in refs]
-    where = refs[0].url
     try:
         if getattr(fs, "async_impl", False):
             ranges = partial(fs._cat_ranges, paths, starts, ends, on_error="raise")
             parts = Retrier().run(where, fs.loop, ranges, sum(ends) - sum(starts))
         else:
-            parts = Retrier().call(where, partial(fs.cat_ranges, paths, starts, ends, on_error="raise"))
+            ranges = partial(fs.cat_ranges, paths, starts, ends, on_error="raise")
+            parts = Retrier().run_blocking(where, ranges, sum(ends) - sum(starts))
     except MissingError as error:
         raise InputError(f"{where}: was there, and is gone") from error
     return dict(zip(refs, parts, strict=True))

@@ -106,8 +106,10 @@ class Directories:
                 retry = Retrier(credentials="check its permissions")
                 if getattr(fs, "async_impl", False):
                     members = _members(_Ranges(fs, url, size, retry))
-                else:
+                elif "file" in fs.protocol:
                     members = retry.call(url, partial(_local_members, fs, url))
+                else:
+                    members = retry.run_blocking(url, partial(_local_members, fs, url), _MAX_DIRECTORY)
             except _BROKEN as error:
                 text = isinstance(error, UnicodeError)
                 cause = "a name in it is not text" if text else str(error)[:120] or "malformed"

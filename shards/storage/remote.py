@@ -142,7 +142,7 @@ class RemoteStorage(Storage):
         url = f"{self.url}/{name}" if name else self.url
         fs = _connections.get(self.scheme, self._connect)
         if isinstance(method, str) and not getattr(fs, "async_impl", False):
-            return self._retry.call(url, lambda: getattr(fs, method)(*args, **options))
+            return self._retry.run_blocking(url, lambda: getattr(fs, method)(*args, **options), size)
         request = getattr(fs, f"_{method}") if isinstance(method, str) else partial(method, fs)
         return self._retry.run(url, fs.loop, lambda: request(*args, **options), size, sends=sends)
 

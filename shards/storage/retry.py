@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import math
 import os
 import random
 import threading
@@ -152,26 +153,49 @@ class Retrier:
         """
         end = time.monotonic() + self.patience
 
-        def attempt() -> T:
-            left = max(end - time.monotonic(), _LAST_ATTEMPT)
-            limit = min(ATTEMPT, left) + size / SLOWEST if sends else min(ATTEMPT + size / SLOWEST, left)
-            future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(start(), limit), loop)
-            try:
-                while not concurrent.futures.wait([future], _POLL).done:
-                    if self.cancelled.is_set():
-                        raise CancelledError
-                return future.result()
-            except (Md2Error, MissingError, ExistsError, BeyondEndError, CancelledError):
-                raise
-            except Exception as error:
-                if classify(error) is not None:
-                    raise
-                cause = f"{type(error).__name__}: {first_line(error)}"
-                raise StorageError(f"{url}: the request fails ({cause})") from error
-            finally:
-                future.cancel()
+        def begin() -> tuple[concurrent.futures.Future[T], float]:
+            limit = _limit(end, size, sends)
+            return asyncio.run_coroutine_threadsafe(asyncio.wait_for(start(), limit), loop), math.inf
 
-        return self.call(url, attempt)
+        return self.call(url, lambda: self._result(url, *begin()))
+
+    def run_blocking(self, url: str, operation: Callable[[], T], size: int = 0) -> T:
+        """As `run`, for a function that blocks: nothing can end it, so a thread of its own is left behind with it."""
+        end = time.monotonic() + self.patience
+
+        def begin() -> tuple[concurrent.futures.Future[T], float]:
+            future: concurrent.futures.Future[T] = concurrent.futures.Future()
+            future.set_running_or_notify_cancel()  # from here on it cannot be cancelled, whose result would be an error
+
+            def work() -> None:
+                try:
+                    future.set_result(operation())
+                except BaseException as error:
+                    future.set_exception(error)
+
+            threading.Thread(target=work, name="md2-storage", daemon=True).start()
+            return future, time.monotonic() + _limit(end, size)
+
+        return self.call(url, lambda: self._result(url, *begin()))
+
+    def _result(self, url: str, future: concurrent.futures.Future[T], end: float) -> T:
+        """Return an attempt's result, or raise its error, as one that `classify` knows or as a StorageError."""
+        try:
+            while not concurrent.futures.wait([future], _POLL).done:
+                if self.cancelled.is_set():
+                    raise CancelledError
+                if time.monotonic() > end:
+                    raise TimeoutError
+            return future.result()
+        except (Md2Error, MissingError, ExistsError, BeyondEndError, CancelledError):
+            raise
+        except Exception as error:
+            if classify(error) is not None:
+                raise
+            cause = f"{type(error).__name__}: {first_line(error)}"
+            raise StorageError(f"{url}: the request fails ({cause})") from error
+        finally:
+            future.cancel()
 
     def _allowed(self, url: str, failure: Failure, error: Exception) -> float:
         """Return the time limit in seconds for further tries; raise if they cannot help."""
@@ -184,6 +208,12 @@ class Retrier:
             raise _ANSWERS[failure.kind](url) from error
         advice = f"; {self._credentials}" if failure.kind == "denied" else ""
         raise StorageError(f"{url}: {failure.cause}{advice}") from error
+
+
+def _limit(end: float, size: int, sends: bool = False) -> float:
+    """Return the seconds of one attempt, of a request whose time limit ends at `end`."""
+    left = max(end - time.monotonic(), _LAST_ATTEMPT)
+    return min(ATTEMPT, left) + size / SLOWEST if sends else min(ATTEMPT + size / SLOWEST, left)
 
 
 _ADDRESSES = {

@@ -202,3 +202,26 @@ def test_raw_data_of_a_server_that_trickles_is_given_up(monkeypatch: pytest.Monk
         with pytest.raises(StorageError, match=r"not answer in time; gave up after|connection was cut"):
             RawData([endpoint]).files("2011_09_26")
         assert time.monotonic() - began < BOUND
+
+
+def test_a_file_system_that_blocks_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An FTP server that never greets, one that does not list, and files that never come: fsspec waits for them."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    from prep.raw.files import RawData, read
+
+    monkeypatch.setenv("MD2_STORAGE_PATIENCE", "1")
+    began = time.monotonic()
+    with (
+        server(lambda connection, done: None) as address,
+        pytest.raises(StorageError, match=r"^ftp://127.*: .* not answer in time; gave up after"),
+    ):
+        RawData([address.replace("http", "ftp")]).files("2011_09_26")
+    MemoryFileSystem().pipe("/raw/x/1.png", b"1")
+    found = RawData(["memory://raw"]).files("x")
+    assert read(found["1.png"]) == b"1"
+    for method in ("ls", "cat_ranges"):
+        monkeypatch.setattr(MemoryFileSystem, method, lambda *_, **__: time.sleep(30))
+        with pytest.raises(StorageError, match=r"memory://.*: .* not answer in time; gave up after"):
+            read(found["1.png"]) if method == "cat_ranges" else RawData(["memory://raw"]).files("x")
+    assert time.monotonic() - began < 3 * BOUND
