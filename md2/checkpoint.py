@@ -21,14 +21,25 @@ import os
 import zipfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
 from md2.config import Config, config_from_dict, recipes
 from shards.cache.download import fetch
 from shards.errors import InputError, first_line
-from shards.files import cache_folder, disk_errors, fsync_folder, sha256_file, temporary, write_atomic
+from shards.files import (
+    BoundedReader,
+    bounded_zip,
+    cache_folder,
+    disk_errors,
+    fsync_folder,
+    open_regular,
+    read_small,
+    sha256_file,
+    temporary,
+    write_atomic,
+)
 from shards.locks import FileLock
 from shards.storage import is_local, open_storage
 from shards.storage.retry import patience_from_environment
@@ -38,6 +49,8 @@ LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 _RESUMABLE = (LAST, PREVIOUS, BEST)
 WEIGHTS, ABOUT = "model.safetensors", "config.json"
 _LONGEST_ABOUT = 1 << 20
+_LONGEST_PICKLE = 4 << 20
+"""Bytes of a file's description of its tensors. The largest of timm's models with its optimiser takes 1 MB."""
 StateDict = dict[str, torch.Tensor]
 
 
@@ -115,11 +128,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if path.suffix == ".safetensors":
         return _load_published(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with bounded_zip(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise InputError(f"{path}: damaged at {damaged}; use an earlier checkpoint")
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = read_torch(path)
     except InputError:
         raise
     except Exception as error:  # on other contents torch's unpickler fails in any way
@@ -129,6 +142,74 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not _is_sound(data):
         raise InputError(f"{path}: not a checkpoint's fields; another version of md2 or another program wrote it")
     return Checkpoint(**data)
+
+
+def read_torch(path: Path) -> Any:
+    """Return what `torch.save` wrote, in memory that is in proportion to the file. No code of the file runs.
+
+    Raises:
+        ValueError: the file claims more than it holds.
+        Exception: of any kind, as torch fails at other contents.
+    """
+    with path.open("rb") as file:
+        if file.read(2) == b"PK":
+            with bounded_zip(path) as archive:
+                members = archive.infolist()
+            pickles = sum(member.file_size for member in members if member.filename.endswith("data.pkl"))
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+            if packed or sum(member.file_size for member in members) > path.stat().st_size or pickles > _LONGEST_PICKLE:
+                raise ValueError("it unpacks to more than it holds")
+            data = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            file.seek(0)
+            data = torch.load(cast(IO[bytes], _Pieces(file)), map_location="cpu", weights_only=True)
+    _require_plain(data)
+    return data
+
+
+def _require_plain(data: Any) -> None:
+    """Refuse tensors that stand for more than the file holds: views that repeat it, sparse ones."""
+    for value in data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple) else ():
+        if isinstance(value, torch.Tensor):
+            whole = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+            if not whole or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError("a tensor claims more than the file holds")
+        else:
+            _require_plain(value)
+
+
+class _Pieces(BoundedReader):
+    """A file in torch's old format, which is read in pieces, of a limited number."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file, _LONGEST_PICKLE)
+        self._left = _LONGEST_PICKLE
+
+    def read(self, size: int = -1) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("more objects than weights have")
+        return super().read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("fileno", "readinto"):  # else torch reads past `read`
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+
+def require_short_header(path: Path) -> None:
+    """Refuse a safetensors file that begins with megabytes of names.
+
+    Raises:
+        InputError: it cannot be read, or does so.
+    """
+    try:
+        with open_regular(path) as file:
+            size = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if size > _LONGEST_PICKLE:
+        raise InputError(f"{path}: not a safetensors file of weights: a header of {size:,} bytes")
 
 
 def write_published(checkpoint: Checkpoint, folder: Path, about: dict[str, Any]) -> None:
@@ -160,12 +241,13 @@ def _load_published(path: Path) -> Checkpoint:
 
     beside = path.with_name(ABOUT)
     try:
-        data = beside.read_bytes() if beside.stat().st_size <= _LONGEST_ABOUT else b""
+        data = read_small(beside, _LONGEST_ABOUT)
     except OSError as error:
         raise InputError(f"{beside}: cannot be read ({error.strerror}); it belongs to {path.name}") from error
     about = _parse_about(data, str(beside))
     if (path.stat().st_size, sha256_file(path)) != (about["weights"]["bytes"], about["weights"]["sha256"]):
         raise InputError(f"{path}: not the weights that {ABOUT} beside it describes; fetch both again")
+    require_short_header(path)
     networks: dict[str, StateDict] = {}
     try:
         for name, value in load_file(path).items():
@@ -230,7 +312,7 @@ def what_else(path: Path) -> str | None:
     found = next((kind for magic, kind in kinds.items() if start.startswith(magic)), None)
     if found is None and start.startswith(b"PK"):
         try:
-            with zipfile.ZipFile(path) as archive:
+            with bounded_zip(path) as archive:
                 names = archive.namelist()
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
             return None
@@ -254,7 +336,7 @@ def _is_sound(data: dict[str, Any]) -> bool:
     return (
         needed == data.keys()
         and all(isinstance(data[name], dict) for name in ("config", "training", "metrics"))
-        and all(isinstance(data[name], int) for name in ("step", "epoch"))
+        and all(isinstance(data[name], int) and 0 <= data[name] < 1 << 53 for name in ("step", "epoch"))
         and (unit is None or (isinstance(unit, int | float) and 0 < unit < float("inf")))
         and isinstance(networks, dict)
         and all(

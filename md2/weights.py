@@ -21,7 +21,15 @@ from urllib.error import HTTPError
 import torch
 from torch import Tensor, nn
 
-from md2.checkpoint import StateDict, load_checkpoint, reason_of, resolve, what_else
+from md2.checkpoint import (
+    StateDict,
+    load_checkpoint,
+    read_torch,
+    reason_of,
+    require_short_header,
+    resolve,
+    what_else,
+)
 from md2.config import Config, config_from_dict
 from md2.model import Networks
 from md2.networks.decoder import WIDTHS
@@ -82,12 +90,20 @@ def initialise(networks: Networks, weights: str) -> list[str]:
     if is_monodepth2(path):
         return _load_common(networks, read_monodepth2(path).networks, str(path))
     if path.is_file() and isinstance(networks.encoder, TimmEncoder):
-        if path.suffix == ".safetensors" or _tensors(_read(path)):
+        if _holds_weights(path):
             return _load_encoders(networks, lambda encoder: encoder.load_pretrained(path))
     elif path.is_file() and "conv1.weight" in (state := _tensors(_read(path))):
         return load_imagenet(networks, state, str(path))
     found = resolve(path)
     return _load_common(networks, load_checkpoint(found).networks, str(found))
+
+
+def _holds_weights(path: Path) -> bool:
+    """Whether timm may read a file: weights, and not a checkpoint of md2's."""
+    if path.suffix != ".safetensors":
+        return bool(_tensors(_read(path)))
+    require_short_header(path)
+    return True
 
 
 def download_imagenet(encoder: str) -> StateDict:
@@ -295,7 +311,7 @@ def _read(path: Path) -> dict[str, Any]:
     if foreign := what_else(path):
         raise InputError(f"{path}: {foreign}, not a file of weights")
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = read_torch(path)
     except Exception as error:  # on other contents torch's unpickler fails in any way: IndexError, TypeError ...
         raise InputError(f"{path}: damaged or not a file of weights ({reason_of(error)})") from error
     if not isinstance(data, dict):

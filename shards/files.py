@@ -9,8 +9,10 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import tempfile
 import uuid
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -198,6 +200,20 @@ class BoundedReader:
         return getattr(self._file, name)
 
 
+@contextmanager
+def bounded_zip(path: Path, most: int = 4 << 20) -> Iterator[zipfile.ZipFile]:
+    """Open a zip whose directory has at most `most` bytes: a gigabyte of names would take ten in memory.
+
+    Raises:
+        OSError, ValueError, zipfile.BadZipFile: it cannot be read, has more, or is no zip.
+    """
+    with open_regular(path) as file:
+        reader: Any = BoundedReader(file, most)
+        with zipfile.ZipFile(reader) as archive:
+            reader.most = sys.maxsize
+            yield archive
+
+
 def read_small(path: Path, most: int = 16 << 20) -> bytes:
     """Read a file that is small unless it is broken.
 
@@ -205,8 +221,8 @@ def read_small(path: Path, most: int = 16 << 20) -> bytes:
         OSError: it cannot be read, is not a regular file, or has more than `most` bytes.
     """
     with open_regular(path) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
+        data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+    if data is None or len(data) > most:
         raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB", str(path))
     return data
 

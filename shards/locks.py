@@ -76,10 +76,10 @@ class FileLock:
 
     def holder(self) -> str:
         """Return the last process that took the lock for itself: `process 123`."""
-        try:
-            return f"process {int(self.path.read_text())}"
-        except (OSError, ValueError):
-            return "another process"
+        with suppress(OSError, ValueError):  # gone, or just written
+            if self.path.is_file():
+                return f"process {int(self.path.read_text())}"
+        return "another process"
 
     def release(self) -> None:
         """Give the lock back; without effect if it is not held."""

@@ -15,7 +15,7 @@ from shards.cache.download import fetch
 from shards.card import card, licence_of
 from shards.dataset import describe_components, read_index
 from shards.errors import DatasetError, StorageError, UsageError
-from shards.files import disk_errors, scratch_folder, sha256_file
+from shards.files import disk_errors, read_small, scratch_folder, sha256_file
 from shards.locks import FileLock
 from shards.manifest import CARD, MANIFEST, REPORT, Manifest, Shard
 from shards.parallel import run_threads
@@ -294,6 +294,6 @@ def _check(folder: Path, shard: Shard) -> Counter[str]:
                 raise DatasetError(f"{tar}: its sha256 is not the manifest's")
 
     _all_of((check_tar, lambda: samples.extend(check_index_file(folder, shard))))
-    if build_index(tar) != index.read_bytes():
+    if build_index(tar) != read_small(index, shard.index_bytes):
         raise DatasetError(f"{index}: is not the index of {tar.name}")
     return Counter(entry.component for entries in samples for entry in entries)

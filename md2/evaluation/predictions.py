@@ -23,7 +23,7 @@ from torch import Tensor
 from md2.data.batch import Batch
 from md2.inference.inputs import by_number
 from shards.errors import InputError, StorageError, first_line
-from shards.files import BoundedReader, disk_error, read_small
+from shards.files import BoundedReader, bounded_zip, disk_error, read_small
 from shards.sample import DEPTH_SCALE
 
 MOST_TRUTH_BYTES = 4 << 30
@@ -267,8 +267,7 @@ def read_ground_truth(path: Path) -> list[StoredMap]:
     """
     _require_file(path)
     try:
-        with path.open("rb") as file, zipfile.ZipFile(reader := cast(Any, BoundedReader(file, 1 << 20))) as archive:
-            reader.most = _LARGEST_MAP
+        with bounded_zip(path) as archive:
             names = [info for info in archive.infolist() if info.filename == "data.npy"]
             if len(names) != 1:
                 raise InputError(f"{path}: no array 'data' in it; gt_depths.npz of the official code has one")

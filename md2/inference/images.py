@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from shards.errors import InputError, first_line
+from shards.files import read_small
 
 ImageLike = Image.Image | NDArray[Any] | Tensor
 MOST_BYTES = 2**29
@@ -25,10 +26,7 @@ def read_image(path: Path) -> Image.Image:
         InputError: missing, damaged, too large, or not an image.
     """
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise InputError(f"{path}: {size / 1e6:,.0f} MB; images of at most {MOST_BYTES / 1e6:,.0f} MB are read")
-        data = path.read_bytes()
+        data = read_small(path, MOST_BYTES)
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
     except OSError as error:

@@ -19,6 +19,7 @@ from md2.config import Config, load_config
 from md2.evaluation.metrics import METRICS
 from md2.training.runlog import read_metrics
 from shards.errors import InputError, UsageError
+from shards.files import read_small
 
 _APART = ("train.seed", "data.url", "data.threads", "data.prefetch", "train.log_every", "train.image_every")
 """Keys that do not make another experiment."""
@@ -72,8 +73,7 @@ def read_run(place: str) -> Measured:
         values = {name: float(best[name]) for name in METRICS if _number(best.get(name))}
         return Measured(path.resolve().name, config.train.seed, _settings(config), "validation", values)
     try:
-        with path.open("rb") as file:
-            tree = json.loads(file.read(_MOST_BYTES))
+        tree = json.loads(read_small(path, _MOST_BYTES))
         values = {name: float(tree["metrics"][name]) for name in METRICS}
         model, data = tree["model"], f"{tree.get('split')} {tree.get('part')}, {tree['scaling']}"
         further = {name: float(value) for name, value in tree.get("further", {}).items() if _number(value)}

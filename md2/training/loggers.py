@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shards.errors import UsageError, first_line
+from shards.files import read_small
 
 
 class Logger(Protocol):
@@ -28,7 +29,9 @@ class Wandb:
         wandb, path = _package("wandb"), run / "wandb.id"
         if not path.exists():
             path.write_text(uuid.uuid4().hex[:12])
-        self.handle = wandb.init(id=path.read_text(), name=run.name, dir=str(run), config=config, resume="allow")
+        self.handle = wandb.init(
+            id=read_small(path).decode(), name=run.name, dir=str(run), config=config, resume="allow"
+        )
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.handle.log(values, step=step)
@@ -42,7 +45,7 @@ class MLflow:
 
     def __init__(self, run: Path, config: dict[str, Any]) -> None:
         self.client, path = _package("mlflow"), run / "mlflow.id"
-        started = self.client.start_run(run_id=path.read_text() if path.exists() else None, run_name=run.name)
+        started = self.client.start_run(run_id=read_small(path).decode() if path.exists() else None, run_name=run.name)
         path.write_text(started.info.run_id)
         self.client.log_dict(config, "config.yaml")
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import StorageError, UsageError
-from shards.files import CACHE_FOLDER, cache_folder, disk_errors, sweep, temporary
+from shards.files import CACHE_FOLDER, cache_folder, disk_errors, read_small, sweep, temporary
 from shards.locks import FileLock
 from shards.manifest import Shard
 
@@ -157,10 +157,10 @@ class CachedFolder:
     def is_verified(self, shard: Shard) -> bool:
         """Whether both files are there, untouched since their sha256 was checked, and that not long ago."""
         try:
-            stamp = json.loads(self._stamp(shard).read_bytes())
+            stamp = json.loads(read_small(self._stamp(shard)))
             age = time.time() - stamp["at"]
             return bool(0 <= age < VERIFY_EVERY and stamp["files"] == self._look(shard))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def mark_verified(self, shard: Shard) -> None:
@@ -286,8 +286,8 @@ def _drop_if_left(cache: Cache, claim: Path) -> bool:
 
 def _claimed_bytes(claim: Path) -> int:
     try:
-        return int(claim.read_text())
-    except (FileNotFoundError, ValueError):  # just fetched; a full disk has cut the note short
+        return int(read_small(claim, 100))
+    except (OSError, ValueError):  # just fetched; a full disk has cut the note short
         return 0
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import resource
+import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from md2 import checkpoint as checkpoint_module
 from md2.checkpoint import (
     LAST,
     PREVIOUS,
@@ -20,6 +25,7 @@ from md2.checkpoint import (
     save_checkpoint,
 )
 from md2.config import Config
+from md2.weights import read_monodepth2
 from shards.errors import InputError
 
 
@@ -193,3 +199,60 @@ def test_a_run_resolves_to_its_best(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="neither a checkpoint nor a folder with one"):
         resolve(tmp_path / "empty")
+
+
+def write_archive(path: Path, members: dict[str, bytes], kind: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def test_what_stands_for_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+    """Archives that unpack, a million objects, tensors of one number that claim to have a billion."""
+    path = tmp_path / "a.pt"
+    save_checkpoint(checkpoint(1), path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    write_archive(path, members, zipfile.ZIP_DEFLATED)
+    with pytest.raises(InputError, match="unpacks to more than it holds"):
+        load_checkpoint(path)
+    write_archive(path, members | {"archive/data.pkl": b"]" * (5 << 20)})
+    with pytest.raises(InputError, match="unpacks to more than it holds"):
+        load_checkpoint(path)
+    write_archive(path, members | {f"{n:0255}": b"" for n in range(20_000)})
+    with pytest.raises(InputError, match="a part of it claims"):
+        load_checkpoint(path)
+    for tensor in (torch.zeros(1).expand(10**9), torch.zeros(9, device="meta"), torch.eye(9).to_sparse()):
+        torch.save({"format": 1, **vars(checkpoint(1)), "training": {"a": [tensor]}}, path)
+        with pytest.raises(InputError, match="a tensor claims more than the file holds"):
+            load_checkpoint(path)
+
+
+def test_weights_in_torchs_old_format_are_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"height": 64, "width": 96, "use_stereo": False, "a": torch.arange(100_000.0)}
+    for name in ("encoder", "depth"):
+        torch.save(state, tmp_path / f"{name}.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_monodepth2(tmp_path).networks["encoder"]["a"], state["a"])
+    monkeypatch.setattr(checkpoint_module, "_LONGEST_PICKLE", 300_000)
+    start = (tmp_path / "depth.pth").read_bytes()[:50]
+    for rest, message in (
+        (b"]" * 301_000, "more objects than weights have"),
+        (b"X\xff\xff\xff\x0f", "a part of it claims"),
+    ):
+        (tmp_path / "depth.pth").write_bytes(start[: start.index(b"\x80\x02", 9)] + b"\x80\x02" + rest)
+        with pytest.raises(InputError, match=message):
+            read_monodepth2(tmp_path)
+
+
+def test_a_published_model_with_a_long_header_or_a_pipe_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 27) + b" " * 100)
+    weights = {"bytes": path.stat().st_size, "sha256": checkpoint_module.sha256_file(path)}
+    facts = {name: value for name, value in vars(checkpoint(1)).items() if name not in ("networks", "training")}
+    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "weights": weights, **facts}))
+    with pytest.raises(InputError, match="a header of 134,217,728 bytes"):
+        load_checkpoint(path)
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InputError, match=r"config\.json: cannot be read \(not a regular file"):
+        load_checkpoint(path)

@@ -311,9 +311,9 @@ def test_a_signal_ends_ranks_that_wait_for_the_storage_at_once(
         os.killpg(process.pid, signal.SIGKILL)
         raise
     output = finish(process)
-    assert time.monotonic() - began < 60
-    assert "Traceback" not in output.partition("torch.distributed.elastic")[0]
-    assert re.search(r"rank [01] stopped after step \d+: it waited for the storage; resume from the last .*", output)
+    assert time.monotonic() - began < 100  # of 300 that the storage has
+    assert output.count("Traceback") <= 1, "torchrun's own"
+    assert re.search(r"\nrank [01] stopped after step \d+: it waited for the storage; resume from the last .*", output)
 
 
 def wait_for_metrics(process: subprocess.Popen[str], run: Path) -> None:
