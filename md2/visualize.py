@@ -7,28 +7,68 @@ from __future__ import annotations
 
 import errno
 import io
+import struct
 import tempfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from shards.errors import InputError
-from shards.files import require_replaceable, write_atomic
+from shards.errors import InputError, first_line
+from shards.files import open_regular, require_replaceable, write_atomic
 from shards.sample import DEPTH_SCALE
 
 Picture = NDArray[np.uint8]
 Map = NDArray[np.floating[Any]]
 
+MOST_PIXELS = 64 << 20
+"""Of an image that is decoded: 201 MB."""
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
+"""Pillow goes by the content: under any name it would read others, some with another program (EPS)."""
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+"""What Pillow raises at damaged images."""
 _CAPTION_HEIGHT = 22
 _GAP = 6
 _SCALE_ROOM = 240
 """Pixels of width that the labels of a colour scale need."""
+
+
+@contextmanager
+def open_picture(file: Path | IO[bytes], where: str) -> Iterator[Image.Image]:
+    """Open an image, of a size and format that md2 reads, and decode it within the block.
+
+    Raises:
+        InputError: it cannot be opened or decoded, or has more than `MOST_PIXELS`.
+    """
+    try:
+        opened = open_regular(file) if isinstance(file, Path) else nullcontext(file)
+        with opened as content, Image.open(content, formats=_FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise InputError(f"{where}: {image.width}x{image.height} pixels; at most {MOST_PIXELS:,} are read")
+            yield image
+    except UnidentifiedImageError:
+        raise InputError(f"{where}: not an image, or its beginning is missing") from None
+    except _DAMAGED as error:
+        raise InputError(f"{where}: cannot be read as an image ({first_line(error)}); it may be cut short") from error
 
 
 @lru_cache

@@ -17,11 +17,11 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from md2.data.batch import Batch
 from md2.inference.inputs import by_number
+from md2.visualize import open_picture
 from shards.errors import InputError, StorageError, first_line
 from shards.files import BoundedReader, bounded_zip, disk_error, read_small
 from shards.sample import DEPTH_SCALE
@@ -189,12 +189,9 @@ def _read_disparity_png(path: Path) -> NDArray[np.float32]:
 
 def _read_depth_png(path: Path) -> NDArray[np.float32]:
     """Read a 16-bit depth PNG as metres; 0 where it has no depth."""
-    try:
-        with Image.open(path) as image:
-            mode, values = image.mode, np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as a PNG ({first_line(error)})") from error
-    if not mode.startswith("I"):
+    with open_picture(path, str(path)) as image:
+        mode, values = image.mode, np.asarray(image) if image.mode.startswith("I") else None
+    if values is None:
         raise InputError(f"{path}: mode {mode}; 16-bit grey depth (metres x 256) is needed")
     return values.astype(np.float32) / np.float32(DEPTH_SCALE)
 

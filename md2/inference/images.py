@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from shards.errors import InputError, first_line
+from md2.visualize import open_picture
+from shards.errors import InputError
 from shards.files import read_small
 
 ImageLike = Image.Image | NDArray[Any] | Tensor
@@ -40,18 +41,18 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     Raises:
         InputError: damaged, or not an image.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return to_pil(ImageOps.exif_transpose(image))
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    except UnidentifiedImageError:
-        reason = "empty" if not data else "not an image, or its beginning is missing"
-        raise InputError(f"{where}: {reason}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = first_line(error)
-        raise InputError(f"{where}: cannot be read as an image ({reason}); it may be cut short") from error
+    if not data:
+        raise InputError(f"{where}: empty")
+    with open_picture(io.BytesIO(data), where) as image:
+        if image.mode.startswith(("I", "F")):
+            raise InputError(f"{where}: {_eight_bits(image.mode)}")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_pil(image)
+
+
+def _eight_bits(mode: str) -> str:
+    return f"image of mode {mode}: 8 bits a channel are needed; convert it first"
 
 
 def to_pil(image: ImageLike) -> Image.Image:
@@ -66,7 +67,7 @@ def to_pil(image: ImageLike) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):
-            raise InputError(f"image of mode {image.mode}: 8 bits a channel are needed; convert it first")
+            raise InputError(_eight_bits(image.mode))
         return image.convert("RGB")
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3:

@@ -29,10 +29,10 @@ from md2.inference.inputs import Progress
 from md2.inference.predictor import DeviceChoice, load
 from md2.training.curves import Curve, curves_of, draw
 from md2.training.runlog import ENVIRONMENT, read_metrics
-from md2.visualize import Picture, require_writable, write_file
+from md2.visualize import Picture, open_picture, require_writable, write_file
 from shards.card import without_front_matter
 from shards.dataset import LocalDataset, open_dataset
-from shards.errors import InputError, Md2Error, first_line, visible
+from shards.errors import InputError, Md2Error, visible
 from shards.manifest import CARD
 
 LOWER_IS_BETTER = ("abs_rel", "sq_rel", "rmse", "rmse_log")
@@ -236,10 +236,10 @@ def _panels(run: Path, notes: list[str]) -> list[Figure]:
         for place in reversed(places):
             step = files[place].stem.rpartition("-")[2]
             try:
-                with Image.open(files[place]) as image:
+                with open_picture(files[place], files[place].name) as image:
                     picture: Picture = np.asarray(image.convert("RGB"))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                notes.append(f"{files[place].name} is not shown: it cannot be read ({first_line(error)})")
+            except InputError as error:
+                notes.append(f"a panel is not shown: {error}")
                 continue
             shown = f"{int(step):,}" if step.isdecimal() else step
             figures.append(_figure(picture, f"{label}, step {shown}"))

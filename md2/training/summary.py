@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from md2.training.curves import curves_of, draw
 from md2.training.runlog import METRICS, read_metrics
-from md2.visualize import Picture
+from md2.visualize import Picture, open_picture
+from shards.errors import InputError
 from shards.files import temporary
 
 SUMMARY = "summary.png"
@@ -59,9 +59,9 @@ def _newest_panel(run: Path, kind: str) -> tuple[str, Picture] | None:
     """Its name and picture; panels that cannot be read are skipped."""
     for file in sorted((run / "panels").glob(f"{kind}-*.png"), reverse=True):
         try:
-            with Image.open(file) as image:
+            with open_picture(file, str(file)) as image:
                 return file.stem, np.asarray(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError):
+        except InputError:
             continue
     return None
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from md2.inference.images import read_image, to_pil
 from md2.inference.inputs import parse_intrinsics
 from md2.inference.predictor import Predictor, load
 from md2.model import Networks
+from md2.visualize import open_picture
 from md2.weights import save_monodepth2
 from shards.errors import InputError, UsageError
 
@@ -201,3 +205,26 @@ def test_a_model_introduces_itself_and_md2_lists_what_it_offers(mono: Predictor,
     import md2
 
     assert sorted(md2.__all__) == ["__version__", "load"]
+
+
+def test_images_that_must_not_be_decoded_are_refused(tmp_path: Path) -> None:
+    """A PNG of some bytes that claims 70 million pixels, a program (PostScript) under a picture's name, a pipe."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 10_000, 7_000, 8, 2, 0, 0, 0)
+    chunks = [
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in (header, b"IDAT" + zlib.compress(b""))
+    ]
+    (tmp_path / "vast.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    (tmp_path / "program.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    )
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, message in (
+        ("vast", "10000x7000 pixels; at most 67,108,864 are read"),
+        ("program", "not an image, or its beginning is missing"),
+        ("pipe", "not a regular file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_image(tmp_path / f"{name}.png")
+        with pytest.raises(InputError, match=message), open_picture(tmp_path / f"{name}.png", name) as image:
+            image.load()
