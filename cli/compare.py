@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.console import console, say, visible
+from shards.errors import InputError
 
 
 def compare(
@@ -19,6 +20,9 @@ def compare(
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture with error bars.")] = None,
 ) -> None:
     """Compare runs. Those that differ in the seed alone are averaged, with their standard deviation."""
+    if missing := [run for run in runs if not Path(run).exists()]:
+        raise InputError(f"{missing[0]}: no such run folder, or file of md2 eval --json")
+
     from md2.report.compare import compare as grouped
     from md2.report.compare import picture, to_json
     from md2.visualize import require_writable, write_file

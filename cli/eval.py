@@ -103,14 +103,19 @@ def evaluate(
 ) -> None:
     """Evaluate depth with the published protocols and seven metrics."""
     from md2.inference.inputs import require_model
-    from prep.evaluation import EvaluationData, evaluation_part, find_evaluation_data, line_keys
+    from prep.evaluation import EvaluationData, evaluation_part, find_evaluation_data, is_packed, line_keys
     from prep.raw.splits import read_split
+    from shards.dataset import open_dataset
 
     # Mistakes in the words are reported before PyTorch is imported.
     model, dataset = _model_and_dataset(paths, predictions)
     if model is not None:
         require_model(model)
     lists = read_split(split, splits) if split is not None else None
+    if lists is None and (is_packed(dataset) or not Path(dataset).exists()):
+        manifest = open_dataset(dataset).manifest
+        if part is not None:
+            manifest.part(part)
 
     from md2.evaluation.predictions import is_ground_truth
     from md2.evaluation.run import EvalOptions, measure, to_latex, write_results

@@ -40,13 +40,22 @@ def odometry(
     device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
 ) -> None:
     """Predict the trajectory of a sequence. With ground truth, also measure the error on 5-frame snippets."""
-    from md2.inference.inputs import require_model
+    from md2.inference.inputs import find_inputs, require_model, require_one_sequence
     from prep.evaluation import is_packed
     from prep.raw.kitti import open_sequence
     from prep.raw.poses import read_poses
+    from shards.dataset import open_dataset
 
+    # Mistakes in the words are reported before PyTorch is imported.
     require_model(model)
     packed = is_packed(source)
+    require_one_sequence(source, packed, sequence, part)
+    if packed:
+        open_dataset(source).manifest.part(part or f"test_{sequence}")
+    elif sequence is not None:
+        open_sequence([source], sequence)
+    else:
+        find_inputs([source])
     truth = read_poses(poses) if poses is not None else None
 
     from md2.evaluation.run_odometry import OdometryOptions, run_odometry

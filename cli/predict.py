@@ -57,11 +57,13 @@ def predict(
 ) -> None:
     """Predict depth as pictures, videos and depth files. Ctrl-C stops a camera and completes its video."""
     from md2.inference.inputs import find_inputs, parse_intrinsics, parse_kinds, require_model
+    from md2.visualize import check_color_map
 
     # Mistakes in the words are reported before PyTorch is imported.
     require_model(model)
     found = find_inputs(inputs, out)
     kinds = parse_kinds(save) if save is not None else None
+    check_color_map(cmap)
     pinhole = parse_intrinsics(intrinsics) if intrinsics is not None else None
     view = None
     if camera is not None:

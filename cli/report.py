@@ -35,6 +35,14 @@ def report(
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: no run there (config.yaml is missing)")
 
+    from md2.config import load_config
+    from shards.dataset import open_dataset
+
+    if dataset is not None or part is not None:  # a mistake in the words, which costs no import of PyTorch
+        manifest = open_dataset(dataset or load_config(run / "config.yaml").data.url).manifest
+        if part is not None:
+            manifest.part(part)
+
     from md2.report.build import write_report
 
     target = out or run / "report.html"

@@ -28,11 +28,11 @@ from md2.evaluation.odometry import (
     write_tum,
 )
 from md2.inference.images import decode_image, read_image
-from md2.inference.inputs import Progress, find_inputs
+from md2.inference.inputs import Progress, find_inputs, require_one_sequence
 from md2.inference.predictor import Predictor
 from md2.visualize import require_writable, write_file
 from shards.dataset import LocalDataset, open_dataset
-from shards.errors import DatasetError, InputError, UsageError
+from shards.errors import DatasetError, InputError
 from shards.video import open_video
 
 
@@ -108,10 +108,7 @@ def run_odometry(
         InputError, DatasetError: frames are missing or unreadable, or ground truth has another length.
     """
     require_writable(options.out, folder=True)
-    if options.part is not None and not options.packed:
-        raise UsageError(f"{options.source}: --part names a part of a packed dataset, and this is not one")
-    if options.packed and options.part is None and options.sequence is None:
-        raise UsageError(f"{options.source} is a packed dataset: name a sequence with --sequence, or a --part")
+    require_one_sequence(options.source, options.packed, options.sequence, options.part)
     limit, size, poses = options.limit, options.batch_size, options.poses
     if options.packed:
         part = options.part or f"test_{options.sequence}"

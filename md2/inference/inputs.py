@@ -68,6 +68,18 @@ def require_model(model: str) -> None:
         raise InputError(f"{model} is a packed dataset, not a model: the model comes first, then its inputs")
 
 
+def require_one_sequence(source: str, packed: bool, sequence: str | None, part: str | None) -> None:
+    """Refuse words of `md2 odometry` that do not say which sequence, before PyTorch is imported.
+
+    Raises:
+        UsageError: a part of something that is not packed, or a packed dataset without one.
+    """
+    if part is not None and not packed:
+        raise UsageError(f"{source}: --part names a part of a packed dataset, and this is not one")
+    if packed and part is None and sequence is None:
+        raise UsageError(f"{source} is a packed dataset: name a sequence with --sequence, or a --part")
+
+
 def find_inputs(inputs: Sequence[str], out: Path | None = None) -> Inputs:
     """Find images, videos and cameras.
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from shards.errors import InputError
 
-SHOWN = 6
+SHOWN = 2
 """Keys that a message names; the rest is counted."""
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.text import Text
 from typer.main import get_command
 
 from cli.console import run, visible
@@ -117,18 +116,37 @@ def told_once(error: str, message: str) -> None:
     assert message in line
 
 
-def test_help_loses_nothing_to_markup() -> None:
-    """Help goes through rich, which would swallow a `[default: ...]`."""
-    waiting = [("md2", get_command(app))]
-    seen = 0
-    while waiting:
-        name, command = waiting.pop()
-        waiting += [(f"{name} {inner}", it) for inner, it in getattr(command, "commands", {}).items()]
-        for parameter in command.params:
-            text = getattr(parameter, "help", None) or ""
-            assert Text.from_markup(text).plain == text, f"{name} {parameter.name}"
-            seen += 1
-    assert seen > 80
+def test_mistakes_in_words_are_seen_before_torch_is_imported(dataset: Path, tmp_path: Path) -> None:
+    """In a process that cannot import torch."""
+    run, image = tmp_path / "run", tmp_path / "image.png"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"data: {{url: {dataset}}}\n")
+    image.write_bytes(b"")
+    mistakes = [
+        *((words, message) for words, _, message in MISTAKES),
+        (["eval", run, "nowhere"], "nowhere: no dataset"),
+        (["eval", run, dataset, "--part", "vall"], "no part 'vall'"),
+        (["report", run, "--part", "tes"], "no part 'tes'"),
+        (["report", run, "--dataset", "nowhere"], "nowhere: no dataset"),
+        (["odometry", run, "nowhere"], "nowhere: no such image"),
+        (["odometry", run, dataset], "name a sequence with --sequence"),
+        (["odometry", run, dataset, "--sequence", "09"], "no part 'test_09'"),
+        (["odometry", run, tmp_path, "--sequence", "09"], "sequence 09 is not at"),
+        (["predict", run, image, "--cmap", "nope"], "no such colour map"),
+        (["predict", "mono", image], "mono is a recipe"),
+        (["compare", "nowhere"], "nowhere: no such run"),
+    ]
+    lines = [[str(word) for word in words] for words, _ in mistakes]
+    script = (
+        f"import sys\nsys.modules['torch'] = None\nfrom cli.main import app, run\nfor line in {lines}: run(app, line)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path
+    )
+    told = found.stderr.splitlines()
+    assert len(told) == len(mistakes), told
+    for line, (_, message) in zip(told, mistakes, strict=True):
+        assert message in line
 
 
 def test_unknown_commands_and_options_are_usage_errors() -> None:
