@@ -124,6 +124,18 @@ def pack_samples(
     return open_dataset(str(folder / "shards"))
 
 
+def time_steps(raw: Path) -> list[tuple[Path, Path, Path]]:
+    """RAW's time steps that have both images and a scan: those three files of each."""
+    found = [
+        (left, left.parents[2] / "image_03" / "data" / left.name, scan)
+        for left in sorted(raw.glob("*/*_sync/image_02/data/*.png"))
+        if (scan := left.parents[2] / "velodyne_points" / "data" / f"{left.stem}.bin").exists()
+    ]
+    if not found:
+        raise InputError(f"{raw}: no drive with images and velodyne")
+    return found
+
+
 def numbered_dataset(folder: Path, shards: int, per_shard: int, size: tuple[int, int] = (96, 64)) -> None:
     """Write a dataset of small mono samples, whose images are eight different ones and whose fx is 1, 2, 3, …"""
     rng = np.random.default_rng(0)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from bench.data import raw_tree
+from bench.data import raw_tree, time_steps
 from bench.machine import busy, processor, versions
 from prep.packing.encode import ImageFormat, encode
 from prep.packing.pack import pack
@@ -35,7 +35,6 @@ from prep.raw.kitti import Kitti
 from prep.raw.splits import read_split
 from prep.request import make_content
 from prep.workers import start_workers
-from shards.errors import InputError
 
 SIZE = (640, 192)
 FORMAT = ImageFormat(SIZE, "jpeg")
@@ -45,13 +44,7 @@ DRIVE = f"{DATE}_drive_0001_sync"
 
 def link_drive(raw: Path, root: Path, instants: int) -> list[Path]:
     """Link RAW's time steps that have both images and a scan into one long drive; return each image's path once."""
-    found = [
-        (left, left.parents[2] / "image_03" / "data" / left.name, scan)
-        for left in sorted(raw.glob("*/*_sync/image_02/data/*.png"))
-        if (scan := left.parents[2] / "velodyne_points" / "data" / f"{left.stem}.bin").exists()
-    ]
-    if not found:
-        raise InputError(f"{raw}: no drive with images and velodyne")
+    found = time_steps(raw)
     date = root / DATE
     folders = [date / DRIVE / name / "data" for name in ("image_02", "image_03", "velodyne_points")]
     for folder in folders:

@@ -26,13 +26,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.data import raw_tree
+from bench.data import raw_tree, time_steps
 from bench.machine import add_append, busy, processor, publish, versions
 from prep.packing.pack import scratch_folder
 from prep.raw.calibration import other
 from prep.raw.splits import SplitLists, read_split
 from shards.dataset import open_dataset
-from shards.errors import INCOMPLETE, InputError
+from shards.errors import INCOMPLETE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from storage_servers import ACCESS_KEY, SECRET_KEY, rclone_server
@@ -155,13 +155,7 @@ def link_tree(raw: Path, root: Path, lists: SplitLists) -> tuple[int, int]:
 
     A tree that is there already is used again.
     """
-    found = [
-        (left, left.parents[2] / "image_03" / "data" / left.name, scan)
-        for left in sorted(raw.glob("*/*_sync/image_02/data/*.png"))
-        if (scan := left.parents[2] / "velodyne_points" / "data" / f"{left.stem}.bin").exists()
-    ]
-    if not found:
-        raise InputError(f"{raw}: no drive with images and velodyne")
+    found = time_steps(raw)
     steps, beside = 0, root.with_name("raw.tmp")
     for name in sorted({line.drive for lines in lists.parts.values() for line in lines}):
         date, drive = beside / name.partition("/")[0], beside / name

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from browser import chromium
 from storage_fixtures import (
     bucket,
     md2,
@@ -25,6 +26,8 @@ from storage_fixtures import (
     moto_bucket,
     moto_gate,
     moto_proxy,
+    moto_url,
+    own_job,
     packed,
     proxied,
     rclone,
@@ -43,11 +46,14 @@ if not torch.cuda.is_available():
 
 __all__ = [
     "bucket",
+    "chromium",
     "md2",
     "moto",
     "moto_bucket",
     "moto_gate",
     "moto_proxy",
+    "moto_url",
+    "own_job",
     "packed",
     "proxied",
     "rclone",
@@ -144,6 +150,14 @@ def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from prep.synthetic import write_drives
 
     return write_drives(tmp_path_factory.mktemp("synthetic") / "raw", drives=2, frames=8, size=(192, 64)).root
+
+
+@pytest.fixture(scope="session")
+def long(drive: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Raw folder and split of a drive of 240 time steps, links to `drive`: 476 samples in 10 chunks. Read-only."""
+    from prep_data import long_raw
+
+    return long_raw(drive, tmp_path_factory.mktemp("long"), 240)
 
 
 @pytest.fixture(scope="session")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from browser import browse
 from evaluation_data import constant, pack_truth, tiny_checkpoint, tiny_config
 from PIL import Image
 from pipeline_data import smooth
@@ -157,38 +155,12 @@ def test_a_run_whose_dataset_is_gone_still_has_a_page(run: Path, tmp_path: Path)
 # In a browser
 
 
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    names = (os.environ.get("MD2_CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "chrome")
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip("no Chromium on PATH (or in MD2_CHROMIUM): the page is not opened in a browser")
-    return found
-
-
-def browse(chromium: str, file: Path, screenshot: Path) -> list[str]:
-    """Take a screenshot; what the page wrote to the console."""
-    command = [
-        chromium,
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--hide-scrollbars",
-        "--enable-logging=stderr",
-        f"--user-data-dir={screenshot.parent / 'profile'}",
-        "--window-size=1240,4200",
-        f"--screenshot={screenshot}",
-        file.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert screenshot.is_file(), done.stderr[-2000:]
-    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+SIZE = (1240, 4200)
 
 
 def test_a_browser_opens_it_without_a_complaint(chromium: str, page: str, run: Path, tmp_path: Path) -> None:
-    assert browse(chromium, run / "report.html", tmp_path / "report.png") == []
-    with Image.open(tmp_path / "report.png") as screenshot:
+    assert browse(chromium, run / "report.html", tmp_path, SIZE) == []
+    with Image.open(tmp_path / "shot.png") as screenshot:
         pixels = np.asarray(screenshot.convert("RGB")).astype(int)
     assert pixels.shape == (4200, 1240, 3)
     assert (pixels[:10] == 255).all(), "margin"
@@ -204,6 +176,6 @@ def test_the_browser_would_have_complained(chromium: str, page: str, tmp_path: P
     """The same page with something to fetch, and a script: both must reach the console."""
     broken = page.replace("</body>", '<img src="https://example.org/a.png"><script>alert(1)</script></body>')
     (tmp_path / "broken.html").write_text(broken)
-    lines = browse(chromium, tmp_path / "broken.html", tmp_path / "broken.png")
+    lines = browse(chromium, tmp_path / "broken.html", tmp_path, SIZE)
     assert any("example.org" in line and "Content Security Policy" in line for line in lines)
     assert any("inline script" in line for line in lines)

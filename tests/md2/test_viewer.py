@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import re
-import shutil
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import browse, command
 from PIL import Image
 
 from md2.inference.predictor import DepthMap
@@ -25,6 +24,8 @@ CAMERA = (400.0, 410.0, 310.0, 95.0)
 PATCH = (slice(60, 76), slice(400, 416))
 """A green square before a grey wall."""
 CLOUD = (1232, 560)
+SIZE = (1280, 1100)
+"""Of the browser's window."""
 
 
 def scene(factor: float = 1.0, unit: str = "metres") -> DepthMap:
@@ -43,30 +44,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     viewer.add("</script><script>console.error('name')</script>", scene(0.1, "unknown"), CAMERA)
     viewer.write()
     return path
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    names = (os.environ.get("MD2_CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "chrome")
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip("no Chromium on PATH (or in MD2_CHROMIUM): the page is not opened in a browser")
-    return found
-
-
-def browse(chromium: str, file: Path, folder: Path, *options: str) -> tuple[str, list[str]]:
-    """What the browser prints, and what the page wrote to the console."""
-    command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    command += ["--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"]
-    command += [
-        "--window-size=1280,1100",
-        "--virtual-time-budget=20000",
-        "--run-all-compositor-stages-before-draw",
-        *options,
-        file.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def visit(chromium: str, page: str, folder: Path) -> Any:
@@ -91,12 +68,11 @@ def visit(chromium: str, page: str, folder: Path) -> Any:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    command += ["--hide-scrollbars", "--window-size=1280,1100", f"--user-data-dir={folder / 'profile'}"]
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/"
-        with subprocess.Popen([*command, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as browser:
+        words = command(chromium, folder, SIZE, address)
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as browser:
             try:
                 return json.loads(sent.get(timeout=90))
             finally:
@@ -195,17 +171,16 @@ def test_depth_under_the_pointer_and_a_cloud_that_turns(chromium: str, page: Pat
 
 
 def test_the_page_runs_its_own_script_only_and_fetches_nothing(chromium: str, page: Path, tmp_path: Path) -> None:
-    shot = tmp_path / "page.png"
-    _, complaints = browse(chromium, page, tmp_path, f"--screenshot={shot}")
-    assert complaints == []
-    with Image.open(shot) as screenshot:
+    in_time = ("--virtual-time-budget=20000", "--run-all-compositor-stages-before-draw")
+    assert browse(chromium, page, tmp_path, SIZE, *in_time) == []
+    with Image.open(tmp_path / "shot.png") as screenshot:
         pixels = np.asarray(screenshot.convert("RGB")).astype(int)
     green = (pixels[..., 1] > 200) & (pixels[..., 0] < 90) & (pixels[..., 2] < 90)
     assert green[:550].any(), "the image"
     assert green[550:].any(), "the cloud"
     foreign = page.read_text().replace("</body>", "<script>console.error('x')</script></body>")
     (tmp_path / "foreign.html").write_text(foreign)
-    _, complaints = browse(chromium, tmp_path / "foreign.html", tmp_path, f"--screenshot={shot}")
+    complaints = browse(chromium, tmp_path / "foreign.html", tmp_path, SIZE, *in_time)
     assert any("Content Security Policy" in line for line in complaints)
 
 

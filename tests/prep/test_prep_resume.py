@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prep_data import files_of, long_raw, run_pack
+from prep_data import files_of, run_pack
 
 from prep.packing.assemble import SampleJob, ShardJob
 from prep.packing.encode import ChunkJob, Extent, ImageFormat, TimeStep, encode_chunk, read_chunk, versions
@@ -28,15 +28,8 @@ from prep.workers import run, start_workers
 from shards.errors import DatasetError, Md2Error, UsageError
 from shards.publish import Store
 
-FRAMES = 240
 CHUNKS = 10
 OPTIONS = {"size": "native", "shard_mb": 5}
-
-
-@pytest.fixture(scope="module")
-def long(drive: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """480 images, 476 samples: 10 chunks, 5 shards."""
-    return long_raw(drive, tmp_path_factory.mktemp("long"), FRAMES)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +225,7 @@ def test_a_broken_frame_under_dask_names_the_file(long: tuple[Path, Path], tmp_p
     from shards.errors import SampleError
 
     raw, split = long
-    number = FRAMES // 2
+    number = 120
     broken = tmp_path / "raw"
     for path in raw.rglob("*"):
         if path.is_symlink() and str(number) in path.name and "image_02" in str(path):

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from prep_data import command, files_of, long_raw, run_pack
+from prep_data import command, files_of, run_pack
 from storage_servers import Bucket
 
 from prep.packing.encode import ChunkJob
@@ -24,7 +24,6 @@ from prep.request import make_content
 from prep.workers import InProcess, Workers
 from shards.errors import StorageError, UsageError
 
-FRAMES = 240
 OPTIONS = ("--size", "192x64", "--shard-mb", "2")
 BOTH_AT_ONCE = """
 import pathlib, sys, time
@@ -42,12 +41,6 @@ from cli.main import app
 sys.exit(run(app, sys.argv[3:]))
 """
 """A command line of md2 that looks whether all chunks are there when another process has encoded its share, too."""
-
-
-@pytest.fixture(scope="module")
-def long(drive: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """480 images, 476 samples: 10 chunks, two for each of five tasks; 6 shards."""
-    return long_raw(drive, tmp_path_factory.mktemp("long"), FRAMES)
 
 
 @pytest.fixture(scope="module")

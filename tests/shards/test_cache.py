@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from storage_data import all_samples, make_dataset
-from storage_fixtures import Packed, note_fault
+from storage_fixtures import Packed, end_job, note_fault
 from storage_servers import Bucket, Fault, Proxy
 
 from shards.cache import fill as fill_module
@@ -25,31 +25,13 @@ from shards.errors import StorageError, UsageError
 from shards.manifest import Manifest
 from shards.transfer import copy_dataset
 
+pytestmark = pytest.mark.usefixtures("own_job")
+
 
 @pytest.fixture
 def url(bucket: Bucket, packed: Packed) -> str:
     copy_dataset(packed.url, f"{bucket.url}/drive")
     return f"{bucket.url}/drive"
-
-
-@pytest.fixture
-def moto_url(moto_bucket: Bucket, packed: Packed) -> str:
-    copy_dataset(packed.url, f"{moto_bucket.url}/drive")
-    return f"{moto_bucket.url}/drive"
-
-
-@pytest.fixture(autouse=True)
-def forget_what_is_open() -> Iterator[None]:
-    """Each test is a job of its own."""
-    yield
-    end_job()
-
-
-def end_job() -> None:
-    """What the end of the process does for its locks."""
-    for lock in cache_module._in_use.values():
-        lock.release()
-    cache_module._in_use.clear()
 
 
 def contents(dataset: LocalDataset, part: str) -> list[bytes]:

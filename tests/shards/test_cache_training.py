@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -18,38 +17,18 @@ from storage_data import all_samples, make_dataset
 from storage_fixtures import Packed
 from storage_servers import Bucket, Fault, Proxy
 
-from shards.cache import folder as cache_module
 from shards.dataset import open_dataset
 from shards.errors import DatasetError, StorageError
 from shards.manifest import Manifest
 from shards.transfer import copy_dataset
 
+pytestmark = pytest.mark.usefixtures("own_job")
 SHARDS, IN_CACHE = 32, 12
 """Of two samples each; a window of 8 is needed at a time."""
 
 
-@pytest.fixture
-def moto_url(moto_bucket: Bucket, packed: Packed) -> str:
-    copy_dataset(packed.url, f"{moto_bucket.url}/drive")
-    return f"{moto_bucket.url}/drive"
-
-
 def size_of(manifest: Manifest, *parts: str) -> int:
     return sum(s.bytes + s.index_bytes for part in parts for s in manifest.part(part))
-
-
-@pytest.fixture(autouse=True)
-def forget_what_is_open() -> Iterator[None]:
-    """Each test is a job of its own."""
-    yield
-    end_job()
-
-
-def end_job() -> None:
-    """What the end of the process does for its locks."""
-    for lock in cache_module._in_use.values():
-        lock.release()
-    cache_module._in_use.clear()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,9 @@ import pytest
 from storage_data import make_dataset
 from storage_servers import Bucket, Proxy, client, faulty_proxy, moto_server, rclone_server, use_endpoint
 
+from shards.cache import folder as cache_module
 from shards.manifest import Manifest
+from shards.transfer import copy_dataset
 
 _numbers = itertools.count()
 one_server = pytest.mark.parametrize("bucket", ["moto"], indirect=True)
@@ -130,6 +132,27 @@ def _through(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     yield proxy
     proxy.rule = None
+
+
+@pytest.fixture
+def moto_url(moto_bucket: Bucket, packed: Packed) -> str:
+    """`packed`, published in `moto_bucket`."""
+    copy_dataset(packed.url, f"{moto_bucket.url}/drive")
+    return f"{moto_bucket.url}/drive"
+
+
+@pytest.fixture
+def own_job() -> Iterator[None]:
+    """A test is a job of its own: it keeps no part of a cache in use."""
+    yield
+    end_job()
+
+
+def end_job() -> None:
+    """What the end of the process does for its locks."""
+    for lock in cache_module._in_use.values():
+        lock.release()
+    cache_module._in_use.clear()
 
 
 class RunShards(Protocol):
