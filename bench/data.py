@@ -21,7 +21,6 @@ from prep.raw.files import RawData
 from prep.raw.kitti import Kitti
 from prep.raw.splits import read_split
 from prep.request import make_content
-from prep.synthetic import write_drives
 from prep.workers import start_workers
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import InputError
@@ -49,6 +48,8 @@ def raw_tree(
         return given.resolve()
     if (folder / "synthetic").exists():
         return folder / "synthetic"
+    from prep.synthetic import write_drives  # not in the worker processes of a benchmark on real frames
+
     workers = len(os.sched_getaffinity(0))
     return write_drives(
         folder / "synthetic", drives=1, frames=frames, size=size, lidar=lidar, workers=min(workers, frames // 4)
