@@ -34,7 +34,7 @@ from rich.text import Text
 
 from md2.process import Libraries, shortage
 from shards.errors import Md2Error, first_line, visible
-from shards.files import require_local
+from shards.files import require_local, require_possible
 
 __all__ = [
     "Advance",
@@ -63,6 +63,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 # What an ASCII console shows instead; anything else is written out as an escape.
 _ASCII = {"±": "+-", "\N{MULTIPLICATION SIGN}": "x", "…": "...", "\N{EN DASH}": "-", "²": "^2", "³": "^3", "→": "->"}
 _OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "failed to map segment")
+_PLACES = ("model", "paths", "runs", "inputs", "source", "dataset", "raw", "split", "out", "config")
+"""Options and arguments that may be local paths, and URLs or names as well."""
 _debug = False
 
 
@@ -144,13 +146,16 @@ def show_log() -> None:
 
 
 def local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a command refuse URLs in the place of local paths, before it does anything."""
+    """Let a command refuse URLs in the place of local paths, and impossible paths, before it does anything."""
 
     @wraps(command)
     def checked(**options: Any) -> Any:
-        for value in options.values():
+        for name, value in options.items():
             if isinstance(value, Path):
                 require_local(value)
+            for word in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+                if name in _PLACES and "://" not in word:
+                    require_possible(Path(word))
         return command(**options)
 
     return checked

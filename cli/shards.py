@@ -292,7 +292,7 @@ def _copy(source: str, url: str, parts: list[str] | None) -> None:
             say(f"{dataset.url}  skipped: {dataset.note}")
             skipped = True
             continue
-        target = url.rstrip("/") + dataset.url.removeprefix(top)
+        target = (url.rstrip("/") or url) + dataset.url.removeprefix(top)
         with _bytes_bar("copying") as progress:
             copied = copy_dataset(dataset.url, target, progress, parts)
         say(_report(copied, target))

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 from md2.config import Config, config_from_dict, load_source, merge_overrides, read_config_tree
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import InputError, Md2Error, TrainingError, UsageError, first_line, visible
-from shards.files import read_small, require_local, sweep, write_atomic
+from shards.files import expanded, read_small, require_local, sweep, write_atomic
 from shards.locks import FileLock
 
 # What loads PyTorch, which takes seconds, is imported inside the functions: mistakes in words and dataset come first.
@@ -180,7 +180,7 @@ def _with_absolute_url(config: Config) -> Config:
     """A relative folder as an absolute path, so that the run can be resumed from any folder."""
     if "://" in config.data.url:
         return config
-    url = str(Path(config.data.url).expanduser().absolute())
+    url = str(expanded(Path(config.data.url)).absolute())
     return config.model_copy(update={"data": config.data.model_copy(update={"url": url})})
 
 

@@ -37,7 +37,7 @@ from md2.networks.resnet import ARCHITECTURES, ResNetEncoder
 from md2.networks.states import load_state
 from md2.networks.timm_encoder import TimmEncoder
 from shards.errors import InputError, first_line
-from shards.files import fsync_folder, replace, temporary
+from shards.files import expanded, fsync_folder, replace, temporary
 
 IMAGENET_URLS = {
     name: f"https://download.pytorch.org/models/{name}-{digest}.pth"
@@ -81,7 +81,7 @@ def initialise(networks: Networks, weights: str) -> list[str]:
             else:
                 _load_resnet(encoder, download_imagenet(encoder.name), IMAGENET_URLS[encoder.name])
         return []
-    path = Path(weights).expanduser()
+    path = expanded(Path(weights))
     if not path.exists():
         raise InputError(
             f"model.weights={weights}: no such file or folder; give imagenet, scratch, a torchvision or timm file, "

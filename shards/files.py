@@ -29,20 +29,53 @@ CACHE_FOLDER = "MD2_CACHE"
 """Environment variable: the folder of downloads, cached datasets and unfinished work that has no other place."""
 
 
+def expanded(path: Path) -> Path:
+    """Return a path whose `~` or `~USER` is the home folder.
+
+    Raises:
+        UsageError: there is none: no such user, or a process without HOME whose user has no entry.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        advice = f"set HOME, or {CACHE_FOLDER} for the cache"
+        raise UsageError(f"{path}: no home folder is known for {path.parts[0]}; {advice}") from error
+
+
 def cache_folder() -> Path:
-    """Return the folder that `MD2_CACHE` names; without it, `md2` in the user's cache folder."""
+    """Return the folder that `MD2_CACHE` names; without it, `md2` in the user's cache folder.
+
+    Raises:
+        UsageError: as `expanded`.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get(CACHE_FOLDER) or Path(base) / "md2").expanduser()
+    return expanded(Path(os.environ.get(CACHE_FOLDER) or Path(base) / "md2"))
 
 
 def require_local(path: Path) -> None:
     """Refuse a URL in the place of a local path: it would become a folder of that name, credentials included.
 
     Raises:
-        UsageError: it begins like a URL.
+        UsageError: it begins like a URL, or as `require_possible`.
     """
     if _URL.match(str(path)):
         raise UsageError(f"{path}: a URL, but this must be a local file or folder")
+    require_possible(path)
+
+
+def require_possible(path: Path) -> None:
+    """Refuse what no file system can have.
+
+    Raises:
+        UsageError: a NUL in it, or a name too long.
+    """
+    try:
+        os.lstat(path)
+    except ValueError as error:
+        raise UsageError(f"{str(path)!r}: no path can hold a NUL character") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"{str(path)[:60]}...: {os.strerror(error.errno)}") from error
 
 
 class ProcessIdentity(NamedTuple):
@@ -98,7 +131,12 @@ def temporary(path: Path) -> Path:
     """Return a name beside `path` that no other process uses and that holds this process's identity.
 
     The first such name in a folder removes what killed processes left there.
+
+    Raises:
+        OSError: the path is a folder without a name, `/` or `.`.
     """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     _sweep_once(path.parent)
     machine, process, started = ProcessIdentity.own()
     return path.with_name(f".{path.name}.{machine}-{process}-{started}-{uuid.uuid4().hex[:12]}.tmp")

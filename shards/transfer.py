@@ -106,6 +106,8 @@ def copy_dataset(
     if is_local(source_url):
         _refuse_links(local_path(source_url), manifest)
     if is_local(url):
+        if not local_path(url).resolve().name:
+            raise UsageError(f"{url}: the root folder holds no dataset; name a folder in it")
         inside = next((p for p in local_path(url).resolve().parents[:2] if (p / MANIFEST).is_file()), None)
         if inside is not None:
             raise UsageError(f"{url} lies inside the dataset at {inside}: name another place")

@@ -17,6 +17,7 @@ from prep.packing.plan import PackingPlan, PlannedSample, Skipped, component_sou
 from prep.raw.kitti import Drive
 from prep.raw.text import printable
 from shards.dataset import SAMPLES_PER_SHARD, shard_name
+from shards.errors import StorageError
 from shards.manifest import Shard
 from shards.publish import Store
 from shards.sample import (
@@ -138,7 +139,11 @@ def cut_shards(
     batch: list[SampleJob] = []
     size = number = 0
     for sample in samples:
-        batch.append(_sample_job(plan, encoded, sample))
+        try:
+            batch.append(_sample_job(plan, encoded, sample))
+        except KeyError as error:
+            advice = "remove the folder and run the same command again"
+            raise StorageError(f"{folder}: its scratch files lack {error.args[0]!r}; {advice}") from error
         size += batch[-1].tar_bytes
         if len(batch) >= SAMPLES_PER_SHARD or size >= plan.content.shard_bytes:
             yield ShardJob(part, number, batch, folder, store, task)

@@ -45,7 +45,7 @@ from prep.raw.video import VideoFrame
 from prep.raw.view import View
 from prep.raw.zips import Ref
 from shards.errors import DatasetError, SampleError, StorageError, UsageError
-from shards.files import remove_quietly, temporary
+from shards.files import bounded_zip, remove_quietly, temporary
 from shards.manifest import JpegInfo
 from shards.sample import Chroma, Codec
 from shards.version import __version__
@@ -58,6 +58,12 @@ READ_AHEAD = 4
 """Time steps to fetch at once; as many are fetched while those are encoded: 2 x 4 x (2 images + 1 scan)."""
 _READ_AHEAD_BYTES = 64 << 20
 _INDEX = "index.json"
+_LONGEST_INDEX = 4 << 20
+_DAMAGED = (
+    OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, EOFError, NotImplementedError,
+    RuntimeError, struct.error, zlib.error,
+)  # fmt: skip
+"""What a file that is no chunk of md2's raises, or one that another process has damaged."""
 _LOCAL_HEADER = 30
 """Bytes of a zip's local header before the name; `zipfile` adds no extra field to stored files of this size."""
 SCRATCH_ADVICE = "give --scratch DIR"
@@ -219,16 +225,19 @@ def label(kind: Literal["image", "depth"], drive: str, frame: int, side: CameraS
 def read_chunk(path: Path) -> Encoded | None:
     """Index of a chunk; None if there is no such chunk, or it is damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            index = json.loads(archive.read(_INDEX))
+        with bounded_zip(path) as archive:
+            with archive.open(_INDEX) as file:
+                index = json.loads(file.read(_LONGEST_INDEX))
             members = [info for info in archive.infolist() if info.filename != _INDEX]
-    except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError, struct.error):
+        sizes = {str(name): (int(width), int(height)) for name, (width, height) in index["sizes"].items()}
+        broken = {str(name): str(fault) for name, fault in index["broken"].items()}
+    except _DAMAGED:
         return None
     files = {}
     for info in members:
         offset = info.header_offset + _LOCAL_HEADER + len(info.filename)
         files[info.filename] = Extent(path.name, offset, info.file_size, info.CRC)
-    return Encoded(files, {name: (size[0], size[1]) for name, size in index["sizes"].items()}, index["broken"])
+    return Encoded(files, sizes, broken)
 
 
 def encode_chunk(job: ChunkJob) -> str:

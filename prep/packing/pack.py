@@ -37,7 +37,7 @@ from prep.raw.splits import SplitLists
 from prep.workers import Progress, Quiet, Workers, run
 from shards.card import card
 from shards.dataset import describe_components
-from shards.errors import InputError, Md2Error, StorageError
+from shards.errors import InputError, Md2Error, StorageError, UsageError
 from shards.files import cache_folder
 from shards.locks import FileLock
 from shards.manifest import CARD, REPORT, DepthInfo, Manifest, Shard, Split
@@ -76,6 +76,9 @@ def scratch_folder(out: str, within: Path | None = None) -> Path:
 
     Args:
         within: its parent; None: beside a local dataset, in the user's cache for others.
+
+    Raises:
+        UsageError: `out` is the root folder.
     """
     where = str(local_path(out).absolute()) if is_local(out) else out
     name = hashlib.sha256(where.encode(errors="surrogateescape")).hexdigest()[:16]
@@ -83,6 +86,8 @@ def scratch_folder(out: str, within: Path | None = None) -> Path:
         return within.absolute() / f"{name}.prep"
     if is_local(out):
         folder = Path(where)
+        if not folder.name:
+            raise UsageError(f"{out}: the root folder holds no dataset; name a folder in it")
         return folder.with_name(f".{folder.name}.prep")
     return cache_folder() / "prep" / name
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from shards.errors import StorageError, UsageError
+from shards.files import expanded
 from shards.storage.retry import MissingError
 
 CHUNK = 8 << 20
@@ -95,10 +96,12 @@ def local_path(url: str) -> Path:
     """Return the folder of a local URL.
 
     Raises:
-        UsageError: a file URL with a host.
+        UsageError: a file URL with a host, no home folder for `~`, or a NUL.
     """
+    if "\0" in unquote(url):
+        raise UsageError(f"{url!r}: no path can hold a NUL character")
     if not _SCHEME.match(url):
-        return Path(url).expanduser()
+        return expanded(Path(url))
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost"):
         raise UsageError(f"{url}: a file URL has three slashes: file:///folder")
@@ -119,8 +122,6 @@ def open_storage(url: str) -> Storage:
     if is_local(url):
         if _TYPO.match(url):
             raise UsageError(f"{url}: a URL has two slashes after its colon: s3://bucket/prefix")
-        if "\0" in url:
-            raise UsageError(f"{url!r}: no path can hold a NUL character")
         return LocalStorage(local_path(url))
     scheme = _SCHEME.match(url)
     if scheme is None or "::" in url.partition("/")[0] or re.search(r"::[A-Za-z0-9+.-]+://", url):

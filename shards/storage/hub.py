@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from urllib.parse import quote, unquote
 
 from shards.errors import StorageError, UsageError
-from shards.files import open_regular
+from shards.files import expanded, open_regular
 from shards.storage.http import HttpStorage
 from shards.storage.retry import MissingError
 
@@ -42,7 +42,7 @@ def _token() -> tuple[str, str] | None:
         UsageError: it cannot be one.
     """
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    path = Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token").expanduser()
+    path = expanded(Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token"))
     token, place = os.environ.get(TOKEN, "").strip(), TOKEN
     if not token:
         try:

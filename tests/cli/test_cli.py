@@ -39,6 +39,32 @@ def md2(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.parametrize("place", ["/", "~nobody-of-that-name/x", "x\0y", "n" * 300, f"~{'n' * 300}"])
+def test_a_place_that_can_be_none_is_one_line(
+    drive: Path,
+    dataset: Path,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    split = str(drive / "splits" / "sample")
+    for words in (
+        ["prep", "--raw", str(drive), "--split", split, "--out", place, "--workers", "1"],
+        ["shards", "show", str(dataset), "--sheet", place.partition("~")[0] or "/"],
+        ["shards", "pull", str(dataset), place],
+        ["train", "mono", f"data.url={dataset}", "--run", place, "train.max_steps=x"],
+        ["report", place],
+        ["compare", place],
+        ["eval", place, place],
+        ["predict", place, place, "--out", place],
+    ):
+        capsys.readouterr()
+        code, lines = run(app, words), capsys.readouterr().err.strip().splitlines()
+        assert code in (2, 3, 5) and len(lines) == 1, (words, lines)
+
+
 def test_help_names_every_command_and_needs_no_torch() -> None:
     script = (
         "import sys; sys.argv = ['md2', '--help']; from cli.main import main\ntry: main()\nexcept SystemExit: pass\n"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -286,6 +287,19 @@ def test_a_damaged_chunk_is_noticed(drive: Path, tmp_path: Path) -> None:
     for size in range(0, len(whole), 11):
         path.write_bytes(whole[:size])
         assert read_chunk(path) is None
+    for index in (
+        b"[]",
+        b"[" * 5000,
+        b'{"sizes": [1], "broken": 3}',
+        b'{"sizes": {"a": []}, "broken": {}}',
+        b" " * (5 << 20),
+    ):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("index.json", index)
+        assert read_chunk(path) is None
+    path.unlink()
+    os.mkfifo(path)
+    assert read_chunk(path) is None
 
 
 def chunk_job() -> ChunkJob:
