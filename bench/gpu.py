@@ -10,8 +10,10 @@ the other sections still run, and the exit code is 1. The data are rendered and 
 
     kernels    loss and gradients by Triton's kernels and by plain operators, compared with float64; time, memory
     decode     images decoded on the GPU and on the CPU; order, flips and cameras must be equal
-    step       training steps on a batch that is already on the device: float32, bf16, contiguous, compiled; peak memory
-    training   `md2 train` from end to end, its time beyond the step alone, and the time of the paper's 20 epochs
+    step       training steps on a batch that is already on the device: float32, bf16, contiguous, compiled,
+               as a CUDA graph, without cuDNN's search; peak memory
+    training   `md2 train` from end to end, batches made ahead and not, its time beyond the step alone, and the time of
+               the paper's 20 epochs
     loader     batches alone: triplets/s by batch size, decoded on the GPU, on the CPU, and uncompressed; on the GPU
                also by the share of images that its JPEG engines take
     resume     a loader's state and a run's checkpoint, saved on the CPU and resumed on the GPU

@@ -123,7 +123,7 @@ class Setup:
             return cls(device, folder, True, (96, 64), [2], 0.0, 24, 2, 6, options.threads, variants)
         batches = [int(batch) for batch in options.batches.split(",")]
         variants = ["float32", "bf16", "bf16+contiguous"]
-        variants += ["bf16+compile", "bf16+graphs"] if device.type == "cuda" else []
+        variants += ["bf16+compile", "bf16+graphs", "bf16+no search"] if device.type == "cuda" else []
         amounts = (options.seconds, options.samples, 20, 600)
         return cls(device, folder, False, SIZE, batches, *amounts, options.threads, variants)
 

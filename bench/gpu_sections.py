@@ -296,8 +296,13 @@ def make_config(setup: Setup, batch: int, **train: Any) -> Config:
 def switches(variant: str) -> dict[str, Any]:
     """A variant's name as keys of the section `train`."""
     precision, _, other = variant.partition("+")
-    compiled = {"compile": True, "graphs": "graphs"}.get(other, False)
-    return {"precision": precision, "compile": compiled, "channels_last": other != "contiguous"}
+    compiled = {"compile": True, "no search": True, "graphs": "graphs"}.get(other, False)
+    return {
+        "precision": precision,
+        "compile": compiled,
+        "channels_last": other != "contiguous",
+        "cudnn_benchmark": other != "no search",
+    }
 
 
 def step_alone(setup: Setup, batch: int, variant: str) -> tuple[float, float, float | None]:
@@ -343,16 +348,16 @@ def training(setup: Setup, record: Record) -> None:
     on_gpu = setup.device.type == "cuda"
     for batch in setup.batches:
         alone, _, _ = step_alone(setup, batch, "bf16+compile" if on_gpu else "float32")
-        for dataset in (setup.dataset, setup.uncompressed):
-            rate, figures = train_once(setup, batch, dataset)
+        for dataset, ahead in ((setup.dataset, on_gpu), (setup.dataset, not on_gpu), (setup.uncompressed, on_gpu)):
+            rate, figures = train_once(setup, batch, dataset, ahead)
             beyond = max(0.0, 1 - rate / alone)
             codec = dataset.manifest.codec
             minutes = PAPER_EPOCHS * (ZHOU_SAMPLES // batch * batch) / rate / 60
             rows.append(
-                {"batch": batch, "shards": codec, "triplets/s": rate, "step alone": alone}
+                {"batch": batch, "shards": codec, "data.ahead": ahead, "triplets/s": rate, "step alone": alone}
                 | {"share beyond the step, %": 100 * beyond, **figures, "20 epochs of eigen_zhou, min": minutes}
             )
-            if on_gpu:
+            if on_gpu and ahead:
                 # The host's time in the loader, too, is at least the device's wait for it: the loader's own work on the
                 # device makes a step longer than the step alone without any data being late.
                 waits = min(beyond, float(figures["host in the loader, %"] or 0) / 100)
@@ -362,7 +367,7 @@ def training(setup: Setup, record: Record) -> None:
         record.check("triplets/s (aimed at on an H200)", best >= AIM_TRIPLETS, f"{best:.0f} >= {AIM_TRIPLETS}")
 
 
-def train_once(setup: Setup, batch: int, dataset: LocalDataset) -> tuple[float, dict[str, Cell]]:
+def train_once(setup: Setup, batch: int, dataset: LocalDataset, ahead: bool) -> tuple[float, dict[str, Cell]]:
     """Triplets/s of a run after its warm steps; what it waited for and took."""
     from md2.training.trainer import Trainer
 
@@ -372,7 +377,9 @@ def train_once(setup: Setup, batch: int, dataset: LocalDataset) -> tuple[float, 
     run.mkdir()
     clock = Clock(setup, setup.warm)
     setup.reset_memory()
-    Trainer(make_config(setup, batch, max_steps=most), dataset, run, Ranks(0, 1, setup.device), clock).fit()
+    config = make_config(setup, batch, max_steps=most)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"ahead": ahead})})
+    Trainer(config, dataset, run, Ranks(0, 1, setup.device), clock).fit()
     lines = [line for line in read_metrics(run) if line["kind"] == "train" and line["step"] > setup.warm]
     waited = sum(line["data_wait"] for line in lines) / len(lines)
     return (most - setup.warm) * batch / clock.seconds, {

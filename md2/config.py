@@ -64,6 +64,9 @@ class DataConfig(Section):
     """Decoding threads; None: one per available core, at most 8 if the GPU decodes."""
     prefetch: int = Field(2, gt=0)
     """Batches that DALI prepares ahead."""
+    ahead: Literal["auto"] | bool = "auto"
+    """Make the next batch (flips, floats, jitter) on a thread and CUDA stream of its own while a step runs; `auto`: on
+    a GPU. A CPU's cores are busy with the step. The batches are the same."""
     shuffle: Literal["window", "global"] = "window"
     """`window`: random order of shards, samples shuffled over 8 shards at a time; `global`: over the whole part."""
 
@@ -202,6 +205,9 @@ class TrainConfig(Section):
     `auto`: on a GPU with Triton; if compiling fails, training continues without it. `graphs`: also replay the whole
     step as one CUDA graph, for GPUs that wait for the host's launches; with several ranks, accumulation or fp16 the
     networks alone."""
+    cudnn_benchmark: bool = True
+    """On a GPU, have cuDNN try its convolutions at the first step and keep the fastest; false: the ones that it thinks
+    best, the same in each run."""
     poses: Literal["learned", "given"] = "learned"
     """Motion between target and temporal frames: `learned` by a pose network, or `given` by the dataset.
 

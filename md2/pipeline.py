@@ -87,8 +87,6 @@ class Loader:
         depth: decode ground truth as well.
         motion: components of `md2 prep --motion` to read as well.
         accumulate: batches of each rank in a step; an epoch of training has whole steps.
-        ahead: make the next batch on a thread (and CUDA stream) of its own while one is used. None: on a GPU; a CPU's
-            cores are busy with the step.
         state: resume from another loader's `state()`.
 
     Raises:
@@ -115,7 +113,6 @@ class Loader:
         depth: bool = False,
         motion: Sequence[str] = (),
         accumulate: int = 1,
-        ahead: bool | None = None,
         state: LoaderState | None = None,
     ) -> None:
         self.dataset, self.part, self.config = dataset, part, config
@@ -143,7 +140,7 @@ class Loader:
         self._chunk: dict[str, Tensor] = {}
         self._used = 0
         self._next: Future[_Made] | None = None
-        self._maker = batch_thread() if (device.type == "cuda" if ahead is None else ahead) else None
+        self._maker = batch_thread() if (device.type == "cuda" if config.ahead == "auto" else config.ahead) else None
         own = self._maker is not None and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if own else None  # type: ignore[no-untyped-call]
         self._shards = dataset.stream(part)

@@ -43,6 +43,7 @@ CHANGEABLE = (
     "data.url",
     "data.threads",
     "data.prefetch",
+    "data.ahead",
     "train.batch_size",
     "train.accumulate",
     "train.epochs",

@@ -21,7 +21,15 @@ from md2.training.runlog import read_metrics
 from shards.errors import InputError, UsageError
 from shards.files import read_small
 
-_APART = ("train.seed", "data.url", "data.threads", "data.prefetch", "train.log_every", "train.image_every")
+_APART = (
+    "train.seed",
+    "data.url",
+    "data.threads",
+    "data.prefetch",
+    "data.ahead",
+    "train.log_every",
+    "train.image_every",
+)
 """Keys that do not make another experiment."""
 _MOST_BYTES = 1 << 20
 

@@ -114,7 +114,7 @@ class Trainer:
         config, device, main = self.config, self.ranks.device, self.ranks.main
         if device.type == "cuda":
             # All batches have one size, so the fastest convolutions are worth a search.
-            torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
         torch.manual_seed(config.train.seed)
         networks = Networks.of(config)
         if resume is None:

@@ -35,7 +35,8 @@ def test_all_of_the_gpu_benchmark_runs_on_a_cpu_and_says_that_it_did(tmp_path: P
     rows = {section["name"]: [row for _, table in section["tables"] for row in table] for section in found["sections"]}
     assert [row["decoded on"] for row in rows["decode"]] == ["cpu, batches on cpu", "nowhere (ppm), batches on cpu"]
     assert {row[""] for row in rows["step"]} == {"float32", "bf16"}
-    assert [row["shards"] for row in rows["training"]] == ["jpeg", "ppm"]
+    assert [row["shards"] for row in rows["training"]] == ["jpeg", "jpeg", "ppm"]
+    assert [row["data.ahead"] for row in rows["training"]] == [False, True, False]
     assert all(row["triplets/s"] > 0 for row in rows["training"])
     assert rows["training"][0]["peak, MiB"] is None
     text = (tmp_path / "gpu.md").read_text()

@@ -21,10 +21,13 @@ import ranks_keys
 import torch
 from ranks_keys import watch
 from storage_servers import Bucket, Fault, Proxy
+from train_data import Silent
 
 from bench.write_dataset import write_dataset
 from md2 import distributed
 from md2.checkpoint import load_checkpoint
+from md2.config import load_config
+from md2.train import resume_run, start_run
 from md2.training.runlog import read_metrics
 from shards.dataset import open_dataset
 from shards.errors import UsageError
@@ -258,6 +261,27 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over(
     driver.unlink()
     with distributed.ranks("auto") as place:
         assert place.device.type == "cpu"
+
+
+def test_the_dataset_is_opened_before_the_ranks_wait_for_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def ranks(setting: str) -> None:
+        seen.append("ranks")
+        raise KeyboardInterrupt
+
+    for module in ("md2.train.open_dataset", "md2.train._check_dataset"):
+        monkeypatch.setattr(module, lambda *arguments, module=module: seen.append(module))
+    monkeypatch.setattr(distributed, "ranks", ranks)
+    with pytest.raises(KeyboardInterrupt):
+        start_run(load_config("mono"), tmp_path / "run", Silent())
+    assert seen == ["md2.train.open_dataset", "ranks"]
+    (tmp_path / "config.yaml").write_text(load_config("mono").to_yaml())
+    with pytest.raises(KeyboardInterrupt):
+        resume_run(tmp_path, [], Silent())
+    assert seen[2:] == ["md2.train.open_dataset", "md2.train._check_dataset", "ranks"]
 
 
 def test_a_signal_to_every_process_leaves_a_checkpoint(dataset: Path, tmp_path: Path) -> None:

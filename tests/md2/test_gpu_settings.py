@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import train_data
+from nvidia.dali import backend
 from pipeline_data import HEIGHT, WIDTH, config, loader, make_samples, pack
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -93,8 +94,11 @@ def test_on_a_gpu_cudnn_looks_for_the_fastest_convolutions_and_adam_is_fused(
     assert not torch.backends.cudnn.benchmark and not one.optimizer.defaults["fused"]
     one.ranks = Ranks(0, 1, torch.device("cuda"))
     monkeypatch.setattr(Networks, "to", lambda self, *arguments, **options: self)
-    one._build(None)
-    assert torch.backends.cudnn.benchmark and one.optimizer.defaults["fused"]
+    for wanted in (True, False):
+        train = one.config.train.model_copy(update={"cudnn_benchmark": wanted})
+        one.config = one.config.model_copy(update={"train": train})
+        one._build(None)
+        assert torch.backends.cudnn.benchmark == wanted and one.optimizer.defaults["fused"]
 
 
 @pytest.mark.usefixtures("narrow")
@@ -211,6 +215,17 @@ def test_too_little_memory_is_not_the_datasets_fault(
     monkeypatch.setattr(dali, "image_problem", lambda file: pytest.fail("the images are innocent"))
     with pytest.raises(TrainingError, match=r"^DALI is out of memory \(.+\); lower train\.batch_size, data\.prefetch"):
         next(iter(loader(small)))
+
+
+def test_libraries_that_nothing_uses_are_not_asked_for(small: LocalDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip brings neither cuFFT nor NPP; DALI warns of it at its first GPU pipeline, and warnings are errors here."""
+    build, seen = dali.dali.Pipeline.build, list[str]()
+    for name, version in (("GetCudaVersion", 12090), ("GetCufftVersion", -1), ("GetNppVersion", -1)):
+        monkeypatch.setattr(backend, name, lambda name=name, version=version: seen.append(name) or version)
+    monkeypatch.setattr(backend, "cuda_checked", False)
+    monkeypatch.setattr(dali.dali.Pipeline, "build", lambda self: (backend.check_cuda_runtime(), build(self)))
+    assert next(iter(loader(small))).size == 4
+    assert seen == ["GetCudaVersion", "GetCufftVersion", "GetNppVersion"]
 
 
 def test_another_error_of_the_gpu_is_not_the_datasets_fault(

@@ -8,16 +8,19 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pipeline_data import config, make_samples, pack
+from train_data import QUICK, losses, train
 
 from md2.data.batch import Batch
 from md2.pipeline import Loader
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import DatasetError
+from shards.sample import Sample
 
 CPU = torch.device("cpu")
 
@@ -29,7 +32,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> LocalDataset:
 
 def make(dataset: LocalDataset, ahead: bool, **changes: Any) -> Loader:
     settings = {"batch_size": 2, "seed": 3, "train": True, **changes}
-    return Loader(dataset, "train", config(flip=True, color_jitter=True), device=CPU, ahead=ahead, **settings)
+    return Loader(dataset, "train", config(flip=True, color_jitter=True, ahead=ahead), device=CPU, **settings)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -94,6 +97,22 @@ def test_an_error_is_raised_where_its_batch_would_be_taken(dataset: LocalDataset
             taken.append(batch)
             wait([loader._next] if loader._next else [], timeout=60)
     assert len(taken) == 2 and loader.state()["samples"] == 4
+
+
+@QUICK
+def test_a_run_has_the_same_losses_and_says_what_is_broken(dataset: LocalDataset, tmp_path: Path) -> None:
+    for ahead in ("false", "true"):
+        train(dataset.folder, tmp_path / ahead, "mono", [f"data.ahead={ahead}"])
+    assert losses(tmp_path / "true") == losses(tmp_path / "false")
+    assert len(losses(tmp_path / "true")) == 5
+    broken = pack(tmp_path / "data", [*make_samples(10), broken_sample()])
+    with pytest.raises(DatasetError, match=r"train/000002\.tar.*broken_000.*0\.jpg"):
+        train(broken.folder, tmp_path / "broken", "mono", ["data.ahead=true"])
+
+
+def broken_sample() -> Sample:
+    (sample,) = make_samples(1, prefix="broken")
+    return Sample(sample.key, {**sample.components, "0.jpg": sample.components["0.jpg"][:300]})
 
 
 def test_evaluation_begins_at_the_beginning_after_whole_and_broken_passes(dataset: LocalDataset) -> None:

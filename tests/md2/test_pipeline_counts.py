@@ -219,6 +219,15 @@ def test_memory_goes_back_to_dali_only_when_the_gpu_has_read_it(
     assert len(watched.held) == 1 and watched.held[0] is first is not batches._chunk
 
 
+def test_nor_is_it_when_the_loader_is_dropped(dataset: LocalDataset) -> None:
+    batches = loader(dataset, batch_size=8)
+    next(iter(batches))
+    batches._read_on_gpu = watched = _Watched(batches)  # type: ignore[assignment]
+    batches.__del__()
+    assert len(watched.held) == 1
+    batches._read_on_gpu = None
+
+
 @pytest.mark.gpu
 def test_images_are_right_however_far_the_gpu_is_behind(dataset: LocalDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host asks for all batches while the device is still asleep, and DALI gets its memory back meanwhile."""
