@@ -112,9 +112,12 @@ def compare(places: Sequence[str]) -> list[Group]:
     """Group runs by their configuration, in the order given.
 
     Raises:
-        UsageError: they were measured on different data.
+        UsageError: they were measured on different data, or one is named twice.
         InputError: as `read_run`.
     """
+    paths = [Path(place).resolve() for place in places]
+    if repeated := [place for place, path in zip(places, paths, strict=True) if paths.count(path) > 1]:
+        raise UsageError(f"{repeated[0]}: named twice, which would count as two runs")
     runs = [read_run(place) for place in places]
     if len({run.data for run in runs}) > 1:
         kinds = "; ".join(sorted({run.data for run in runs}))
@@ -166,9 +169,8 @@ def picture(groups: Sequence[Group], metrics: Sequence[str] = ("abs_rel", "rmse"
     for axes, metric in zip(panels[0], metrics, strict=True):
         spread = [0.0 if math.isnan(group.deviations[metric]) else group.deviations[metric] for group in groups]
         axes.errorbar([group.means[metric] for group in groups], places, xerr=spread, fmt="o", capsize=4, color="C0")
-        axes.set_title(
-            f"{metric} ({'higher' if metric.startswith('a') and metric[1:].isdigit() else 'lower'} is better)"
-        )
+        better = "higher" if metric.startswith("a") and metric[1:].isdigit() else "lower"
+        axes.set_title(f"{metric}{' [m]' * (metric in ('rmse', 'sq_rel'))} ({better} is better)")
         axes.grid(axis="x", alpha=0.3)
         axes.margins(y=0.2)
     panels[0][0].set_yticks(places, [f"{group.name} (n = {group.runs})" for group in groups])

@@ -33,6 +33,7 @@ def curves_of(lines: Sequence[dict[str, Any]]) -> list[Curve]:
         ("Loss per scale", [(f"scale {name.removeprefix('loss/')}", train, name) for name in scales]),
         ("Depth error", [(name, val, name) for name in ("abs_rel", "rmse_log")]),
         ("Share of pixels within a factor of the truth", [(label, val, name) for label, name in within]),
+        ("Learned camera [pixels]", [(axis, train, f"camera/{axis}") for axis in ("fx", "fy", "cx", "cy")]),
         ("Learning rate", [("learning rate", train, "lr")]),
         ("Speed [images / s]", [("training", train, "images_per_second")]),
     ]
@@ -56,6 +57,7 @@ def draw(axes: Any, curve: Curve) -> None:
     axes.set_title(curve.title, loc="left", fontsize=9.5, fontweight="bold")
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
     axes.yaxis.get_offset_text().set_fontsize(8)
     axes.margins(y=0.15)
