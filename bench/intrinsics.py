@@ -1,34 +1,39 @@
 """How far learned intrinsics come from a wrong guess, by how much the camera turns.
 
-    md2 bench intrinsics FOLDER [--turns 0,1,4] [--train] [key.sub=value ...]      FOLDER keeps films, shards and runs
+    md2 bench intrinsics FOLDER [--turns 0,1,4] [--train [--poses learned,given]] [key.sub=value ...]
+
+FOLDER keeps drives, shards and runs.
 
 A synthetic street is filmed by a car that goes straight, or whose camera swings to the sides and a little up and down;
 TURNS are the fastest swings, in degrees a frame. The camera's focal length is 0.58 of the image's width.
 
 First with exact depth: the camera and the motion of each frame are free, then a plane for each frame's inverse depth,
-too, since networks can learn that as well. Then, with --train, as a user would: drives of each kind are packed with a
-camera.yaml that holds a field of view alone, and `md2 train` learns depth, motion and camera. Overrides are for it.
+too, since networks can learn that as well. Then, with --train: drives of each kind are packed with a camera.yaml that
+holds a field of view alone, and narrow networks learn depth, motion and camera from random weights, at a first focal
+length of 0.7 and 1.4 of the true one. A run takes 3 to 4 minutes of one core; a rerun resumes. Overrides are for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from PIL import Image
 
 from bench.camera import md2
-from md2.config import LossConfig, ModelConfig
+from bench.plain import Setting
+from md2.config import Config, LossConfig, ModelConfig, load_config
 from md2.data.batch import Batch, Offset
-from md2.inference.film import VideoWriter
 from md2.loss import ReprojectionLoss
-from md2.model import Pose, Prediction
+from md2.model import Networks, Pose, Prediction
 from md2.networks.camera import LearnedCamera, in_pixels
+from md2.train import PlainReporter, resume_run, start_run
 from md2.training.runlog import read_metrics
 from prep.synthetic.render import Renderer
 from prep.synthetic.rig import Array, CameraRig, Trajectory, inverse, rigid, rotation
@@ -40,10 +45,22 @@ GUESSES = (65, 100)
 """Degrees; the true field of view is 82."""
 FIT_STEPS = 100
 FAR = 1e4
-STREETS, LENGTH, RATE = 3, 60, 10
-TRAINING = ["data.frames=[0,-1,1]", "data.stereo=false", "data.intrinsics=learned", f"data.width={SIZE[0]}"]
-TRAINING += [f"data.height={SIZE[1]}", "train.batch_size=4", "train.epochs=40", "train.lr_step_epochs=32"]
-TRAINING += ["train.camera_from=500", "train.image_every=100000", "train.log_every=20"]
+STARTS = (0.7, 1.4)
+"""First focal lengths of trainings, as shares of the true one."""
+STREETS, LENGTH = 3, 60
+SETTING = Setting((0, -1, 1), stereo=False, size=SIZE)
+TRAINING = ["data.frames=[0,-1,1]", "data.stereo=false", "data.intrinsics=learned", "data.color_jitter=false"]
+TRAINING += [f"data.width={SIZE[0]}", f"data.height={SIZE[1]}", "data.threads=1", "model.scales=[0]"]
+TRAINING += ["train.max_steps=1200", "train.epochs=100", "train.lr_step_epochs=50", "train.learning_rate=1e-3"]
+TRAINING += ["train.camera_from=300", "train.image_every=100000", "train.log_every=50"]
+
+
+class Narrow(Networks):
+    """A quarter as wide, and their first disparities and motions those of a street (`bench.plain`)."""
+
+    @classmethod
+    def of(cls, config: Config) -> Networks:
+        return SETTING.prepared(Networks.of(config))
 
 
 @dataclass(frozen=True)
@@ -125,37 +142,62 @@ def fit(view: Renderer, guess: float, planes: bool) -> dict[str, float]:
     return {"fx": fx / true - 1, "fy": fy / true - 1, "loss": total.item()}
 
 
-def train(folder: Path, turn: float, overrides: list[str]) -> Iterator[dict[str, float]]:
-    """Learned intrinsics of a run on films of one kind, from its guess to its last row of metrics."""
-    place = folder / f"turn{turn:g}"
-    if not (place / "drives/camera.yaml").exists():
-        for street in range(1, STREETS + 1):
-            view = renderer(street, turn, LENGTH, (SIZE[0] * 2, SIZE[1] * 2))
-            with VideoWriter(place / f"drives/{street}.mp4", Fraction(RATE)) as film:
-                for frame in range(LENGTH):
-                    film.write(view.image(frame, 2)[0])
-        (place / "drives/camera.yaml").write_text("fov: 75\nrate: 30\n")
-    if not (place / "shards/dataset.json").exists():
-        words = ["--dataset", "folder", "--raw", place / "drives", "--out", place / "shards", "--workers", 1]
+def film(folder: Path, turn: float) -> None:
+    """Write drives as a user has them: frames, each camera's poses, and a camera.yaml with a field of view alone."""
+    for street in range(1, STREETS + 1):
+        view = renderer(street, turn, LENGTH)
+        frames = folder / str(street) / "left"
+        frames.mkdir(parents=True, exist_ok=True)
+        for number in range(LENGTH):
+            Image.fromarray(view.image(number, 2)[0]).save(frames / f"{number:03d}.png")
+        np.savetxt(frames.parent / "poses.txt", [view.pose(number, 2)[:3].ravel() for number in range(LENGTH)])
+    (folder / "camera.yaml").write_text("fov: 75\n")
+
+
+def train(folder: Path, turn: float, poses: str, guess: float, overrides: list[str]) -> dict[str, float]:
+    """Train depth, motion and camera from random weights, or resume that; one run.
+
+    Args:
+        turn: degrees a frame.
+        poses: `learned`, or `given`: the true ones.
+        guess: first focal length, as a share of the true one.
+
+    Returns:
+        The last row of the run's metrics.
+    """
+    place, true = folder / f"turn{turn:g}", CameraRig(SIZE).intrinsics
+    drives, shards, run = place / "drives", place / "shards", place / f"{poses}_{guess:g}"
+    if not (drives / "camera.yaml").exists():
+        film(drives, turn)
+    if not (shards / "dataset.json").exists():
+        words = ["--dataset", "folder", "--raw", drives, "--out", shards, "--part", "train", "--motion", "--workers", 1]
         md2("prep", *words, "--size", f"{SIZE[0]}x{SIZE[1]}")
-    if (place / "run/checkpoints/last.pt").exists():
-        md2("train", "--resume", place / "run")
-    else:
-        md2("train", "demo", f"data.url={place / 'shards'}", *TRAINING, *overrides, "--run", place / "run")
-    true = CameraRig(SIZE).intrinsics
-    for row in read_metrics(place / "run"):
-        if row["kind"] == "train":
-            yield {axis: row[f"camera/{axis}"] / true[i, i] - 1 for i, axis in enumerate(("fx", "fy"))} | row
+    with patch("md2.training.trainer.Networks", Narrow):
+        if (run / "config.yaml").exists():
+            resume_run(run, [], PlainReporter())
+        else:
+            fov = math.degrees(2 * math.atan(SIZE[0] / 2 / (true[0, 0] * guess)))
+            settings = [f"data.url={shards}", f"data.fov={fov}", f"train.poses={poses}", *TRAINING, *overrides]
+            start_run(load_config("demo", settings), run, PlainReporter())
+    return [row for row in read_metrics(run) if row["kind"] == "train"][-1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--turns", default="0,1,4", help="fastest turns, degrees a frame (default: 0,1,4)")
-    parser.add_argument("--train", action="store_true", help="also train, which takes most of the time")
+    parser.add_argument("--train", action="store_true", help="train instead")
+    parser.add_argument("--poses", default="learned", help="learned, given, or both (default: learned)")
     parser.add_argument("overrides", nargs="*", help="key.sub=value for md2 train")
     options = parser.parse_args()
     turns = [float(turn) for turn in options.turns.split(",")]
+    if options.train:
+        train_all(options.folder, turns, options.poses.split(","), options.overrides)
+    else:
+        fit_all(turns)
+
+
+def fit_all(turns: list[float]) -> None:
     print("| turns, degrees a frame | free | first guess | error of fx | error of fy |\n|---|---|---:|---:|---:|")
     for turn in turns:
         view = renderer(1, turn, FRAMES.stop + 3)
@@ -165,12 +207,19 @@ def main() -> None:
                 free = "camera, motion" + ", planes" * planes
                 start = SIZE[0] / 2 / math.tan(math.radians(guess) / 2) / CameraRig(SIZE).intrinsics[0, 0] - 1
                 print(f"| {turn:g} | {free} | {start:+.0%} | {found['fx']:+.1%} | {found['fy']:+.1%} |", flush=True)
-    if options.train:
-        print("\n| turns, degrees a frame | step | error of fx | error of fy |\n|---|---:|---:|---:|")
-        for turn in turns:
-            rows = list(train(options.folder, turn, options.overrides))
-            for row in [rows[0], *rows[len(rows) // 4 :: max(1, len(rows) // 4)]]:
-                print(f"| {turn:g} | {row['step']} | {row['fx']:+.1%} | {row['fy']:+.1%} |", flush=True)
+
+
+def train_all(folder: Path, turns: list[float], motions: list[str], overrides: list[str]) -> None:
+    true = CameraRig(SIZE).intrinsics
+    focal = float(true[0, 0])
+    print(f"true: fx = fy = {focal:.1f}, cx = {true[0, 2]:.1f}, cy = {true[1, 2]:.1f} pixels\n")
+    print("| turns, degrees a frame | poses | first guess | steps | fx | fy | cx | cy |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    for turn, poses, guess in itertools.product(turns, motions, STARTS):
+        row = train(folder, turn, poses, guess, overrides)
+        fx, fy, cx, cy = (row[f"camera/{name}"] for name in ("fx", "fy", "cx", "cy"))
+        found = f"{fx:.1f} ({fx / focal - 1:+.1%}) | {fy:.1f} ({fy / focal - 1:+.1%}) | {cx:.1f} | {cy:.1f}"
+        print(f"| {turn:g} | {poses} | {guess - 1:+.0%} | {row['step']} | {found} |", flush=True)
 
 
 if __name__ == "__main__":

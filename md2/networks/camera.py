@@ -12,10 +12,10 @@ from math import radians, tan
 import torch
 from torch import Tensor, nn
 
-GAIN = 30.0
-"""Adam moves each parameter by about the learning rate a step, which suits weights. Times this, 1e-4 changes a focal
-length by up to 0.3 % a step."""
-CENTRE_GAIN = 10.0
+GAINS = (20.0, 1.0, 0.3, 0.3)
+"""Of the logarithms of fx and of fy / fx, and of the centre. Adam moves each parameter by about the learning rate a
+step. With these, 1e-4 moves fx by up to 0.2 % a step, fy / fx by 0.01 % and the centre by 0.003 % of the image's size.
+Pixels are nearly square and the centre is near the middle, and noise in those would move fx as well."""
 
 
 class LearnedCamera(nn.Module):
@@ -42,9 +42,9 @@ class LearnedCamera(nn.Module):
     def forward(self) -> Tensor:
         """(4,): fx / W, fy / H, (cx + 0.5) / W, (cy + 0.5) / H."""
         offsets = self.offsets.detach() + self.moving * (self.offsets - self.offsets.detach())
-        fx, ratio, cx, cy = offsets.unbind()
-        focal = self.start[:2] * torch.exp(GAIN * torch.stack([fx, fx + ratio]))
-        return torch.cat([focal, self.start[2:] + CENTRE_GAIN * torch.stack([cx, cy])])
+        fx, ratio, cx, cy = (gain * offset for gain, offset in zip(GAINS, offsets.unbind(), strict=True))
+        focal = self.start[:2] * torch.exp(torch.stack([fx, fx + ratio]))
+        return torch.cat([focal, self.start[2:] + torch.stack([cx, cy])])
 
     def hold(self, held: bool) -> None:
         """Keep the camera as it is while `held`: its gradient is 0, which every rank computes all the same."""
