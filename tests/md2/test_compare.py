@@ -38,6 +38,8 @@ def test_seeds_are_averaged_and_settings_told_apart(tmp_path: Path) -> None:
     assert tree[1]["std"]["abs_rel"] is None and tree[0]["runs"] == ["plain0", "plain1", "plain2"]
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.width == 1200
+    with pytest.raises(UsageError, match="named twice"):
+        compare([runs[0], f"{runs[0]}/."])
 
 
 def test_files_of_md2_eval_are_read_and_not_mixed_with_validations(tmp_path: Path) -> None:
