@@ -30,10 +30,10 @@ from torch import Tensor
 from md2.config import PAPER_METRES_PER_UNIT, DataConfig
 from md2.data.augment import (
     Jitter,
+    Windows,
     camera_matrices,
     float_images,
     jitter_factors,
-    resize_windows,
     rigid_transforms,
     stereo_transforms,
 )
@@ -355,9 +355,8 @@ class Loader:
         jitter = self._jitter(host) if self._plan.jitter else None
         size, decoding = self._plan.size, not self._plan.uncompressed
         pixels = {offset: host[f"image {offset}"] for offset in self._plan.offsets}
-        if self._plan.crop:
-            pixels = {offset: resize_windows(images, host["windows"], size) for offset, images in pixels.items()}
-        made = {o: float_images(images, mirror, jitter, decoding=decoding) for o, images in pixels.items()}
+        shown = Windows(host["windows"], size) if self._plan.crop else None
+        made = {o: float_images(images, mirror, jitter, shown, decoding=decoding) for o, images in pixels.items()}
         if self.device.type == "cuda":
             self._read_on_gpu = torch.cuda.current_stream(self.device).record_event()
         stored = host["stored"][:, [1, 0]] if self._plan.stored is None else torch.tensor([self._plan.stored])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 import numpy as np
@@ -108,61 +109,99 @@ class Jitter:
         return out.permute(0, 3, 1, 2)
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a batch's images, and the size that they are resized to.
+
+    Attributes:
+        places: (B, 4) on the host, as `crop_windows` makes them.
+        size: width and height.
+    """
+
+    places: Tensor
+    size: tuple[int, int]
+
+    def cut(self, pixels: Tensor, place: int) -> Tensor:
+        """One window of (B, H, W, 3) uint8, resized by antialiased bicubic interpolation (Pillow's BICUBIC)."""
+        left, top, width, height = self.places[place].tolist()
+        # Sliced, not indexed: the stride of the batch's axis says channels_last, which torch resizes at twice the rate.
+        window = pixels[place : place + 1, top : top + height, left : left + width].permute(0, 3, 1, 2)
+        # CUDA resizes no bytes.
+        window = window.float() if window.is_cuda else window
+        resized = F.interpolate(window, self.size[::-1], mode="bicubic", antialias=True)
+        resized = resized.round_().clamp_(0, 255).byte() if window.is_cuda else resized
+        return resized[0].permute(1, 2, 0)
+
+
 def float_images(
-    pixels: Tensor, flipped: Tensor | None, jitter: Jitter | None, *, decoding: bool = True
+    pixels: Tensor,
+    flipped: Tensor | None,
+    jitter: Jitter | None,
+    windows: Windows | None = None,
+    *,
+    decoding: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Images as the loss takes them, and as the networks do.
 
     Args:
-        pixels: (B, H, W, 3) uint8.
+        pixels: (B, H, W, 3) uint8; with `windows` padded at the right and the bottom if they differ in size.
         flipped: (B,) bool, which to mirror; None: nothing.
         jitter: of colours; None: no jitter. All on the same device.
+        windows: what of them to show; None: whole images.
         decoding: other threads of the host decode images meanwhile, so that its cores are busy.
 
     Returns:
         Two of (B, 3, H, W) float32 in [0, 1], channels_last in memory; the same tensor where there is no jitter.
     """
     if pixels.device.type == "cpu":
-        return _one_by_one(pixels, flipped, jitter, decoding)
+        return _one_by_one(pixels, flipped, jitter, windows, decoding)
+    if windows is not None:
+        pixels = torch.stack([windows.cut(pixels, place) for place in range(len(pixels))])
     if flipped is not None:
         pixels = torch.where(flipped.view(-1, 1, 1, 1), pixels.flip(2), pixels)
     images = pixels.permute(0, 3, 1, 2).float().div_(255)
     return images, images if jitter is None else jitter(images)
 
 
-def _one_by_one(pixels: Tensor, flipped: Tensor | None, jitter: Jitter | None, decoding: bool) -> tuple[Tensor, Tensor]:
+def _one_by_one(
+    pixels: Tensor, flipped: Tensor | None, jitter: Jitter | None, windows: Windows | None, decoding: bool
+) -> tuple[Tensor, Tensor]:
     """`float_images` on the host, where memory is what takes time: an image stays in the cache until it is done."""
-    plain = host_memory.take(tuple(pixels.shape))
+    height, width = pixels.shape[1:3] if windows is None else windows.size[::-1]
+    plain = host_memory.take((len(pixels), height, width, 3))
     batch = plain.permute(0, 3, 1, 2)
     mirrored = [False] * len(pixels) if flipped is None else flipped.tolist()
-    images = list(zip(pixels.unbind(), mirrored, plain.unbind(), strict=True))
+    source = pixels.unbind().__getitem__ if windows is None else partial(windows.cut, pixels)
+    targets = plain.unbind()
     if jitter is None:
 
         def convert(mine: slice) -> None:
-            for image in images[mine]:
-                _convert(*image)
+            for place in range(len(pixels))[mine]:
+                _convert(source(place), mirrored[place], targets[place])
 
-        if decoding:
+        if decoding and windows is None:
             # Not on several threads: it is so little work that they would only take memory's bandwidth from DALI's.
-            convert(slice(len(images)))
+            convert(slice(len(pixels)))
         else:
             over_images(convert, plain)
         return batch, batch
-    jittered = host_memory.take(tuple(pixels.shape))
+    jittered = host_memory.take(tuple(plain.shape))
     drawn = jitter.by_place()
     count = ceil(plain.nbytes / len(plain) / _STRIP_BYTES)
-    rows = list(zip(*(_strips(part, count) for part in (pixels, plain, jittered)), strict=True))
+    # In strips of rows: one of floats and its copy fit a core's own cache.
+    rows, targets_in_strips, copies = (list(_strips(part, count)) for part in (pixels, plain, jittered))
     flat = plain.view(len(plain), -1, 3 * _PIXELS)
     to_turn = list(zip(flat.unbind(), _strips(flat, count), _strips(jittered.view(flat.shape), count), strict=True))
 
     def fill(mine: slice) -> None:
-        for place in range(len(images))[mine]:
+        for place in range(len(pixels))[mine]:
             if place in drawn:
-                _convert(*images[place])
+                _convert(source(place), mirrored[place], targets[place])
                 _turn_colours(*to_turn[place], *drawn[place])
                 continue
-            for source, target, copy in zip(*rows[place], strict=True):
-                copy.copy_(_convert(source, mirrored[place], target))
+            strips = rows[place] if windows is None else source(place).chunk(count)
+            for strip, target, copy in zip(strips, targets_in_strips[place], copies[place], strict=True):
+                copy.copy_(_convert(strip, mirrored[place], target))
 
     over_images(fill, plain)
     return batch, jittered.permute(0, 3, 1, 2)
@@ -183,7 +222,7 @@ def _turn_colours(
 
 
 def _strips(images: Tensor, count: int) -> Iterable[tuple[Tensor, ...]]:
-    """Each image of (B, rows, ...) cut into strips of its rows: one of floats and its copy fit a core's own cache."""
+    """Each image of (B, rows, ...) cut into strips of its rows."""
     return zip(*(strip.unbind() for strip in images.chunk(count, 1)), strict=True)
 
 
@@ -204,39 +243,6 @@ def crop_windows(
     extents = np.maximum(np.rint(share * sizes), 1).astype(np.int64)
     corners = (draws[:, 1:] * (sizes - extents + 1)).astype(np.int64)
     return np.concatenate([corners, extents], axis=1)
-
-
-def resize_windows(pixels: Tensor, windows: Tensor, size: tuple[int, int]) -> Tensor:
-    """Windows that were cut out, resized by antialiased bicubic interpolation (Pillow's BICUBIC).
-
-    Args:
-        pixels: (B, H, W, 3) uint8, each window at its top left.
-        windows: (B, 4) on the host, as `crop_windows` makes them.
-        size: width and height of the result.
-
-    Returns:
-        (B, height, width, 3) uint8.
-    """
-    width, height = size
-    out = torch.empty(len(pixels), height, width, 3, dtype=torch.uint8, device=pixels.device)
-    extents = windows[:, 2:].tolist()
-    on_host = pixels.device.type == "cpu"
-
-    def fill(mine: slice) -> None:
-        for place in range(len(pixels))[mine]:
-            across, down = extents[place]
-            window = pixels[place, :down, :across].permute(2, 0, 1).unsqueeze(0)
-            # CUDA resizes no bytes.
-            window = window if on_host else window.float()
-            resized = F.interpolate(window, (height, width), mode="bicubic", antialias=True)
-            resized = resized if on_host else resized.round_().clamp_(0, 255)
-            out[place] = resized[0].permute(1, 2, 0)
-
-    if on_host:
-        over_images(fill, out)
-    else:
-        fill(slice(None))
-    return out
 
 
 def camera_matrices(

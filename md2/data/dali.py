@@ -42,7 +42,7 @@ DALI's default."""
 DRAWS = 10
 """Uniform numbers of a sample: coins for flip and jitter, brightness, contrast, saturation, hue, the noise's seed, the
 window's scale and place."""
-_FLIP, _CORNER, _EXTENT, _SHARES = "flip", "corner", "extent", "shares"
+_FLIP, _SHARES = "flip", "shares"
 DecodeDevice = Literal["cpu", "gpu"]
 
 
@@ -67,8 +67,8 @@ class Read(NamedTuple):
 
     Attributes:
         keys: of the samples.
-        tensors: `ReadPlan.outputs` (images uint8 (n, H, W, 3) on the device, the rest on the host; with `crop` each
-            window at the top left), `windows` and `shares` (n, 4) of the stored image, in pixels and as shares, `flip`
+        tensors: `ReadPlan.outputs` (images uint8 (n, H, W, 3) on the device, the rest on the host; with `crop` whole,
+            padded if they differ), `windows` and `shares` (n, 4) of the stored image, in pixels and as shares, `flip`
             and `jitter` (n,) bool, `draws` (n, 4) from [-1, 1), `seeds` (n,) int64, and `ReadPlan.numbers`.
     """
 
@@ -205,13 +205,9 @@ class Reader:
             self.pipeline.feed_input(name, fed.files[name])
         if self.plan.depth and self.plan.flip:
             self.pipeline.feed_input(_FLIP, fed.host["flip"].int().numpy())
-        if self.plan.crop:
+        if self.plan.depth and self.plan.crop:
             # (height, width), as DALI counts axes.
-            windows = fed.host["windows"].numpy()[:, [1, 0, 3, 2]].astype(np.int32)
-            self.pipeline.feed_input(_CORNER, windows[:, :2].copy())
-            self.pipeline.feed_input(_EXTENT, windows[:, 2:].copy())
-            if self.plan.depth:
-                self.pipeline.feed_input(_SHARES, fed.host["shares"].numpy()[:, [1, 0, 3, 2]].astype(np.float32, "C"))
+            self.pipeline.feed_input(_SHARES, fed.host["shares"].numpy()[:, [1, 0, 3, 2]].astype(np.float32, "C"))
         self._in_flight.append(fed)
         # DALI's first run starts as many as it prepares ahead, each of which must have its files.
         if self._first and len(self._in_flight) < self._prefetch:
@@ -372,7 +368,7 @@ def _files(name: str) -> Any:
 
 
 def _images(plan: ReadPlan, encoded: list[Any], decode: DecodeDevice, target: DecodeDevice) -> list[Any]:
-    """Decode; cut the windows out, or resize if the size differs."""
+    """Decode; resize if the size differs and no windows are cut out later."""
     options = {
         "device": "mixed" if decode == "gpu" else "cpu",
         "output_type": types.RGB,
@@ -386,14 +382,11 @@ def _images(plan: ReadPlan, encoded: list[Any], decode: DecodeDevice, target: De
         if plan.stored is not None:
             # Their buffers are made at once: to grow them later halts the GPU.
             options["preallocate_width_hint"], options["preallocate_height_hint"] = plan.stored
-    if plan.crop:
-        corner, extent = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in (_CORNER, _EXTENT))
-        images = fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=[0, 1], **options)
-        # Of one shape, to be one tensor.
+    images = fn.decoders.image(encoded, **options)
+    if plan.crop and plan.stored is None:
+        # Of one shape, to be one tensor. To cut the windows out here would cost half as much again as decoding.
         images = fn.pad(images, axes=[0, 1])
-    else:
-        images = fn.decoders.image(encoded, **options)
-    if plan.stored != plan.size and not plan.crop:
+    elif plan.stored != plan.size and not plan.crop:
         width, height = plan.size
         # Lanczos with antialiasing is what prep resizes with.
         images = fn.resize(images, size=[height, width], interp_type=types.INTERP_LANCZOS3, antialias=True)

@@ -25,7 +25,7 @@ class ReadPlan:
         size: width and height of the batch's images.
         header: what the file of each image begins with if it is `uncompressed`, else nothing.
         flip, jitter: draw them.
-        crop: cut out windows of this least and largest share of the images, not yet resized; None: whole images.
+        crop: draw windows of this least and largest share of the images, which are decoded whole; None: none.
         motion: components that say how the camera moves, and how many numbers each has; NaN where a sample lacks one.
     """
 
