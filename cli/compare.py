@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from cli.console import console, say, visible
-from shards.errors import InputError
+from cli.console import console, say
+from shards.errors import InputError, visible
 
 
 def compare(

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -36,26 +36,17 @@ from md2.process import Libraries, shortage
 from shards.errors import Md2Error, first_line, visible
 from shards.files import require_local, require_possible
 
-__all__ = [
-    "Advance",
-    "bars",
-    "console",
-    "errors",
-    "local_paths",
-    "progress_bar",
-    "run",
-    "say",
-    "show_log",
-    "visible",
-    "warn",
-    "with_room",
-]
-
 console = Console()
 errors = Console(stderr=True)
 
 DEBUG = "MD2_DEBUG"
 """Environment variable: as `md2 --debug`."""
+Device = Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")]
+"""Option of several commands, as are the next two."""
+PostProcess = Annotated[
+    bool, typer.Option("--post-process", help="Average with the prediction for the mirrored image.")
+]
+Splits = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder that holds splits by name.")]
 Advance = Callable[[int, int], None]
 """Called with how many units are done, and of how many (0: unknown)."""
 _OURS = ("md2", "prep", "shards", "cli", "bench")
@@ -73,9 +64,14 @@ def say(text: str, *, style: str | None = None) -> None:
     console.print(visible(text), style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-def warn(text: str) -> None:
-    """Print one yellow line on stderr."""
-    errors.print(visible(text), style="yellow", highlight=False, markup=False, soft_wrap=True)
+def warn(text: str, *, style: str | None = "yellow") -> None:
+    """As `say`, on stderr."""
+    errors.print(visible(text), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `1,200 images`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 class _Rate(ProgressColumn):
@@ -95,12 +91,10 @@ class _Rate(ProgressColumn):
 class _Bar(Progress):
     """A display that an exception wipes, so that the message stands alone."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None or not self.tasks:
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None or not self.tasks:
             self.live.transient = True
-        super().__exit__(kind, error, trace)
+        super().__exit__(*error)
 
 
 def progress_bar(unit: str) -> Progress:
@@ -135,7 +129,7 @@ class _OnConsole(logging.Handler):
     """Log lines on stderr, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        errors.print(f"md2: {visible(self.format(record))}", highlight=False, markup=False, soft_wrap=True)
+        warn(f"md2: {self.format(record)}", style=None)
 
 
 def show_log() -> None:
@@ -291,7 +285,7 @@ def _print_error(message: str) -> None:
 
 def _print_trace(error: BaseException) -> None:
     for line in "".join(traceback.format_exception(error)).splitlines():
-        errors.print(visible(line), highlight=False, markup=False, soft_wrap=True)
+        warn(line, style=None)
 
 
 def _first_rank() -> bool:

@@ -11,8 +11,8 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from cli.console import console, errors, progress_bar, say, visible, warn
-from shards.errors import INCOMPLETE, UsageError
+from cli.console import Device, PostProcess, Splits, console, progress_bar, say, warn
+from shards.errors import INCOMPLETE, UsageError, visible
 
 if TYPE_CHECKING:
     from md2.evaluation.run import EvalReport
@@ -35,7 +35,7 @@ def evaluate(
             help="Split to take of raw KITTI, or that orders --predictions: eigen ..., a file, a folder.",
         ),
     ] = None,
-    splits: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder that holds splits by name.")] = None,
+    splits: Splits = None,
     raw: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,9 +65,7 @@ def evaluate(
     scale: Annotated[
         float | None, typer.Option(metavar="METRES", help="Metres per unit of prediction, 5.4 for official stereo.")
     ] = None,
-    post_process: Annotated[
-        bool, typer.Option("--post-process", help="Average with the prediction for the mirrored image.")
-    ] = False,
+    post_process: PostProcess = False,
     predictions: Annotated[
         Path | None,
         typer.Option(
@@ -99,7 +97,7 @@ def evaluate(
     ] = False,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images in one pass.")] = 16,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N images only.")] = None,
-    device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Evaluate depth with the published protocols and seven metrics."""
     from md2.inference.inputs import require_model
@@ -170,7 +168,7 @@ def evaluate(
         print(to_latex(visible(name), metrics))
     # After the table, so that a full disk costs no result.
     for path in write_results(options, report):
-        errors.print(f"wrote {visible(str(path))}", highlight=False, markup=False, soft_wrap=True)
+        warn(f"wrote {path}", style=None)
     if data.left_out:
         raise typer.Exit(INCOMPLETE)
 
@@ -200,7 +198,7 @@ def _model_and_dataset(paths: list[str], predictions: Path | None) -> tuple[str 
 
 
 def _print(report: EvalReport) -> None:
-    console.print(visible(report.title), style="bold", highlight=False, markup=False, soft_wrap=True)
+    say(report.title, style="bold")
     # Narrow, so that a terminal of 80 columns shows every name and number whole.
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", overflow="fold")

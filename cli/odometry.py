@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from cli.console import bars, say
+from cli.console import Device, bars, say
 
 
 def odometry(
@@ -37,7 +37,7 @@ def odometry(
     ] = Path("odometry"),
     limit: Annotated[int | None, typer.Option(metavar="N", min=2, help="Take the first N frames only.")] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Motions predicted in one pass.")] = 8,
-    device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Predict the trajectory of a sequence. With ground truth, also measure the error on 5-frame snippets."""
     from md2.inference.inputs import find_inputs, require_model, require_one_sequence

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from cli.console import bars, errors, say, visible
+from cli.console import Device, PostProcess, bars, counted, say, warn
 from shards.errors import INCOMPLETE
 
 
@@ -25,9 +25,7 @@ def predict(
             " (default: the first four; side_by_side for a video)",
         ),
     ] = None,
-    post_process: Annotated[
-        bool, typer.Option("--post-process", help="Average with the prediction for the mirrored image.")
-    ] = False,
+    post_process: PostProcess = False,
     cmap: Annotated[str, typer.Option(metavar="NAME", help="Colour map of matplotlib.")] = "magma",
     scale: Annotated[
         float | None, typer.Option(metavar="METRES", help="Metres per unit of depth; overrides the model's own.")
@@ -53,7 +51,7 @@ def predict(
         int | None, typer.Option(metavar="N", min=1, help="Take the first N frames of a video or camera only.")
     ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images in one pass; a camera's go singly.")] = 8,
-    device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Predict depth as pictures, videos and depth files. Ctrl-C stops a camera and completes its video."""
     from md2.inference.inputs import find_inputs, parse_intrinsics, parse_kinds, require_model
@@ -81,8 +79,8 @@ def predict(
     with bars("images") as bar:
         done = run_predict(predictor, found, options, bar)
     for failure in done.failed:
-        errors.print(f"skipped: {visible(failure)}", highlight=False, markup=False, soft_wrap=True)
-    say(f"{_count(done.images, 'image')}, {_count(len(done.written) - (html is not None), 'file')} in {out}")
+        warn(f"skipped: {failure}", style=None)
+    say(f"{counted(done.images, 'image')}, {counted(len(done.written) - (html is not None), 'file')} in {out}")
     if html is not None:
         say(f"open {html} in a browser")
     if predictor.unit == "unknown" and scale is None:
@@ -92,7 +90,3 @@ def predict(
         )
     if done.failed:
         raise typer.Exit(INCOMPLETE)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"

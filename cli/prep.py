@@ -14,7 +14,7 @@ import typer
 from rich.progress import Progress, TaskID
 from typer.core import TyperCommand
 
-from cli.console import progress_bar, say, warn
+from cli.console import Splits, counted, progress_bar, say, warn
 from shards.errors import INCOMPLETE, UsageError
 from shards.manifest import REPORT
 from shards.sample import DEPTH
@@ -100,7 +100,7 @@ def prep(
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the shuffle.")] = 0,
     shard_mb: Annotated[int, typer.Option(metavar="N", help="Size of a shard in MiB (at most 1000 samples).")] = 256,
-    splits: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder that holds splits by name.")] = None,
+    splits: Splits = None,
     download: Annotated[
         str | None,
         typer.Option(metavar="[URL]", help="Read what --raw lacks from KITTI's public archive, or from URL."),
@@ -170,7 +170,7 @@ def prep(
             )
     if isinstance(packed, Unfinished):
         late = ", ".join(map(str, packed.late))
-        say(f"{packed.url}: share {task} is encoded, but not those of {_count(len(packed.late), 'task')}: {late}")
+        say(f"{packed.url}: share {task} is encoded, but not those of {counted(len(packed.late), 'task')}: {late}")
         say(f"the last one to finish commits; run a lost one again, such as --task {packed.late[0]}/{share.count}")
         return
     _summarise(packed, request.out)
@@ -229,7 +229,7 @@ def _summarise(packed: Packed, asked: str) -> None:
     parts = ", ".join(f"{manifest.samples(part)} {part}" for part in manifest.parts)
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     state = "was there already" if packed.already else "packed"
-    say(f"{packed.url}: {state}: {parts} samples, {_count(len(manifest.shards), 'shard')}, {size:.1f} MB")
+    say(f"{packed.url}: {state}: {parts} samples, {counted(len(manifest.shards), 'shard')}, {size:.1f} MB")
     if packed.url != open_storage(asked).url:
         say(f"another dataset is at {asked}, and stays as it is")
     if manifest.optional_components:
@@ -238,9 +238,5 @@ def _summarise(packed: Packed, asked: str) -> None:
     if manifest.depth is not None and DEPTH not in {*manifest.components, *manifest.optional_components}:
         say(f"no sample has ground truth: no {manifest.depth.source} data for these frames at --raw")
     if packed.skipped:
-        number = _count(len(packed.skipped), "line")
+        number = counted(len(packed.skipped), "line")
         say(f"{number} left out: {summary(packed.skipped)}; all of them in {packed.url}/{REPORT}")
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"

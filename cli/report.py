@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from cli.console import bars, say, warn
+from cli.console import Device, bars, say, warn
 from shards.errors import InputError
 
 
@@ -26,7 +26,7 @@ def report(
     evaluate: Annotated[
         bool, typer.Option("--eval/--no-eval", help="Measure the model, for the table and the worst images.")
     ] = True,
-    device: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where the networks run.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Write a self-contained HTML page about a run.
 

@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from cli.console import errors, local_paths, say
+from cli.console import counted, errors, local_paths, say
 from shards.errors import INCOMPLETE, DatasetError, StorageError, UsageError, visible
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _verify(url: str) -> str:
     if MANIFEST in result.broken:
         return "every shard is sound, but the manifest's component list is not theirs"
     if result.broken:
-        return f"{len(result.broken)} of {_count(len(result.manifest.shards), 'shard')} are broken"
+        return f"{len(result.broken)} of {counted(len(result.manifest.shards), 'shard')} are broken"
     say(f"{result.url}  sound: {_summary(result.manifest)}  ({time.monotonic() - began:.1f} s)")
     return ""
 
@@ -213,7 +213,7 @@ def remove(url: Writable, yes: Yes = False) -> None:
     storage = open_storage(url)
     say(f"{storage.url}  {_summary(require_manifest(storage).manifest)}")
     _ask("Remove this dataset for good?", yes)
-    say(f"{storage.url}  removed: {_count(remove_dataset(url), 'file')}")
+    say(f"{storage.url}  removed: {counted(remove_dataset(url), 'file')}")
 
 
 @app.command()
@@ -229,7 +229,7 @@ def clean(url: Writable, yes: Yes = False) -> None:
         say(f"{url}  nothing unfinished there")
         return
     for leavings in found:
-        say(f"{leavings.url}  unfinished: {_count(len(leavings.names), 'file')}; {leavings.who}")
+        say(f"{leavings.url}  unfinished: {counted(len(leavings.names), 'file')}; {leavings.who}")
     _ask("Remove all of this? A writer that is still running would fail.", yes)
     for leavings in found:
         remove_unfinished(leavings)
@@ -257,7 +257,7 @@ def cache(
         day = time.strftime("%Y-%m-%d", time.localtime(resident.used))
         state = f"last used {day}" if resident.idle else "in use"
         say(f"{resident.folder}  {format_bytes(resident.present)} here of {what}; {state}")
-    say(f"{place.folder}  {_count(len(found), 'dataset')}, {format_bytes(sum(r.present for r in found))}")
+    say(f"{place.folder}  {counted(len(found), 'dataset')}, {format_bytes(sum(r.present for r in found))}")
     if clear and found:
         _ask("Remove those that no process uses?", yes)
         say(f"{place.folder}  {format_bytes(clear_cache(place))} removed")
@@ -309,7 +309,7 @@ def _report(copied: Copied, asked: str) -> str:
     beside = "" if copied.url == asked else f" (another dataset is at {asked})"
     there = len(copied.manifest.shards) - copied.sent
     found = f", {there} were there already" if there else ""
-    return f"{copied.url}{beside}  {_count(copied.sent, 'shard')} copied{found}: {_summary(copied.manifest)}"
+    return f"{copied.url}{beside}  {counted(copied.sent, 'shard')} copied{found}: {_summary(copied.manifest)}"
 
 
 @contextmanager
@@ -327,10 +327,6 @@ def _bytes_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _count(number: int, unit: str) -> str:
-    return f"{number:,} {unit}{'s' * (number != 1)}"
-
-
 def _summary(manifest: Manifest) -> str:
     from pydantic import ByteSize
 
@@ -338,7 +334,7 @@ def _summary(manifest: Manifest) -> str:
     size = "native size" if manifest.size is None else f"{manifest.size[0]}x{manifest.size[1]}"
     total = ByteSize(sum(shard.bytes + shard.index_bytes for shard in manifest.shards))
     return (
-        f"{manifest.split.name}: {parts}; {size} {manifest.codec}; {_count(len(manifest.shards), 'shard')}, "
+        f"{manifest.split.name}: {parts}; {size} {manifest.codec}; {counted(len(manifest.shards), 'shard')}, "
         f"{total.human_readable(decimal=True, separator=' ')}"
     )
 

@@ -208,11 +208,9 @@ def trajectory_scale(true: Matrices, predicted: Matrices) -> float:
 
 def trajectory_png(predicted: Matrices, true: Matrices | None, title: str, note: str, *, metres: bool = False) -> bytes:
     """Draw the trajectory from above (x to the right, z up) as PNG; `true` (n, 4, 4) starts at the identity too."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     axes: Any = figure.add_subplot()
     if true is not None:
         axes.plot(true[:, 0, 3], true[:, 2, 3], color="0.35", linewidth=2, label="ground truth")

@@ -153,12 +153,10 @@ def _plain(value: Any) -> str:
 def _svg(curve: Curve) -> bytes:
     """Draw a plot as an image of its own, whose element ids cannot clash with another's."""
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "md2"}):
         figure = Canvas(figsize=(4.6, 2.9), layout="constrained")
-        FigureCanvasSVG(figure)
         draw(figure.add_subplot(), curve)
         if len(curve.series) > 1:
             figure.legend(loc="outside lower center", ncols=len(curve.series), frameon=False, fontsize=8)

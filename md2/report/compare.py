@@ -159,11 +159,9 @@ def to_json(groups: Sequence[Group]) -> str:
 
 def picture(groups: Sequence[Group], metrics: Sequence[str] = ("abs_rel", "rmse", "a1")) -> bytes:
     """Draw means with error bars of one standard deviation, a panel for each metric: PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 1.2 + 0.45 * len(groups)), layout="constrained")
-    FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, len(metrics), sharey=True, squeeze=False)
     places = range(len(groups))
     for axes, metric in zip(panels[0], metrics, strict=True):

@@ -28,12 +28,10 @@ def run_figure(run: Path) -> Path | None:
         return drawn  # a run that ends with a validation has been drawn, which takes a second
     # matplotlib takes a second to import. The object API keeps pyplot's global state (and any display) out of a
     # training process.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = [found for kind in ("train", "val") if (found := _newest_panel(run, kind)) is not None]
     figure = Figure(figsize=(12, 3.4 + sum(_inches(panel) for _, panel in panels)), layout="constrained")
-    FigureCanvasAgg(figure)
     heights = [3.4, *(_inches(panel) for _, panel in panels)]
     grid = figure.add_gridspec(1 + len(panels), 3, height_ratios=heights)
     curves = [curve for curve in curves_of(lines) if curve.title.startswith(("Loss", "Depth", "Share"))]

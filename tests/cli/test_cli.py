@@ -18,13 +18,13 @@ import pytest
 import torch
 from typer.main import get_command
 
-from cli.console import run, visible
+from cli.console import run
 from cli.main import app
 from md2.config import load_config
 from md2.visualize import require_writable
 from md2.zoo import zoo as list_zoo
 from prep.raw.splits import NAMED
-from shards.errors import InputError
+from shards.errors import InputError, visible
 from shards.files import write_atomic
 
 COMMANDS = ("sample", "prep", "shards", "train", "eval", "predict", "odometry", "export", "report", "bench", "zoo")
