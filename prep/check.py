@@ -16,6 +16,8 @@ _BYTES_PER_PIXEL = {"jpeg": 0.68, "png": 1.8, "ppm": 3.0}
 """Of KITTI's frames at 640x192 (JPEG as packed by default), if there is no frame to measure."""
 _DEPTH_BYTES = 56_000
 _NATIVE = (1242, 375)
+_RAW_IMAGE, _RAW_SCAN = 830_000, 1_930_000
+"""Mean bytes of a colour PNG and of a scan of KITTI."""
 _OVERHEAD = 8 * 1024
 """Tar headers, padding and the small components of a sample."""
 _TRIED = 6
@@ -68,7 +70,9 @@ def check(plan: PackingPlan, lists: SplitLists) -> str:
         more = f" and {len(missing) - _SHOWN_DRIVES:,} more drives" if len(missing) > _SHOWN_DRIVES else ""
         text.append(f"missing  {' '.join(missing[:_SHOWN_DRIVES])}{more}")
         if "/" in missing[0] or missing[0].isdecimal():
-            text.append(f"         put them at --raw, or give --download to read them from {PUBLIC_ARCHIVE}")
+            scans = len({(line.drive, line.frame) for line in lines if line.drive in missing}) if content.depth else 0
+            amount = _size((len(needed) - present) * _RAW_IMAGE + scans * _RAW_SCAN)
+            text.append(f"         put them at --raw, or give --download to read about {amount} from {PUBLIC_ARCHIVE}")
     return "\n".join(text)
 
 

@@ -309,5 +309,6 @@ def test_a_check_of_nothing_says_what_to_do(drive: Path, tmp_path: Path) -> None
     done = command("prep", "--split", write_split(tmp_path / "s", *lines), "--raw", tmp_path, "--check", cwd=tmp_path)
     assert done.returncode == 4
     assert "and 36 more drives" in done.stdout
-    assert "--download to read them from https://" in done.stdout
+    # Of each line three frames, the partner and a scan.
+    assert f"--download to read about {40 * (4 * 0.83 + 1.93):.1f} MB from https://" in done.stdout
     assert max(map(len, done.stdout.splitlines())) < 250
