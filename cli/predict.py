@@ -83,6 +83,9 @@ def predict(
     say(f"{counted(done.images, 'image')}, {counted(len(done.written) - (html is not None), 'file')} in {out}")
     if html is not None:
         say(f"open {html} in a browser")
+    clouds = html is not None or "ply" in (kinds or ())
+    if clouds and not (pinhole or view or predictor.intrinsics((1, 1))):
+        say("point clouds are those of KITTI's camera; --camera FILE or --intrinsics FX,FY,CX,CY gives yours")
     if predictor.unit == "unknown" and scale is None:
         say(
             "scale unknown: this model learned from one camera, so depth is right up to one factor; .npy and .ply hold "

@@ -34,6 +34,7 @@ from prep.raw.view import View
 from prep.raw.zips import Ref
 from prep.workers import Progress, Quiet
 from shards.errors import InputError, first_line
+from shards.storage import is_local, local_path
 from shards.video import VIDEO_SUFFIXES
 
 _IMAGE = re.compile(r"(.+)\.(png|jpg|jpeg)", re.IGNORECASE)
@@ -121,6 +122,7 @@ class FolderLayout:
 
     def _what_is_there(self) -> Iterator[str]:
         """Likely reasons why no drive was found, and what to do; the likeliest first."""
+        yield from (f"{url} does not exist" for url in self.raw.urls if is_local(url) and not local_path(url).exists())
         cameras, strange, flat = list[str](), list[str](), list[str]()
         folders = [("", 0)]
         for folder, level in folders:

@@ -149,6 +149,10 @@ def test_predict_odometry_export_report_from_outside(mono: Path, tmp_path: Path)
     assert code == 0, output
     assert "3 images, 9 files" in output
     assert "scale unknown" in output
+    assert "KITTI's camera" not in output
+    for words, noted in (([], True), (["--intrinsics", "60,60,59.5,29.5"], False)):
+        _, output, _ = md2("predict", mono, tmp_path / "frames/0.png", "--out", tmp_path / "c", "--save", "ply", *words)
+        assert ("point clouds are those of KITTI's camera" in output) == noted
     (tmp_path / "frames" / "broken.png").write_bytes(b"\x89PNG")
     code, output, _ = md2("predict", mono, tmp_path / "frames", "--out", tmp_path / "p", "--save", "npy")
     assert code == INCOMPLETE

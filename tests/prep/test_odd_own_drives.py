@@ -368,6 +368,7 @@ def test_drives_that_are_not_found_say_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "drive.mp4").write_bytes(b"x")
     assert "there is no camera.yaml; it holds width, height, fx, fy, cx, cy, or only fov" in no_drives(tmp_path / "f")
+    assert f"{tmp_path / 'none'} does not exist" in no_drives(tmp_path / "none")
 
 
 # Names and paths
