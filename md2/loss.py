@@ -117,11 +117,9 @@ def reprojection_loss(
     Args:
         prediction: the networks' outputs. Its disparities set the scales, its poses the temporal sources.
         pyramids: images, as from `image_pyramid`; the stereo partner "s" is a source if it is among them.
-        intrinsics: (B, 3, 3) at level 0.
-        stereo: (B, 4, 4), target camera to partner; needed with the source "s".
+        intrinsics, stereo: (B, 3, 3) at level 0; (B, 4, 4), target camera to partner, needed with the source "s".
         min_depth, max_depth: depth at disparity 1 and 0.
-        noise: breaks ties between warped and unwarped sources.
-        panels: also return images to look at.
+        noise, panels: breaks ties between warped and unwarped sources; also return images to look at.
         fast: the engine of `md2/photometric/`; False: `Reprojection` above.
 
     Raises:

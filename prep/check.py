@@ -10,6 +10,7 @@ from prep.raw.calibration import other
 from prep.raw.files import PUBLIC_ARCHIVE, read
 from prep.raw.splits import CameraSide, SplitLists
 from prep.raw.velodyne import encode_png, points_in_view, project, read_scan
+from shards.cache.folder import format_bytes
 from shards.errors import SampleError
 
 _BYTES_PER_PIXEL = {"jpeg": 0.68, "png": 1.8, "ppm": 3.0}
@@ -49,6 +50,7 @@ def check(plan: PackingPlan, lists: SplitLists) -> str:
     broken = [*map(str, bad), *dict.fromkeys(s.detail for s in plan.skipped if s.reason == BROKEN_DRIVE), *broken]
     with_depth = sum(sample.depth for samples in plan.samples.values() for sample in samples)
     per_sample = len(content.offsets) * image + _OVERHEAD
+    whole = len(lines) * (per_sample + (depth if content.depth else 0))
     parts = ", ".join(f"{len(samples):,} {part}" for part, samples in plan.samples.items())
     drives, missing = len({line.drive for line in lines}), plan.missing_drives
     reasons = Counter(skip.reason for skip in plan.skipped).most_common()
@@ -58,10 +60,10 @@ def check(plan: PackingPlan, lists: SplitLists) -> str:
         f"frames   {len(needed):,} needed, {present:,} present, {len(needed) - present:,} missing",
         f"samples  {len(lines) + len(bad):,} lines, {plan.total:,} can be packed ({parts}), {with_depth:,} with depth",
         *(f"         {count:,} cannot: {reason}" for reason, count in reasons),
-        f"to read  {_size(plan.input_bytes)}",
-        f"shards   about {_size(plan.total * per_sample + with_depth * depth)}, {basis}",
-        f"         about {_size(len(lines) * (per_sample + (depth if content.depth else 0)))} if nothing were missing",
-        f"scratch  about {_size(plan.images * image + with_depth * depth)}, and one shard for each worker",
+        f"to read  {format_bytes(plan.input_bytes)}",
+        f"shards   about {format_bytes(plan.total * per_sample + with_depth * depth)}, {basis}",
+        f"         about {format_bytes(whole)} if nothing were missing",
+        f"scratch  about {format_bytes(plan.images * image + with_depth * depth)}, and one shard for each worker",
         *(f"broken   {message}" for message in broken[:_SHOWN]),
         *([f"         and {len(broken) - _SHOWN:,} more"] if len(broken) > _SHOWN else []),
         *(f"note     {note}" for note in plan.notes[:_SHOWN]),
@@ -71,7 +73,7 @@ def check(plan: PackingPlan, lists: SplitLists) -> str:
         text.append(f"missing  {' '.join(missing[:_SHOWN_DRIVES])}{more}")
         if "/" in missing[0] or missing[0].isdecimal():
             scans = len({(line.drive, line.frame) for line in lines if line.drive in missing}) if content.depth else 0
-            amount = _size((len(needed) - present) * _RAW_IMAGE + scans * _RAW_SCAN)
+            amount = format_bytes((len(needed) - present) * _RAW_IMAGE + scans * _RAW_SCAN)
             text.append(f"         put them at --raw, or give --download to read about {amount} from {PUBLIC_ARCHIVE}")
     return "\n".join(text)
 
@@ -106,10 +108,3 @@ def _measure(plan: PackingPlan) -> tuple[int, int, bool, list[str]]:
 def _usual_image_bytes(content: Content) -> int:
     width, height = content.format.size or _NATIVE
     return int(width * height * _BYTES_PER_PIXEL[content.format.codec])
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count / 1e3:.0f} kB"

@@ -210,7 +210,7 @@ def _own_drives(
     if content["stereo"] and not pairs:
         raise UsageError(f"--stereo: no drive at {', '.join(raw.urls)} has a right camera with baseline in camera.yaml")
     content["stereo"] = pairs if content["stereo"] is None else content["stereo"]
-    content["depth"] = content["depth"] and any(drive.depth_maps["l"] for drive in drives)
+    content["depth"] = content["depth"] and any(drive.depth_maps.get("l") for drive in drives)
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(raw.urls[0].rstrip("/")).resolve().name) or "drives"
     unsplit = SplitLists(name, {}, {}, "")
     what = make_content(unsplit, **{**content, "depth_source": "dense" if content["depth"] else None})

@@ -68,9 +68,9 @@ class Drive:
     name: str
     key: str
     images: dict[CameraSide, FrameRefs]
-    scans: FrameRefs
-    depth_maps: dict[CameraSide, FrameRefs]
     calibration: StereoCalibration
+    scans: FrameRefs = field(default_factory=dict)
+    depth_maps: dict[CameraSide, FrameRefs] = field(default_factory=dict)
     kitti: bool = True
     poses: Matrix | None = None
     motion: Motion | None = None
@@ -221,7 +221,6 @@ class Kitti:
             key=f"odom_{number}",
             images=images,
             scans=scans,
-            depth_maps={"l": {}, "r": {}},
             calibration=read_odometry_calibration(folder, self.raw.read, depth=bool(scans)),
             poses=poses,
             motion=pose_motion(poses) if self._motion and poses is not None else None,
