@@ -32,6 +32,8 @@ _OTHER_KIND = re.compile(
     re.IGNORECASE,
 )
 """URLs whose first part is no bucket or host that md2 knows: everything up to the last @ counts."""
+_NO_SCHEME = re.compile(r"(?<![^\s'\"<>=])//[^\s/@:'\"<>]{1,200}:[^\s@'\"<>]{1,1000}@")
+"""The rest of a URL whose begin was left out: it is a path, and its password one in messages."""
 _QUERY = re.compile(
     r"(?P<address>\b[A-Za-z][A-Za-z0-9+.-]{0,30}:/{1,3}[^\s?'\"<>]*)\?[^\s'\"<>]*=[^\s'\"<>]*?(?=[:;,.)]*(?:[\s'\"<>]|$))"
 )
@@ -117,6 +119,8 @@ def conceal(text: str) -> str:
             rest = value[server.end() :].rstrip("/") if server else value
             for part in (rest, re.split("[?#]", rest)[0].rstrip("/")):
                 text = _without(text, part, f"{part[0]}…" if server and part else "…")
+    if "//" in text:
+        text = _NO_SCHEME.sub("//…@", text)
     if ":/" in text:
         text = _WORD.sub(_conceal_url, text)
     text = _AUTHORIZATION.sub(r"\g<name>…", _HUB_TOKEN.sub("…", text))

@@ -72,8 +72,8 @@ class HttpStorage(Storage):
         try:
             parts = urlsplit(self.url)
             parts.port  # noqa: B018 - not a number if a password holds a slash
-        except ValueError as error:
-            raise UsageError(f"{url.partition(':')[0]}://…: not a web address (https://host/path)") from error
+        except ValueError:  # it quotes the part that it cannot read, which may be a password
+            raise UsageError(f"{url.partition(':')[0]}://…: not a web address (https://host/path)") from None
         if "@" in parts.netloc or parts.netloc.endswith(":"):
             raise UsageError(f"{parts.scheme}://…: no credentials in a URL; use ~/.netrc or the bucket's s3:// address")
         if parts.query or parts.fragment:
