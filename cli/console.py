@@ -188,7 +188,7 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
     debugging("--debug" in words[:1])
     _plain_output()
     message: str | None
-    with _announced_signals() as announce, _own_warnings():
+    with _announced_signals() as (announce, announced), _own_warnings():
         try:
             result = app(words, standalone_mode=False, prog_name="md2")
             _flush()
@@ -205,7 +205,8 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
         except BaseException as error:
             if _debug:
                 _print_trace(error)
-            if _interrupted(error):
+            # A library may collect what ended its attempts, Ctrl-C among it, and raise an error of its own.
+            if _interrupted(error) or (announced.is_set() and not isinstance(error, Md2Error)):
                 announce(signal.SIGINT)
                 return 128 + signal.SIGINT
             code, message = _explained(error, words)
@@ -339,8 +340,10 @@ def _own_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def _announced_signals() -> Iterator[Callable[[int], None]]:
+def _announced_signals() -> Iterator[tuple[Callable[[int], None], threading.Event]]:
     """Print a line the moment Ctrl-C or SIGTERM arrives, even while the main thread is busy in C code.
+
+    It gives a function that prints it now, and whether it was printed.
 
     Python writes the number of every signal into a pipe, whatever handler is set; a thread reads it. SIGTERM unwinds
     like an error, so that what is half-written is removed; training has handlers of its own.
@@ -356,7 +359,7 @@ def _announced_signals() -> Iterator[Callable[[int], None]]:
         errors.print(f"md2: {word}", highlight=False, markup=False)
 
     if threading.current_thread() is not threading.main_thread():
-        yield announce
+        yield announce, announced
         return
     source, sink = os.pipe()
     os.set_blocking(sink, False)
@@ -371,12 +374,12 @@ def _announced_signals() -> Iterator[Callable[[int], None]]:
     try:
         thread.start()
     except RuntimeError:  # no thread to be had: announced once all is unwound
-        yield announce
+        yield announce, announced
         return
     before = signal.signal(signal.SIGTERM, _terminated)
     outer = signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
     try:
-        yield announce
+        yield announce, announced
     finally:
         signal.set_wakeup_fd(outer)
         signal.signal(signal.SIGTERM, before)

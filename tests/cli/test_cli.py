@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -428,6 +430,20 @@ def test_an_error_out_of_an_interrupted_wait_is_an_interruption(
     assert run(app, ["zoo"]) == 130
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", "md2: interrupted\n")
+
+
+def test_an_error_after_ctrl_c_is_an_interruption(capfd: pytest.CaptureFixture[str]) -> None:
+    """As torch's ONNX exporter does, which catches Ctrl-C and reports that no attempt succeeded."""
+
+    def exporter(*_: object, **__: object) -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
+        time.sleep(0.2)  # the line comes from another thread
+        raise RuntimeError("no attempt succeeded")
+
+    assert run(exporter, []) == 128 + signal.SIGINT
+    assert capfd.readouterr().err == "md2: interrupted\n"
 
 
 def test_a_reader_that_has_enough_ends_quietly_and_a_full_disk_is_one_line() -> None:
