@@ -27,15 +27,15 @@ class BarReporter:
     def start(self, total: int, done: int) -> None:
         self.total = total
         if self.main:
-            self.task = self.bar.add_task("train", total=total, completed=done, rate=None, note="")
+            self.task = self.bar.add_task("steps", total=total, completed=done, rate=None, note="")
             self.bar.start()
 
     def step(self, step: int, epoch: int, loss: float | None, images_per_second: float) -> None:
         if self.task is None:
             return
-        self.bar.update(self.task, completed=step, description=f"epoch {epoch + 1}", rate=images_per_second)
+        self.bar.update(self.task, completed=step, rate=images_per_second)
         if loss is not None:
-            self.bar.update(self.task, note=f"loss {loss:.4f}")
+            self.bar.update(self.task, note=f"epoch {epoch + 1}  loss {loss:.4f}")
         if loss is not None and not errors.is_terminal:
             from md2.train import progress_line
 

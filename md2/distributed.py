@@ -111,7 +111,8 @@ def describe(device: torch.device) -> str:
     """A device for messages: the GPU's name, or the CPU and its threads."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (cuda:{device.index or 0})"
-    return f"the CPU ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"the CPU ({threads} thread{'s' * (threads != 1)})"
 
 
 def exchange_gradients(networks: nn.Module, in_place: bool) -> DistributedDataParallel:
