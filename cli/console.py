@@ -33,7 +33,7 @@ from rich.progress import (
 from rich.text import Text
 
 from md2.process import Libraries, shortage
-from shards.errors import Md2Error, first_line, visible
+from shards.errors import Md2Error, UsageError, first_line, visible
 from shards.files import require_local, require_possible
 
 console = Console()
@@ -137,6 +137,7 @@ def show_log() -> None:
     log = logging.getLogger("shards")
     log.handlers = [_OnConsole()]
     log.setLevel(logging.INFO if _first_rank() else logging.WARNING)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home folder that cannot be written
 
 
 def local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,6 +191,7 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
     message: str | None
     with _announced_signals() as (announce, announced), _own_warnings():
         try:
+            _require_current_folder()
             result = app(words, standalone_mode=False, prog_name="md2")
             _flush()
             return result if isinstance(result, int) else 0
@@ -216,6 +218,18 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
     if message is not None:
         _print_error(message)
     return code
+
+
+def _require_current_folder() -> None:
+    """Refuse to begin in a folder that is gone: libraries end the process at it, with words of their own.
+
+    Raises:
+        UsageError: it is gone, or may not be looked at.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError(f"the current folder cannot be used ({error.strerror}): change to another") from error
 
 
 def _interrupted(error: BaseException | None) -> bool:

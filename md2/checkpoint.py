@@ -106,12 +106,15 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: Path | None = N
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        # torch's own message is about positions in its archive; the reason is in the error's context.
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = getattr(cause, "strerror", None) or first_line(cause)
         raise InputError(
-            f"cannot write checkpoint {path}: {reason}; free some space there, or choose another --run"
+            f"cannot write checkpoint {path}: {unwritten(error)}; free some space there, or choose another --run"
         ) from error
+
+
+def unwritten(error: OSError | RuntimeError) -> str:
+    """Say why torch cannot write a file: its message is about positions in it, the reason in the error's context."""
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    return getattr(cause, "strerror", None) or first_line(cause)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -28,6 +28,7 @@ from md2.checkpoint import (
     reason_of,
     require_short_header,
     resolve,
+    unwritten,
     what_else,
 )
 from md2.config import Config, config_from_dict
@@ -265,14 +266,14 @@ def save_monodepth2(
             extras = {"height": height, "width": width, "use_stereo": stereo} if name == "encoder" else {}
             contents = {key: value.detach().cpu().contiguous() for key, value in state.items()}
             tmp = temporary(beside / f"{name}.pth")
-            torch.save({**contents, **extras}, tmp)
+            with tmp.open("wb") as file:
+                torch.save({**contents, **extras}, file)
             replace(tmp, beside / f"{name}.pth")
         fsync_folder(beside)
         beside.replace(folder)
         fsync_folder(folder.parent)
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise InputError(f"cannot write {folder}: {reason or first_line(error)}; name another place") from error
+        raise InputError(f"cannot write {folder}: {unwritten(error)}; name another place") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,3 +182,12 @@ def dataset(drive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with start_workers(1) as workers:
         pack(plan, lists, str(folder / "sample"), folder / "scratch", workers)
     return folder / "sample"
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may become larger than 8 kB: writes fail as on a full disk, in the middle of the archive."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +10,7 @@ import numpy as np
 
 from md2.visualize import Picture
 from shards.errors import InputError
-from shards.files import replace, temporary
+from shards.files import remove_quietly, replace, temporary
 from shards.video import import_av
 
 TICKS = 90_000
@@ -93,6 +92,8 @@ class VideoWriter:
             self._container.close()
             if kind is None and self._stream is not None:
                 replace(self._beside, self.path)
+        except OSError as error:
+            if kind is None:  # else it must not hide the first error
+                raise InputError(f"cannot write {self.path}: {error.strerror}") from error
         finally:
-            with contextlib.suppress(OSError):  # must not hide the first error
-                self._beside.unlink(missing_ok=True)
+            remove_quietly(self._beside)

@@ -41,6 +41,14 @@ def md2(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProc
     )
 
 
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = f"cd gone; rmdir ../gone; PYTHONPATH={Path(__file__).parents[2]} {sys.executable} -m cli.main zoo"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"md2: the current folder cannot be used \(.*\): change to another\n", done.stderr)
+
+
 @pytest.mark.parametrize("place", ["/", "~nobody-of-that-name/x", "x\0y", "n" * 300, f"~{'n' * 300}"])
 def test_a_place_that_can_be_none_is_one_line(
     drive: Path,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import struct
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +23,7 @@ from md2.checkpoint import (
     save_checkpoint,
 )
 from md2.config import Config
-from md2.weights import read_monodepth2
+from md2.weights import read_monodepth2, save_monodepth2
 from shards.errors import InputError
 
 
@@ -157,20 +155,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert load_checkpoint(path).step == 1
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may become larger than 8 kB: writes fail as on a full disk, in the middle of the archive."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_write_that_fails_leaves_nothing_half_written_and_says_why(tmp_path: Path, small_files: None) -> None:
     with pytest.raises(InputError, match=r"new/a\.pt: File too large; free some space"):
         save_checkpoint(checkpoint(1), tmp_path / "new" / "a.pt")
     assert list((tmp_path / "new").iterdir()) == []
     assert not has_checkpoint(tmp_path)
+    weights = {"weight": torch.zeros(4096)}
+    with pytest.raises(InputError, match=r"cannot write .*official: File too large; name another place"):
+        save_monodepth2(
+            {"encoder": weights, "depth": weights}, tmp_path / "official", height=64, width=96, stereo=False
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
 
 
 def test_the_best_is_gone_on_from_where_it_is_all_there_is(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline_data import smooth
 from torch.nn.functional import interpolate
 
 from md2.checkpoint import load_checkpoint
+from md2.inference.film import VideoWriter
 from md2.inference.images import read_image, to_pil
 from md2.inference.inputs import parse_intrinsics
 from md2.inference.predictor import Predictor, load
@@ -228,3 +230,20 @@ def test_images_that_must_not_be_decoded_are_refused(tmp_path: Path) -> None:
             read_image(tmp_path / f"{name}.png")
         with pytest.raises(InputError, match=message), open_picture(tmp_path / f"{name}.png", name) as image:
             image.load()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_film_on_a_full_disk_is_one_line(tmp_path: Path, interrupted: bool, small_files: None) -> None:
+    """An earlier error is not hidden by that of closing the file."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+
+    def film() -> None:
+        with VideoWriter(tmp_path / "a.mp4", Fraction(10)) as writer:
+            for _ in range(9):
+                writer.write(noise)
+            if interrupted:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt if interrupted else InputError):
+        film()
+    assert list(tmp_path.iterdir()) == []
