@@ -235,12 +235,12 @@ def test_images_that_must_not_be_decoded_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_film_on_a_full_disk_is_one_line(tmp_path: Path, interrupted: bool, small_files: None) -> None:
     """An earlier error is not hidden by that of closing the file."""
-    noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (9, 64, 96, 3), dtype=np.uint8)
 
     def film() -> None:
         with VideoWriter(tmp_path / "a.mp4", Fraction(10)) as writer:
-            for _ in range(9):
-                writer.write(noise)
+            for picture in noise:
+                writer.write(picture)
             if interrupted:
                 raise KeyboardInterrupt
 
