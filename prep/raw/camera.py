@@ -164,10 +164,12 @@ def parse_camera(content: bytes, where: str) -> Camera:
         raise InputError(f"{where}: not YAML ({' '.join(str(error).split())[:200]})") from error
     except RecursionError:
         raise InputError(f"{where}: nested too deeply for a camera file; {_NEEDED}") from None
-    if isinstance(data, Mapping) and not {*_INTRINSICS, "fov"} & set(data):
+    if data is not None and not isinstance(data, Mapping):
+        raise InputError(f"{where}: not lines of the form fov: 90; {_NEEDED}")
+    if data and not {*_INTRINSICS, "fov"} & set(data):
         data = _from_other_tool(data, where) or data
     try:
-        camera = Camera.model_validate(data if data is not None else {})
+        camera = Camera.model_validate(data or {})
     except ValidationError as error:
         raise InputError(f"{where}: {_describe(error)}; {_NEEDED}") from error
     if camera.width is not None and camera.height is not None:

@@ -390,6 +390,7 @@ FIELDS = "".join(f"{key}: {value}\n" for key, value in CAMERA.items())
         (FIELDS + "crop: {top: 150, bottom: 60}\n", "crop leaves less than 8 pixels of frames of 320x200"),
         (FIELDS + "crop: {top: -3}\n", "crop.top"),
         (FIELDS + "rate: 0\n", "rate"),
+        ("fov 90\n", "not lines of the form fov: 90"),
         (KALIBR.replace("pinhole", "omni").replace("MODEL", "radtan").replace("COEFFICIENTS", "[]"), "kind omni"),
         ("K: [[500, 0, 320], [0, 500, 240], [0, 0, 1]]\n", r"its K\) without the frames' size"),
     ],
