@@ -100,7 +100,7 @@ class Setting:
         narrowed(networks, self.narrow)
         for head in networks.depth.decoder[10:]:
             nn.init.constant_(head.conv.bias, START)
-        if networks.temporal:
+        if networks.learns_poses:
             with torch.no_grad():
                 networks.pose.net[-1].bias[5::6] = FORWARD / OUTPUT_SCALE
         return networks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from train_data import Silent, config, trainer
 
 import md2.networks.camera as camera_module
+from bench import intrinsics
 from md2.checkpoint import load_checkpoint
 from md2.config import DataConfig, LossConfig, ModelConfig, load_config
 from md2.data.batch import Batch, Offset
@@ -25,7 +27,7 @@ from md2.loss import ReprojectionLoss
 from md2.model import Pose, Prediction
 from md2.networks.camera import LearnedCamera, in_pixels, matrices
 from md2.train import resume_run, start_run
-from md2.training.runlog import read_metrics
+from md2.training.runlog import Reporter, read_metrics
 from prep.synthetic.render import Renderer
 from prep.synthetic.rig import Array, CameraRig, Trajectory, inverse, rigid, rotation
 from prep.synthetic.street import build_street
@@ -142,6 +144,26 @@ def test_a_run_learns_its_camera_and_resumes_with_it(dataset: Path, tmp_path: Pa
     assert camera[0] == pytest.approx(
         2 * WIDTH * float(one["start"][0] * torch.exp(camera_module.GAINS[0] * one["offsets"][0]))
     )
+
+
+def test_the_bench_trains_on_drives_with_poses_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps, then a third, from 0.7 times the true focal length."""
+    monkeypatch.setattr(intrinsics, "STREETS", 1)
+    monkeypatch.setattr(intrinsics, "LENGTH", 10)
+    few = ["train.batch_size=2", "train.camera_from=0", "train.log_every=1"]
+    true = CameraRig(intrinsics.SIZE).intrinsics[0, 0]
+    first = intrinsics.train(tmp_path, 4, "given", 0.7, [*few, "train.max_steps=1"])
+    assert first["camera/fx"] == pytest.approx(0.7 * true)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(intrinsics, "film", None)  # what is there is used again
+        patched.setattr(intrinsics, "resume_run", partial(_resume, steps=3))
+        third = intrinsics.train(tmp_path, 4, "given", 0.7, [])
+    assert third["step"] == 3
+    assert 0.001 < abs(third["camera/fx"] / first["camera/fx"] - 1) < 0.05
+
+
+def _resume(run: Path, overrides: list[str], reporter: Reporter, steps: int) -> object:
+    return resume_run(run, [*overrides, f"train.max_steps={steps}"], reporter)
 
 
 def test_intrinsics_that_are_a_guess_are_reported_unless_they_are_learned(dataset: Path) -> None:
