@@ -30,6 +30,7 @@ from md2.config import DataConfig, LossConfig, ModelConfig
 from md2.model import Networks
 from md2.networks import decoder
 from md2.photometric import kernels, reprojection
+from md2.training.amp import gather_pooled_gradients
 
 PARTS = ("networks", "loss and its gradient", "backward", "guard and optimiser")
 FREE = ("detach", "empty", "empty_like", "new_empty")
@@ -88,9 +89,15 @@ class Count(TorchDispatchMode):
         """Take the place of TorchInductor's code generation: the graph's kernels are counted, plain operators run."""
         graph.init_wrapper_code()
         graph._update_scheduler()
-        nodes = [node for node in graph.scheduler.nodes if type(node).__name__ != "NopKernelSchedulerNode"]
-        self.operations += len(nodes)
-        self.bytes += sum(node.get_read_write_buffers_sizes() for node in nodes)
+        from torch._inductor.ir import MultiOutput
+
+        for node in graph.scheduler.nodes:
+            part = getattr(node, "node", None)
+            if isinstance(part, MultiOutput):  # of a library's result: no kernel of its own, and counted nowhere else
+                self.bytes += int(part.get_numel()) * part.get_dtype().itemsize
+            elif type(node).__name__ != "NopKernelSchedulerNode":
+                self.operations += 1
+                self.bytes += node.get_read_write_buffers_sizes()
         run = torch.fx.Interpreter(graph.module).run
         return SimpleNamespace(call=lambda inputs: run(*inputs), __file__="", __name__="", _cache_key="")
 
@@ -120,6 +127,7 @@ def scheduled(count: Count) -> Iterator[None]:
     from torch._inductor import config
     from torch._inductor.graph import GraphLowering
 
+    gather_pooled_gradients()
     try:
         # The lambda becomes a method, which gets the graph.
         replaced = patch.object(GraphLowering, "compile_to_module", lambda graph: count.schedule(graph))  # noqa: PLW0108

@@ -35,13 +35,12 @@ def rotation_from_axis_angle(axis_angle: Tensor) -> Tensor:
     """
     angle = torch.linalg.vector_norm(axis_angle, dim=1, keepdim=True)
     axis = axis_angle / (angle + EPSILON)
-    sin, cos = torch.sin(angle), torch.cos(angle)
-    x, y, z = (axis * sin).unbind(1)
-    zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=1).view(-1, 3, 3)
+    sin, cos = (values.unsqueeze(2) for values in (torch.sin(angle), torch.cos(angle)))
     outer = axis.unsqueeze(2) * axis.unsqueeze(1)
-    identity = torch.eye(3, dtype=axis.dtype, device=axis.device)
-    rotation: Tensor = cos.unsqueeze(2) * identity + (1 - cos).unsqueeze(2) * outer + cross
+    identity = torch.eye(3, dtype=axis.dtype, device=axis.device).expand_as(outer)
+    # Row by row: a row of the identity x the axis is that row of the matrix [axis]x, which takes v to axis x v.
+    cross = torch.linalg.cross(identity, axis.unsqueeze(1).expand_as(outer))
+    rotation: Tensor = cos * identity + (1 - cos) * outer + sin * cross
     return rotation
 
 

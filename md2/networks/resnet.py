@@ -12,6 +12,26 @@ WIDTH = 64
 """Channels after the first convolution; each stage after the first has twice as many as the one before."""
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation that does not count its batches.
+
+    PyTorch's counts them in `num_batches_tracked`, which official files hold and nothing reads at a fixed momentum. On
+    a GPU that is a kernel a layer: 40 launches a step (bench/RESULTS.md).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,  # type: ignore[arg-type]  # never None here
+            self.eps,
+        )
+
+
 class _Basic(nn.Module):
     """Two 3x3 convolutions; ResNet-18 and -34."""
 
@@ -20,9 +40,9 @@ class _Basic(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm(width)
         self.downsample = _shortcut(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,11 +60,11 @@ class _Bottleneck(nn.Module):
         super().__init__()
         outputs = width * self.expansion
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm(width)
         self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
+        self.bn3 = BatchNorm(outputs)
         self.downsample = _shortcut(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +77,7 @@ class _Bottleneck(nn.Module):
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and inputs == outputs:
         return None
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), BatchNorm(outputs))
 
 
 class Architecture(NamedTuple):
@@ -87,7 +107,7 @@ class ResNet(nn.Module):
         super().__init__()
         block, blocks = ARCHITECTURES[name]
         self.conv1 = nn.Conv2d(3 * images, WIDTH, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTH)
+        self.bn1 = BatchNorm(WIDTH)
         self.channels = [WIDTH]
         for index, count in enumerate(blocks):
             width, inputs = WIDTH * 2**index, self.channels[-1]

@@ -68,6 +68,7 @@ class AmpSettings:
         """
         if not self.compile:
             return networks
+        gather_pooled_gradients()
         return torch.compile(networks, mode="reduce-overhead" if self.compile == "graphs" and not whole else None)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -79,6 +80,18 @@ class AmpSettings:
         if not self.channels_last:
             return images
         return {offset: image.contiguous(memory_format=torch.channels_last) for offset, image in images.items()}
+
+
+def gather_pooled_gradients() -> None:
+    """Have what is compiled from now on gather the gradients of max pooling.
+
+    PyTorch 2.13 replaces that operation by atomic additions into float32 images that are not channels_last. That moves
+    86 MB more a sample of a mono step (bench/RESULTS.md), and adds in another order each time. TorchInductor has a
+    kernel that gathers, which PyTorch's deterministic mode and its earlier versions use.
+    """
+    from torch._inductor.decomposition import decompositions
+
+    decompositions.pop(torch.ops.aten.max_pool2d_with_indices_backward.default, None)
 
 
 def _native(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from md2.data.batch import Offset
 from md2.model import Networks, Pose
 from md2.networks.decoder import Reflect
 from md2.networks.pose import PoseDecoder
-from md2.networks.resnet import ResNetEncoder
+from md2.networks.resnet import BatchNorm, ResNetEncoder
 from shards.errors import InputError
 
 # Official checkpoint layout: parameters of the depth decoder, number -> (outputs, inputs).
@@ -39,6 +39,20 @@ def build(
 def images(frames: tuple[Offset, ...] = (0, -1, 1), batch: int = 2, seed: int = 1) -> dict[Offset, torch.Tensor]:
     torch.manual_seed(seed)
     return {offset: torch.rand(batch, 3, 64, 96) for offset in frames}
+
+
+def test_batch_normalisation_is_pytorchs_but_for_the_count() -> None:
+    ours, theirs = BatchNorm(5), nn.BatchNorm2d(5)
+    for norm in (ours, theirs):
+        nn.init.constant_(norm.weight, 1.5)
+    found = []
+    for norm in (ours, theirs):
+        torch.manual_seed(0)
+        found.append([norm(3 + torch.randn(4, 5, 3, 2)) for _ in range(2)] + [norm.eval()(torch.rand(1, 5, 2, 2))])
+    assert all(map(torch.equal, *found))
+    assert theirs.num_batches_tracked == 2 and ours.num_batches_tracked == 0
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert torch.equal(ours.running_mean, theirs.running_mean) and torch.equal(ours.running_var, theirs.running_var)
 
 
 def test_state_dict_names_and_shapes_are_the_official_ones() -> None:

@@ -152,6 +152,21 @@ def test_a_step_is_counted_without_a_gpu() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules
+def test_compiled_the_gradient_of_pooling_is_gathered_with_what_surrounds_it() -> None:
+    count = pytest.importorskip("bench.count", reason="Triton is not installed")
+    taken = count.Count()
+    x = torch.randn(2, 8, 12, 16, requires_grad=True)
+    with count.scheduled(taken):
+        y = torch.compile(lambda x: torch.nn.functional.max_pool2d((3 * x).relu(), 3, 2, 1))(x)
+        before = taken.operations
+        y.square().sum().backward()
+    assert taken.operations == before + 1, "one kernel, back to x"
+    expected = x.detach().requires_grad_()
+    torch.nn.functional.max_pool2d((3 * expected).relu(), 3, 2, 1).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected.grad)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules
 def test_of_what_is_compiled_the_fused_kernels_are_counted() -> None:
     count = pytest.importorskip("bench.count", reason="Triton is not installed")
     taken = count.Count()
