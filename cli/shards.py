@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from cli.console import counted, errors, local_paths, say
 from shards.errors import INCOMPLETE, DatasetError, StorageError, UsageError, visible
@@ -332,7 +325,7 @@ def _summary(manifest: Manifest) -> str:
 
     parts = ", ".join(f"{manifest.samples(part):,} {part}" for part in manifest.parts)
     size = "native size" if manifest.size is None else f"{manifest.size[0]}x{manifest.size[1]}"
-    total = ByteSize(sum(shard.bytes + shard.index_bytes for shard in manifest.shards))
+    total = ByteSize(sum(shard.total_bytes for shard in manifest.shards))
     return (
         f"{manifest.split.name}: {parts}; {size} {manifest.codec}; {counted(len(manifest.shards), 'shard')}, "
         f"{total.human_readable(decimal=True, separator=' ')}"

@@ -127,9 +127,11 @@ def reprojection_loss(
     """
     sources = prediction.sources(pyramids, stereo)
     scales, T = list(prediction.disparities), None
+    # Every scale is compared at full resolution (section 3.3), with `v1_multiscale` at its own.
+    levels = {scale: [scale] for scale in scales} if config.v1_multiscale else {0: scales}
     per_scale, looks = {}, {}
     with torch.autocast(prediction.disparities[scales[0]].device.type, enabled=False):
-        for level, at_level in ({s: [s] for s in scales} if config.v1_multiscale else {0: scales}).items():
+        for level, at_level in levels.items():
             target, images = pyramids[0][level], [pyramids[source][level] for source in sources]
             K = scale_intrinsics(intrinsics, level)
             compare = (reprojection.Reprojection if fast else Reprojection)(target, images, config)

@@ -62,6 +62,16 @@ class Shard(_Model):
     def index_name(self) -> str:
         return self.name.removesuffix(".tar") + ".idx"
 
+    @property
+    def files(self) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
+        """Name, size and sha256 of the index and of the tar."""
+        return (self.index_name, self.index_bytes, self.index_sha256), (self.name, self.bytes, self.sha256)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of both files."""
+        return self.bytes + self.index_bytes
+
 
 class Split(_Model):
     """Name of the split, and the sha256 of its lists (part name and lines, in order)."""

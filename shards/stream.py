@@ -149,7 +149,7 @@ class ShardStream:
 
     def bytes_of(self, at_once: int) -> int:
         """Bytes of the largest `at_once` shards."""
-        return sum(sorted((shard.bytes + shard.index_bytes for shard in self.shards), reverse=True)[:at_once])
+        return sum(sorted((shard.total_bytes for shard in self.shards), reverse=True)[:at_once])
 
     def require(self, at_once: int) -> None:
         """Compare the cache's limit with the shards that are needed at the same time.

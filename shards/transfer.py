@@ -65,7 +65,7 @@ class Verified:
 
 def _counter(shards: list[Shard], progress: Progress | None) -> Callable[[int], None]:
     """Return a function that adds up bytes for the callback; it takes a negative number if some must come again."""
-    total, done, guard = _bytes(shards), 0, threading.Lock()
+    total, done, guard = sum(shard.total_bytes for shard in shards), 0, threading.Lock()
 
     def advance(count: int) -> None:
         nonlocal done
@@ -75,10 +75,6 @@ def _counter(shards: list[Shard], progress: Progress | None) -> Callable[[int], 
                 progress(done, total)
 
     return advance
-
-
-def _bytes(shards: list[Shard]) -> int:
-    return sum(shard.bytes + shard.index_bytes for shard in shards)
 
 
 def copy_dataset(
@@ -117,7 +113,7 @@ def copy_dataset(
         return Copied(store.url, manifest, 0, already=True)
     missing = [s for s in manifest.shards if s.name not in receipts or receipts[s.name].shard != s]
     advance = _counter(manifest.shards, progress)
-    advance(_bytes([s for s in manifest.shards if s not in missing]))
+    advance(sum(shard.total_bytes for shard in manifest.shards if shard not in missing))
     sent = sum(_send(source_url, source, store, missing, advance))
     for name in (CARD, REPORT):
         data = source.read(name, _MAX_TEXT_BYTES)
@@ -179,7 +175,7 @@ def _send(
         folder = local_path(source_url)
         check_shard(folder, shard)
         sent = store.put_shard(shard, folder / shard.name, folder / shard.index_name)
-        advance(_bytes([shard]))
+        advance(shard.total_bytes)
         return sent
 
     if is_local(source_url):
@@ -195,13 +191,9 @@ def _send(
 
 def _bring(source: Storage, shard: Shard, folder: Path, advance: Callable[[int], None]) -> None:
     """Fetch a shard's two files."""
-    files = (
-        (shard.index_name, shard.index_bytes, shard.index_sha256),
-        (shard.name, shard.bytes, shard.sha256),
-    )
     _all_of(
         partial(fetch, source, name, folder / name, size=size, sha256=sha256, advance=advance)
-        for name, size, sha256 in files
+        for name, size, sha256 in shard.files
     )
 
 
@@ -258,7 +250,7 @@ def verify(url: str, progress: Progress | None = None) -> Verified:
         try:
             if is_local(url):
                 counts = _check(local_path(url), shard)
-                advance(_bytes([shard]))
+                advance(shard.total_bytes)
             else:
                 with scratch_folder("md2-verify") as scratch:
                     _bring(storage, shard, scratch, advance)

@@ -18,15 +18,7 @@ from torch import Tensor
 from md2.config import Config
 from md2.data.batch import Batch
 from md2.evaluation.collectors import Collector
-from md2.evaluation.metrics import (
-    EIGEN,
-    EIGEN_BENCHMARK,
-    METRICS,
-    Crop,
-    Protocol,
-    evaluate_batch,
-    mean_metrics,
-)
+from md2.evaluation.metrics import EIGEN, EIGEN_BENCHMARK, METRICS, Crop, Protocol, evaluate_batch, mean_metrics
 from md2.inference.predictor import Predictor
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError, InputError, UsageError
@@ -141,12 +133,7 @@ def constant_disparity(batch: Batch) -> Tensor:
 
 
 def evaluation_batches(
-    dataset: LocalDataset,
-    part: str,
-    predictor: Predictor | None,
-    *,
-    batch_size: int = 16,
-    limit: int | None = None,
+    dataset: LocalDataset, part: str, predictor: Predictor | None, *, batch_size: int = 16, limit: int | None = None
 ) -> Iterator[Batch]:
     """Read target images and ground truth of one part, once and in the dataset's order, at the networks' size.
 

@@ -32,13 +32,7 @@ from md2.evaluation.evaluate import (
 from md2.evaluation.further import FurtherMetrics
 from md2.evaluation.metrics import EIGEN, METRICS, Crop, Protocol
 from md2.evaluation.overlap import Overlap, training_overlap
-from md2.evaluation.predictions import (
-    is_ground_truth,
-    keys_file,
-    open_ground_truth,
-    open_predictions,
-    truth_batches,
-)
+from md2.evaluation.predictions import is_ground_truth, keys_file, open_ground_truth, open_predictions, truth_batches
 from md2.inference.inputs import Progress
 from md2.inference.predictor import Predictor
 from md2.model import Networks

@@ -147,11 +147,7 @@ def run_predict(
     if options.viewer is not None:
         options.viewer.write()
         written.append(options.viewer.path)
-    return Predicted(
-        sum(part.images for part in done),
-        written,
-        [failure for part in done for failure in part.failed],
-    )
+    return Predicted(sum(part.images for part in done), written, [failure for part in done for failure in part.failed])
 
 
 def predict_images(

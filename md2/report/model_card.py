@@ -159,7 +159,7 @@ def _data_section(dataset: dict[str, Any]) -> str:
         return "## Data\n\nNot known: these weights came without a record of their training.\n"
     lines = [
         f"Split {dataset.get('split', 'not known')}, images as {dataset.get('images', 'not known')}. The sha256 of the "
-        f"dataset's manifest (dataset.json), which names exactly these bytes: `{dataset.get('manifest_sha256', '')}`.",
+        f"dataset's manifest (dataset.json), which names exactly these bytes: `{dataset.get('manifest_sha256', '')}`."
     ]
     return "## Data\n\n" + "\n".join(lines) + "\n"
 

@@ -21,12 +21,7 @@ from md2.visualize import Picture
 
 @torch.no_grad()
 def validate(
-    networks: Networks,
-    loss: ReprojectionLoss,
-    batches: Iterable[Batch],
-    config: Config,
-    ranks: Ranks,
-    amp: AmpSettings,
+    networks: Networks, loss: ReprojectionLoss, batches: Iterable[Batch], config: Config, ranks: Ranks, amp: AmpSettings
 ) -> tuple[dict[str, float], Picture | None]:
     """Mean over all ranks' batches, and a picture of the first batch (main rank only).
 

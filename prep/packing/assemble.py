@@ -127,13 +127,7 @@ def _problem(sample: PlannedSample, plan: PackingPlan, encoded: Encoded) -> tupl
 
 
 def cut_shards(
-    plan: PackingPlan,
-    encoded: Encoded,
-    part: str,
-    samples: list[PlannedSample],
-    folder: Path,
-    store: Store,
-    task: int,
+    plan: PackingPlan, encoded: Encoded, part: str, samples: list[PlannedSample], folder: Path, store: Store, task: int
 ) -> Iterator[ShardJob]:
     """Jobs for a part's shards. One ends after `SAMPLES_PER_SHARD` samples, or when it has `shard_bytes`."""
     batch: list[SampleJob] = []

@@ -339,11 +339,7 @@ def _collect_time_steps(plan: PackingPlan) -> None:
 
 
 def _time_step(
-    drive: Drive,
-    frame: int,
-    images: set[tuple[int, CameraSide]],
-    depth: set[tuple[int, CameraSide]],
-    typical_scan: int,
+    drive: Drive, frame: int, images: set[tuple[int, CameraSide]], depth: set[tuple[int, CameraSide]], typical_scan: int
 ) -> TimeStep:
     sides: list[CameraSide] = ["l", "r"]
     depth_sides = [side for side in sides if (frame, side) in depth]

@@ -125,10 +125,9 @@ class Fetcher:
         Raises:
             DatasetError, StorageError: as `hold`.
         """
-        files = ((shard.index_name, shard.index_bytes, shard.index_sha256), (shard.name, shard.bytes, shard.sha256))
         with claim:
             try:
-                for name, size, sha256 in files:
+                for name, size, sha256 in shard.files:
                     path = self.place.folder / name
                     if not _is_whole(path, size, sha256):
                         # A damaged file: the jobs that have it open keep the old one until they end.

@@ -180,7 +180,7 @@ class CachedFolder:
 
     def present_bytes(self, shard: Shard) -> int:
         """How many of the shard's bytes are on the disk already."""
-        return sum(_size(self.folder / name) or _size(self.folder / f"{name}.part") for name in _files(shard))
+        return sum(_size(self.folder / name) or _size(self.folder / f"{name}.part") for name, _, _ in shard.files)
 
     def take_room(self, shard: Shard, *, urgent: bool) -> None:
         """Evict what must go for the shard, and claim its room until `give_room_back`; the fetch lock is held.
@@ -188,7 +188,7 @@ class CachedFolder:
         Raises:
             NoRoomError: too little can go.
         """
-        wanted = shard.bytes + shard.index_bytes
+        wanted = shard.total_bytes
         with self.cache.lock("room").acquire(_LOCK_PATIENCE):
             make_room(self.cache, wanted - min(self.present_bytes(shard), wanted), urgent=urgent)
             self._claim(shard).write_text(str(wanted))
@@ -199,10 +199,6 @@ class CachedFolder:
 
     def _claim(self, shard: Shard) -> Path:
         return self.folder / ".claims" / _flat(shard.name)
-
-
-def _files(shard: Shard) -> tuple[str, str]:
-    return shard.name, shard.index_name
 
 
 def _flat(name: str) -> str:
