@@ -131,12 +131,13 @@ def test_curves_are_the_logged_numbers() -> None:
     lines = [
         {"kind": "train", "step": 1, "epoch": 0, "loss": 3.0, "loss/0": 2.0},
         {"kind": "val", "step": 1, "epoch": 1, "loss": 2.5, "abs_rel": 0.4},
-        {"kind": "train", "step": 2, "epoch": 1, "loss": None, "loss/0": 1.0},
+        {"kind": "train", "step": 2, "epoch": 1, "loss": None, "loss/0": 1.0, "camera/fx": 55.0},
     ]
     curves = {curve.title: dict(curve.series) for curve in curves_of(lines)}
     assert curves["Loss"] == {"training": [(1, 3.0)], "validation": [(1, 2.5)]}
     assert curves["Loss per scale"] == {"scale 0": [(1, 2.0), (2, 1.0)]}
     assert curves["Depth error"] == {"abs_rel": [(1, 0.4)]}
+    assert curves["Learned camera [pixels]"] == {"fx": [(2, 55.0)]}
     assert "Learning rate" not in curves
 
 
