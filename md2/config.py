@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from shards.errors import InputError, UsageError, first_line
+from shards.files import expanded
 from shards.sample import DISTANCES, POSES
 from shards.yaml_text import load_yaml, read_yaml_text
 
@@ -434,3 +435,18 @@ def _nearest(key: str) -> str:
     same_leaf = [known for known in known_keys() if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     near = same_leaf or difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; sections are {', '.join(Config.model_fields)}"
+
+
+def weights_path(weights: str) -> Path:
+    """Return the file or folder that `model.weights` names.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = expanded(Path(weights))
+    if not path.exists():
+        raise InputError(
+            f"model.weights={weights}: no such file or folder; give imagenet, scratch, a torchvision or timm file, "
+            "a run, a checkpoint or a folder of Monodepth2 weights"
+        )
+    return path

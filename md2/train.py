@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from md2.config import Config, config_from_dict, load_source, merge_overrides, read_config_tree
+from md2.config import Config, config_from_dict, load_source, merge_overrides, read_config_tree, weights_path
 from shards.dataset import LocalDataset, open_dataset
 from shards.errors import InputError, Md2Error, TrainingError, UsageError, first_line, visible
 from shards.files import expanded, read_small, require_local, sweep, write_atomic
@@ -124,6 +124,8 @@ def start_run(config: Config, run: Path, reporter: Reporter) -> TrainingResult:
     config = _with_absolute_url(config)
     stop = StopRequest()
     dataset = open_dataset(config.data.url)
+    if config.model.weights not in ("imagenet", "scratch"):
+        weights_path(config.model.weights)
 
     from md2.distributed import ranks
     from md2.training.trainer import Trainer

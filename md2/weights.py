@@ -31,14 +31,14 @@ from md2.checkpoint import (
     unwritten,
     what_else,
 )
-from md2.config import Config, config_from_dict
+from md2.config import Config, config_from_dict, weights_path
 from md2.model import Networks
 from md2.networks.decoder import WIDTHS
 from md2.networks.resnet import ARCHITECTURES, ResNetEncoder
 from md2.networks.states import load_state
 from md2.networks.timm_encoder import TimmEncoder
 from shards.errors import InputError, first_line
-from shards.files import expanded, fsync_folder, replace, temporary
+from shards.files import fsync_folder, replace, temporary
 
 IMAGENET_URLS = {
     name: f"https://download.pytorch.org/models/{name}-{digest}.pth"
@@ -82,12 +82,7 @@ def initialise(networks: Networks, weights: str) -> list[str]:
             else:
                 _load_resnet(encoder, download_imagenet(encoder.name), IMAGENET_URLS[encoder.name])
         return []
-    path = expanded(Path(weights))
-    if not path.exists():
-        raise InputError(
-            f"model.weights={weights}: no such file or folder; give imagenet, scratch, a torchvision or timm file, "
-            "a run, a checkpoint or a folder of Monodepth2 weights"
-        )
+    path = weights_path(weights)
     if is_monodepth2(path):
         return _load_common(networks, read_monodepth2(path).networks, str(path))
     if path.is_file() and isinstance(networks.encoder, TimmEncoder):

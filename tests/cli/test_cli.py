@@ -171,6 +171,7 @@ def test_mistakes_in_words_are_seen_before_torch_is_imported(dataset: Path, tmp_
         (["predict", run, image, "--cmap", "nope"], "no such colour map"),
         (["predict", "mono", image], "mono is a recipe"),
         (["compare", "nowhere"], "nowhere: no such run"),
+        (["train", "demo", f"data.url={dataset}", "model.weights=nope"], "model.weights=nope: no such file or folder"),
     ]
     lines = [[str(word) for word in words] for words, _ in mistakes]
     script = (
