@@ -25,8 +25,8 @@ from typing import Literal, NamedTuple
 from pydantic import TypeAdapter
 
 from prep.raw.text import text_lines
-from shards.errors import InputError, UsageError, first_line
-from shards.files import cache_folder, open_regular
+from shards.errors import InputError, StorageError, UsageError, first_line
+from shards.files import cache_folder, disk_errors, open_regular, sha256_file, write_atomic
 
 CameraSide = Literal["l", "r"]
 
@@ -202,33 +202,31 @@ def _split_name(path: Path) -> str:
 
 def _download(split: str, url: str) -> list[Path]:
     """Fetch a named split's files into the user's cache, each checked against its pinned sha256."""
-    import pooch
+    from shards.storage.http import HttpStorage
 
     folder = cache_folder() / "splits" / split
+    advice = f"put the lists into DIR/{split}/ and give --splits DIR, or set {SPLITS_URL_ENV} to a mirror"
     paths = []
     for name, sha256 in NAMED[split].files.items():
-        source = f"{url.rstrip('/')}/{split}/{name}"
-        shown = f"{re.sub(r'[?#].*', '', url).rstrip('/')}/{split}/{name}"  # a query may be a secret
+        path = folder / name
+        paths.append(path)
+        with disk_errors(path):
+            if path.is_file() and sha256_file(path) == sha256:
+                continue
+        if not url.startswith(("https://", "http://")):
+            raise InputError(f"{url}: not a web address; {advice}")
         try:
-            pooch.get_logger().setLevel("WARNING")
-            paths.append(Path(pooch.retrieve(source, known_hash=f"sha256:{sha256}", fname=name, path=folder)))
-        except OSError as error:
-            cause = _cause(error) if shown == source else type(error).__name__
-            raise InputError(
-                f"{shown}: cannot be downloaded ({cause}); put the lists into DIR/{split}/ and give --splits DIR, or "
-                f"set {SPLITS_URL_ENV} to a mirror"
-            ) from None
-        except ValueError as error:
-            if "hash" not in str(error):  # not pooch's own error: a malformed address
-                raise InputError(f"{shown}: not a web address; set {SPLITS_URL_ENV} to one") from None
-            raise InputError(f"{shown}: not the published list (sha256 differs from {sha256})") from None
+            data = HttpStorage(url).read(f"{split}/{name}", _MAX_LIST_BYTES)
+        except StorageError as error:
+            raise InputError(f"{error}; {advice}") from None
+        source = f"{url.rstrip('/')}/{split}/{name}"
+        if data is None:
+            raise InputError(f"{source}: nothing there; {advice}")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise InputError(f"{source}: not the published list (its sha256 is not {sha256})")
+        with disk_errors(path):
+            write_atomic(path, data)
     return paths
-
-
-def _cause(error: Exception) -> str:
-    """Why a download failed, without the connection pool and the retries in urllib3's messages."""
-    reason = getattr(error.args[0], "reason", None) if error.args else None
-    return first_line(error if reason is None else OSError(str(reason).rpartition(": ")[2]))
 
 
 def part_of(path: Path) -> str:
