@@ -7,16 +7,14 @@ the weights), `depth.pth`, for learned poses `pose.pth` and `pose_encoder.pth`, 
 
 from __future__ import annotations
 
-import pickle
+import hashlib
 import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +36,9 @@ from md2.networks.resnet import ARCHITECTURES, ResNetEncoder
 from md2.networks.states import load_state
 from md2.networks.timm_encoder import TimmEncoder
 from shards.errors import InputError, first_line
-from shards.files import fsync_folder, replace, temporary
+from shards.files import fsync_folder, remove_quietly, replace, temporary
+from shards.storage.http import HttpStorage
+from shards.storage.retry import MissingError
 
 IMAGENET_URLS = {
     name: f"https://download.pytorch.org/models/{name}-{digest}.pth"
@@ -52,6 +52,7 @@ IMAGENET_URLS = {
 }
 """torchvision's IMAGENET1K_V1 files; their names end with the first digits of the content's sha256."""
 
+_LARGEST_WEIGHTS = 1 << 30
 OFFICIAL_NAMES = ("encoder", "depth", "pose_encoder", "pose", "predictive_mask")
 _EXTRAS = ("height", "width", "use_stereo")
 _BLOCK = re.compile(r"encoder\.layer([1-4])\.(\d{1,4})\.")
@@ -109,19 +110,43 @@ def download_imagenet(encoder: str) -> StateDict:
         InputError: the download fails or its hash is wrong, or the cached file is damaged.
     """
     url = IMAGENET_URLS[encoder]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     try:
-        with redirect_stdout(sys.stderr):
-            state: StateDict = torch.hub.load_state_dict_from_url(
-                url, map_location="cpu", progress=sys.stderr.isatty(), check_hash=True, weights_only=True
-            )
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        if isinstance(error, HTTPError):
-            error.close()
+        if not path.is_file():
+            _fetch(url, path)
+        state: StateDict = read_torch(path)
+    except Exception as error:  # on other contents torch's unpickler fails in any way
+        reason = "nothing there" if isinstance(error, MissingError) else first_line(error)
         raise InputError(
-            f"cannot get the ImageNet weights {url}: {first_line(error)}; download the file elsewhere and give its "
+            f"cannot get the ImageNet weights {url}: {reason}; download the file elsewhere and give its "
             "path as model.weights, or use model.weights=scratch"
         ) from error
     return state
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Bring a file whose name ends in the begin of its sha256 into torch.hub's cache.
+
+    Raises:
+        StorageError, MissingError: the storage fails, or has no such file.
+        InputError: another file.
+        OSError: the cache cannot be written.
+    """
+    place, _, name = url.rpartition("/")
+    print(f"fetching {url} to {path}", file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside, digest = temporary(path), hashlib.sha256()
+    try:
+        with beside.open("wb") as file:
+            for piece in HttpStorage(place).stream(name):
+                digest.update(piece)
+                if file.tell() + file.write(piece) > _LARGEST_WEIGHTS:
+                    raise InputError("it does not end")
+        if not digest.hexdigest().startswith(path.stem.rpartition("-")[2]):
+            raise InputError(f"its sha256 is {digest.hexdigest()}, so it is another file")
+        replace(beside, path)
+    finally:
+        remove_quietly(beside)
 
 
 def load_imagenet(networks: Networks, state: Mapping[str, Tensor], where: str) -> list[str]:

@@ -16,7 +16,7 @@ from storage_servers import use_endpoint
 
 from shards import locks
 from shards.dataset import open_dataset
-from shards.errors import DatasetError, Md2Error, StorageError
+from shards.errors import DatasetError, InputError, Md2Error, StorageError
 from shards.files import open_regular, sha256_file
 from shards.locks import FileLock
 from shards.manage import find_datasets
@@ -202,6 +202,25 @@ def test_raw_data_of_a_server_that_trickles_is_given_up(monkeypatch: pytest.Monk
         with pytest.raises(StorageError, match=r"not answer in time; gave up after|connection was cut"):
             RawData([endpoint]).files("2011_09_26")
         assert time.monotonic() - began < BOUND
+
+
+def test_downloads_of_a_server_that_trickles_are_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of lists of splits, and of ImageNet weights, which one waited for without an end."""
+    from md2 import weights
+    from prep.raw.splits import read_split
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("MD2_CACHE", str(tmp_path / "cache"))
+    with server(body) as endpoint:
+        use_endpoint(monkeypatch, endpoint, patience=1)
+        monkeypatch.setitem(weights.IMAGENET_URLS, "resnet18", f"{endpoint}/resnet18-00000000.pth")
+        began = time.monotonic()
+        with pytest.raises(InputError, match=r"in time; gave up after .*; put the lists"):
+            read_split("eigen", url=endpoint)
+        with pytest.raises(InputError, match=r"in time; gave up after .*; download the file elsewhere"):
+            weights.download_imagenet("resnet18")
+        assert time.monotonic() - began < 2 * BOUND
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_file_system_that_blocks_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
