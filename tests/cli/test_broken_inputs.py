@@ -30,6 +30,7 @@ from pipeline_data import smooth
 from cli.console import run
 from cli.main import app
 from md2.checkpoint import load_checkpoint
+from md2.evaluation.metrics import METRICS
 from shards.dataset import open_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -154,6 +155,9 @@ SMALL_RUN = "train.device=cpu train.max_steps=2 train.log_every=1"
 CASES = [
     Case("predict {}/model.pt {}/street.png --out {}/out", ("model.pt", "street.png")),
     Case("predict {}/model.pt {}/film.mp4 --out {}/out --limit 2", ("film.mp4",)),
+    Case("predict {}/model.pt {}/street.png --camera {}/own/camera.yaml --out {}/out", ("own/camera.yaml",)),
+    Case("predict {}/published {}/street.png --out {}/out", ("published/model.safetensors", "published/config.json")),
+    Case("compare {}/e.json {}/run", ("e.json", "run/config.yaml", "run/metrics.jsonl")),
     Case("export {}/model.pt --to monodepth2 --out {}/out", ("model.pt",)),
     Case(
         "eval {}/model.pt {}/truth --json {}/e.json",
@@ -194,6 +198,7 @@ CASES = [
         "prep --dataset folder --raw {}/own --size 96x64 --workers 1 --out {}/packed",
         ("own/camera.yaml", "own/d/left/2.png"),
     ),
+    Case("prep --dataset folder --motion --raw {}/own --size 96x64 --workers 1 --out {}/packed", ("own/d/poses.txt",)),
     Case("train {}/mono.yaml --run {}/new", ("mono.yaml",)),
     Case("train --resume {}/run", ("run/config.yaml", "run/environment.json", "run/checkpoints/last.pt")),
 ]
@@ -232,6 +237,16 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(picture).save(root / folder / f"{number}.png")
     (root / "own" / "camera.yaml").write_text("width: 96\nheight: 64\nfx: 50\nfy: 48\ncx: 47.5\ncy: 31.5\n")
     (root / "poses.txt").write_text("".join(f"1 0 0 0 0 1 0 0 0 0 1 {n}\n" for n in range(5)))
+    shutil.copy(root / "poses.txt", root / "own" / "d" / "poses.txt")
+    assert run(app, ["export", str(root / "model.pt"), "--to", "safetensors", "--out", str(root / "published")]) == 0
+    result = {
+        "metrics": dict.fromkeys(METRICS, 0.1),
+        "model": "x",
+        "split": "eigen",
+        "part": "test",
+        "scaling": "median",
+    }
+    (root / "e.json").write_text(json.dumps(result))
     np.save(root / "d.npy", np.full((2, 8, 24), 0.2, np.float32))
     (root / "d.npy.keys.txt").write_text("drive_000\ndrive_001\n")
     (root / "pngs").mkdir()
