@@ -101,11 +101,13 @@ SHORT = {
     "model.weights": "scratch",
     "data.width": "96",
     "data.height": "64",
+    "data.threads": "1",
+    "data.prefetch": "1",
     "train.device": "cpu",
     "train.val_batches": "1",
 }
 """What trainings are given that do not set it themselves."""
-STEPS = ["train.batch_size=2", "train.max_steps=1"]
+STEPS = ["train.batch_size=1", "train.max_steps=1"]
 MODELS = ("eval", "predict", "odometry", "report")
 
 
