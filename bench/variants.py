@@ -2,9 +2,10 @@
 
     md2 bench variants FOLDER [--cases NAME,NAME] [--seeds 3] [--append FILE] [key.sub=value …]
 
-Three synthetic streets train, mono, from random weights; the depth of a fourth is compared with its scans (Garg's
-crop). FOLDER keeps everything, so that a measurement may be stopped and continued; a training that is done is not
-repeated. Overrides are for every `md2 train`, for example train.epochs=8. `--report` makes the table of what is there.
+Three synthetic streets train, mono, from random weights that see depth and motion of a plausible size; the depth of a
+fourth is compared with its scans (Garg's crop). FOLDER keeps everything, so that a measurement may be stopped and
+continued; a training that is done is not repeated. Overrides are for every `md2 train`, for example train.epochs=8.
+`--report` makes the table of what is there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -28,8 +28,10 @@ from md2.inference.predictor import load
 from md2.visualize import write_file
 from shards.dataset import open_dataset
 
-TRAINING = ["data.frames=[0,-1,1]", "data.stereo=false", "data.threads=1", "train.batch_size=4", "train.epochs=4"]
-TRAINING += ["train.lr_step_epochs=3", "train.val_batches=1", "train.image_every=100000", "train.precision=bf16"]
+TRAINING = ["data.frames=[0,-1,1]", "data.stereo=false", "data.threads=1", "train.batch_size=4", "train.epochs=3"]
+TRAINING += ["train.lr_step_epochs=2", "train.val_batches=1", "train.image_every=100000", "train.precision=bf16"]
+TRAINING += ["model.start=[7.03,1.026]"]
+"""From the usual start most seeds learn nothing in so few steps; the numbers are those of `md2 bench parity`."""
 BASELINE = "mono"
 
 Result = dict[str, float]
@@ -37,28 +39,14 @@ Result = dict[str, float]
 its depth differs from the truth."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One kind of training.
-
-    Attributes:
-        overrides: for `md2 train`.
-        after: the case whose weights of the same seed it begins with.
-    """
-
-    overrides: tuple[str, ...] = ()
-    after: str | None = None
-
-
-CASES = {
-    BASELINE: Case(),
-    "crop": Case(("data.crop=[0.7,1]",)),
-    "hrdepth": Case(("model.decoder=hrdepth",)),
-    "given": Case(("train.poses=given",)),
-    "velocity": Case(("loss.velocity=0.05",)),
-    "mono-twice": Case(after=BASELINE),
-    "velocity-after-mono": Case(("loss.velocity=0.05",), after=BASELINE),
+CASES: dict[str, list[str]] = {
+    BASELINE: [],
+    "crop": ["data.crop=[0.7,1]"],
+    "hrdepth": ["model.decoder=hrdepth"],
+    "given": ["train.poses=given"],
+    "velocity": ["loss.velocity=0.05"],
 }
+"""Name of a training -> its overrides."""
 
 
 def pack(folder: Path) -> Path:
@@ -74,17 +62,14 @@ def pack(folder: Path) -> Path:
 
 def measure(folder: Path, name: str, seed: int, overrides: Sequence[str]) -> Result:
     """Train and evaluate one case with one seed, or what is left of that."""
-    case, run = CASES[name], place(folder, name, seed)
+    run = place(folder, name, seed)
     if not (run / "result.json").exists():
         shards = pack(folder)
-        weights = "scratch" if case.after is None else place(folder, case.after, seed)
-        if case.after is not None:
-            measure(folder, case.after, seed, overrides)
         if (run / "checkpoints/last.pt").exists():
             md2("train", "--resume", run)
         else:
-            words = [f"data.url={shards}", *TRAINING, *case.overrides, *overrides, f"model.weights={weights}"]
-            md2("train", "demo", *words, f"train.seed={seed}", "--run", run)
+            words = [f"data.url={shards}", *TRAINING, *CASES[name], *overrides, f"train.seed={seed}"]
+            md2("train", "demo", *words, "--run", run)
         write_file(run / "result.json", json.dumps(evaluated(run, shards)).encode())
     return dict(json.loads((run / "result.json").read_text()))
 

@@ -99,6 +99,11 @@ class DataConfig(Section):
         """Offsets of the temporal source frames."""
         return [frame for frame in self.frames if frame != 0]
 
+    @property
+    def metres_per_unit(self) -> float:
+        """Metres in one unit of translations."""
+        return PAPER_METRES_PER_UNIT if self.baseline == "paper" else 1.0
+
 
 class ModelConfig(Section):
     """The networks."""
@@ -118,6 +123,11 @@ class ModelConfig(Section):
     """Depth at disparity 1, in the unit of depth."""
     max_depth: float = Field(100.0, gt=0)
     """Depth at disparity 0."""
+    start: list[float] | None = Field(None, min_length=2, max_length=2)
+    """Depth, and motion forward between the frames of a pair, in metres, at which random weights begin, such as
+    [15, 1]. None: as in the paper, at about 1 m and at rest.
+
+    A metre is 1 / 5.4 of the unit of depth, unless `data.baseline` is `metres`."""
     pose_network: Literal["separate_resnet", "shared", "posecnn"] = "separate_resnet"
     """Network that predicts the camera's motion: with an encoder of its own (a ResNet, unless `pose_encoder` names
     another), from the depth encoder's features, or a small plain one."""
@@ -266,6 +276,16 @@ class Config(Section):
             raise ValueError("data.device gpu with train.device cpu would copy every image back: use auto or cpu")
         return self
 
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        if self.model.start is not None:
+            depth, forward = (metres / self.data.metres_per_unit for metres in self.model.start)
+            if not (self.model.min_depth < depth < self.model.max_depth and forward >= 0):
+                raise ValueError(f"start {self.model.start}: a depth within the model's range, and a motion from 0")
+            if self.model.pose_network == "posecnn":
+                raise ValueError("posecnn's translations are relative to the depth: leave model.start out")
+        return self
+
     @property
     def motion(self) -> tuple[str, ...]:
         """Components of `md2 prep --motion` that training reads."""
@@ -276,7 +296,7 @@ class Config(Section):
         """Metres in one unit of predicted depth: 5.4 (the paper's stereo unit), 1 (metres), or None (mono: unknown)."""
         if not self.data.stereo and not self.motion:
             return None
-        return PAPER_METRES_PER_UNIT if self.data.baseline == "paper" else 1.0
+        return self.data.metres_per_unit
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML, which loads back to an equal one."""

@@ -20,7 +20,7 @@ from md2.config import Config, DataConfig, LossConfig, ModelConfig
 from md2.data.batch import Offset
 from md2.geometry import transform_from_axis_angle
 from md2.networks.camera import LearnedCamera
-from md2.networks.decoder import DepthDecoder
+from md2.networks.decoder import Conv3x3, DepthDecoder
 from md2.networks.hrdepth import HRDepthDecoder
 from md2.networks.pose import PoseCNN, PoseDecoder
 from md2.networks.resnet import ResNetEncoder
@@ -157,6 +157,8 @@ class Networks(nn.Module):
         if loss.predictive_mask:
             self.predictive_mask = DepthDecoder(self.encoder.channels, model.scales, len(self.sources))
         self.camera = LearnedCamera(data.width, data.height, data.fov) if data.intrinsics == "learned" else None
+        if model.start is not None:
+            self._begin(model, *(metres / data.metres_per_unit for metres in model.start))
 
     @classmethod
     def of(cls, config: Config) -> Networks:
@@ -181,6 +183,15 @@ class Networks(nn.Module):
             self.pose_encoder = self._encoder(model.pose_encoder_name, images)
             # Two motions although a pair needs one: official checkpoints have 12 channels here.
             self.pose = PoseDecoder(self.pose_encoder.channels, inputs=1, motions=max(2, images - 1))
+
+    def _begin(self, model: ModelConfig, depth: float, forward: float) -> None:
+        """Set the last biases, so that random weights see about this depth and motion."""
+        for layer in self.depth.modules():
+            if isinstance(layer, Conv3x3) and layer.full:
+                layer.begin((1 / depth - 1 / model.max_depth) / (1 / model.min_depth - 1 / model.max_depth))
+        if self.learns_poses and isinstance(self.pose, PoseDecoder):
+            # Points come closer. A pair's frames are in order of time; of all frames, the target is the first.
+            self.pose.begin([-forward] if self.pairs else [-forward * offset for offset in self.temporal])
 
     def hold_camera(self, held: bool) -> None:
         """Keep learned intrinsics, if there are any, as they are while `held`."""

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from md2.config import PAPER_METRES_PER_UNIT, DataConfig
+from md2.config import DataConfig
 from md2.data.augment import (
     Jitter,
     Windows,
@@ -118,7 +118,7 @@ class Loader:
         self.dataset, self.part, self.config = dataset, part, config
         self.batch_size, self.seed, self.train = batch_size, seed, train
         self.rank, self.world_size, self.device = rank, world_size, device
-        self.metres_per_unit = PAPER_METRES_PER_UNIT if config.baseline == "paper" else 1.0
+        self.metres_per_unit = config.metres_per_unit
         self._accumulate = accumulate if train else 1
         self._decode = decode_device(config.device, device)
         self._plan = read_plan(dataset, config, train=train, depth=depth, motion=motion)

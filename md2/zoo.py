@@ -53,6 +53,8 @@ _NOTES = {
     "hrnet_w18_kitti_mono_stereo_640x192": "abs_rel 0.1021 (Spencer et al. 2022); not reproduced by md2",
     # Lyu et al., AAAI 2021.
     "hrdepth_resnet18_kitti_mono_640x192": "abs_rel 0.109, rmse 4.632 (Lyu et al. 2021); not reproduced by md2",
+    # Guizilini et al., "3D Packing for Self-Supervised Monocular Depth Estimation", CVPR 2020.
+    f"{_P}mono_velocity_640x192": "abs_rel 0.111 with PackNet (Guizilini et al. 2020); not reproduced by md2",
     # He et al., "RA-Depth: Resolution Adaptive Self-Supervised Monocular Depth Estimation", ECCV 2022.
     f"{_P}mono_crop_640x192": "abs_rel 0.096 with an HRNet and more (RA-Depth 2022); not reproduced",
 }
@@ -83,7 +85,8 @@ class Recipe:
             return "make demo  # renders its drive, packs it, and trains this"
         folder = self.config.data.url.rsplit("/", 1)[-1]
         split, _, size = folder.rpartition("_") if folder.endswith(tuple("0123456789")) else (folder, "", "")
-        return f"md2 prep --split {split}" + (f" --size {size} --out {self.config.data.url}" if size else "")
+        motion = " --motion" if self.config.motion else ""
+        return f"md2 prep --split {split}{motion}" + (f" --size {size} --out {self.config.data.url}" if size else "")
 
     @property
     def train_command(self) -> str:

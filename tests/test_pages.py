@@ -68,7 +68,7 @@ MAKES = {
         runs/first/checkpoints/previous.pt runs/first/checkpoints/best.pt runs/first/tensorboard runs/first/panels
         runs/four/config.yaml kitti_shards/eigen_zhou_832x256/dataset.json runs/convnext/config.yaml
         runs/monodepth2_resnet18_kitti_mono_crop_640x192/config.yaml runs/hrnet/config.yaml runs/mono/config.yaml
-        runs/metres/config.yaml
+        runs/monodepth2_resnet18_kitti_mono_velocity_640x192/config.yaml runs/metres/config.yaml
     """,
 }
 """Some of what is there afterwards, and in the folder itself nothing else."""

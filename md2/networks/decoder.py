@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log
 from typing import Any
 
 import torch
@@ -69,6 +70,11 @@ class Conv3x3(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3)
         self.full = full
+
+    def begin(self, output: float) -> None:
+        """Set the bias so that the sigmoids of what this gives begin near `output`."""
+        assert self.conv.bias is not None
+        nn.init.constant_(self.conv.bias, log(output / (1 - output)))
 
     def forward(self, x: Tensor) -> Tensor:
         # Padded before it is widened: half the bytes to move.

@@ -7,6 +7,7 @@ starts from almost no motion.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,12 @@ class PoseDecoder(nn.Module):
                 nn.Conv2d(256, 6 * motions, 1),
             ]
         )
+
+    def begin(self, z: Sequence[float]) -> None:
+        """Set the last biases so that the motions' translations begin near these along the camera's axis."""
+        biases = cast(Tensor, cast(nn.Conv2d, self.net[-1]).bias)
+        with torch.no_grad():
+            biases[5::6] = torch.tensor([z[place % len(z)] / OUTPUT_SCALE for place in range(len(biases) // 6)])
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """`inputs` deepest feature maps (B, C, h, w) -> (B, motions, 6)."""

@@ -117,6 +117,8 @@ def test_the_velocity_error_is_the_difference_of_lengths_and_leaves_out_what_is_
         (["loss.velocity=0.05", "data.frames=[0]", "data.stereo=true"], "needs temporal frames"),
         (["train.poses=given", "model.pose_network=posecnn"], "relative to the depth"),
         (["data.baseline=metres"], "without stereo"),
+        (["model.start=[0.5,1]"], r"start \[0.5, 1.0\]: a depth within the model's range"),
+        (["model.start=[15,1]", "model.pose_network=posecnn"], "leave model.start out"),
     ],
 )
 def test_what_does_not_go_together(overrides: list[str], said: str) -> None:
@@ -124,9 +126,12 @@ def test_what_does_not_go_together(overrides: list[str], said: str) -> None:
         load_config("mono", overrides)
 
 
-@pytest.mark.parametrize("key", ["loss.velocity=0.1", "train.poses=given"])
-def test_a_mono_run_that_knows_its_motion_is_in_metres(moving: Path, tmp_path: Path, key: str) -> None:
-    train(moving, tmp_path / "run", "mono", [key, "data.baseline=metres", "train.max_steps=2"])
+@pytest.mark.parametrize(
+    ("recipe", "key"),
+    [("monodepth2_resnet18_kitti_mono_velocity_640x192", "loss.velocity=0.1"), ("mono", "train.poses=given")],
+)
+def test_a_mono_run_that_knows_its_motion_is_in_metres(moving: Path, tmp_path: Path, recipe: str, key: str) -> None:
+    train(moving, tmp_path / "run", recipe, [key, "data.baseline=metres", "train.max_steps=2"])
     assert len(losses(tmp_path / "run")) == 2
     model = md2.load(tmp_path / "run")
     assert model.metres_per_unit == 1
@@ -138,6 +143,35 @@ def test_a_run_with_given_poses_has_no_pose_network() -> None:
     assert sorted(networks.state_dicts()) == ["depth", "encoder"]
     assert networks({offset: torch.zeros(1, 3, 64, 96) for offset in (0, -1, 1)}).poses == {}
     assert not GivenPose(torch.eye(4)[None]).relative
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["data.baseline=metres", "data.stereo=true"],
+        ["model.decoder=hrdepth", "model.pose_network=shared"],
+        ["model.pose_input=all", "data.frames=[0,1,-1,-2]"],
+        ["train.poses=given"],
+    ],
+)
+def test_random_weights_begin_at_the_depth_and_motion_that_are_asked_for(options: list[str]) -> None:
+    settings = load_config("mono", ["model.start=[15,1]", *options])
+    torch.manual_seed(0)
+    networks, plain = Networks.of(settings).eval(), Networks.of(load_config("mono", options)).eval()
+    images: dict[Offset, torch.Tensor] = {offset: torch.rand(2, 3, 64, 96) for offset in settings.data.frames}
+    unit = settings.data.metres_per_unit
+    with torch.no_grad():
+        prediction, usual = networks(images), plain(images)
+    for disparity in prediction.disparities.values():
+        assert 10 < float(disparity_to_depth(disparity, 0.1, 100).median()) * unit < 20
+    assert float(disparity_to_depth(usual.disparities[0], 0.1, 100).median()) < 0.3
+    for offset, pose in prediction.poses.items():
+        # The car moves towards what is ahead: its points are closer in the next frame.
+        frames = offset if settings.model.pose_input == "all" else np.sign(offset)
+        moved = pose.transform()[:, :3, 3] * unit
+        torch.testing.assert_close(moved, torch.tensor([[0.0, 0, -frames]] * 2).float(), atol=0.05, rtol=0)
+    assert bool(prediction.poses) == (settings.train.poses == "learned")
 
 
 def test_a_dataset_without_motion_is_refused_in_one_line(dataset: Path, tmp_path: Path) -> None:
