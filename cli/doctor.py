@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from cli.console import console
+from cli.console import console, counted
 from shards.errors import first_line
 
 
@@ -57,7 +57,7 @@ def _cache() -> str:
 def _torch() -> str:
     import torch
 
-    return f"{torch.__version__}, {torch.get_num_threads()} threads"
+    return f"{torch.__version__}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def _gpu() -> str:
