@@ -262,6 +262,7 @@ def _ask(question: str, yes: bool) -> None:
     try:
         agreed = typer.confirm(question, err=True)
     except typer.Abort as error:
+        typer.echo(err=True)  # the question's line is still open
         raise UsageError("no answer to the question; --yes answers it") from error
     if not agreed:
         raise typer.Exit(1)

@@ -168,6 +168,9 @@ def _open(device: str, kind: str | None, name: str, threads: int = 0) -> VideoSo
         container.close()
         raise InputError(f"{name}: no pictures in it")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        container.close()
+        raise InputError(f"{name}: its pictures are coded in a way that FFmpeg does not know, or its header is damaged")
     stream.thread_type = "AUTO"
     stream.codec_context.thread_count = threads
     stream.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}

@@ -26,6 +26,7 @@ from md2.model import Networks
 from md2.visualize import open_picture
 from md2.weights import save_monodepth2
 from shards.errors import InputError, UsageError
+from shards.video import open_video
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -247,3 +248,13 @@ def test_a_film_on_a_full_disk_is_one_line(tmp_path: Path, interrupted: bool, sm
     with pytest.raises(KeyboardInterrupt if interrupted else InputError):
         film()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_film_of_an_unknown_coding_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path, Fraction(10)) as writer:
+        writer.write(np.zeros((64, 96, 3), np.uint8))
+    open_video(path).close()
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"xxxx"))
+    with pytest.raises(InputError, match="coded in a way that FFmpeg does not know"):
+        open_video(path)
