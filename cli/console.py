@@ -84,7 +84,7 @@ class _Bar(Progress):
     """A display that an exception wipes, so that the message stands alone."""
 
     def __exit__(self, *error: Any) -> None:
-        if error[0] is not None or not self.tasks:
+        if error[0] is not None or not any(task.completed for task in self.tasks):
             self.live.transient = True
         super().__exit__(*error)
 

@@ -63,7 +63,7 @@ def odometry(
 
     options = OdometryOptions(model, source, out, packed, sequence, part, truth, limit, batch_size)
     predictor = load(model, device)
-    with bars("frame") as bar:
+    with bars("frames") as bar:
         report = run_odometry(predictor, options, lambda place, name: open_sequence([place], name), bar("odometry"))
     if report.error is not None:
         say(

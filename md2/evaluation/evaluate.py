@@ -96,7 +96,9 @@ def evaluate(
     measured = 0
     for batch in batches:
         if batch.depth is None or batch.depth_size is None:
-            raise DatasetError("the dataset has no ground truth (depth.png): pack it with md2 prep --depth")
+            raise DatasetError(
+                "the dataset has no ground truth (depth.png): pack it from raw data with depth maps or scans"
+            )
         measured += int((batch.depth_size[:, 0] > 0).sum())
         disparity = predict(batch)
         bad = ~(disparity >= 0).flatten(1).all(1)
@@ -145,7 +147,9 @@ def evaluation_batches(
         DatasetError: no such part, or no ground truth.
     """
     if dataset.manifest.depth is None:
-        raise DatasetError(f"{dataset.url}: no ground truth in this dataset: pack it with md2 prep --depth")
+        raise DatasetError(
+            f"{dataset.url}: no ground truth in this dataset: pack it from raw data with depth maps or scans"
+        )
     return first_samples(single_part_loader(dataset, part, predictor, [0], batch_size, depth=True), limit)
 
 

@@ -488,4 +488,4 @@ _NOT_RESUMABLE = "its training state cannot be resumed (start a new run with its
 
 
 def _left_out(samples: int) -> str:
-    return f"; {samples} samples, less than a step, are left out" if samples else ""
+    return f"; {samples} sample{'s' * (samples != 1)} left out (less than a step)" if samples else ""
