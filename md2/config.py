@@ -39,9 +39,9 @@ class DataConfig(Section):
     """Target (0) and temporal source frames, as offsets."""
     stereo: bool = False
     """Use the stereo partner as a source frame."""
-    width: int = Field(640, ge=64, multiple_of=32)
+    width: int = Field(640, ge=64, le=8192, multiple_of=32)
     """Width of the networks' input in pixels; stored images of another size are resized."""
-    height: int = Field(192, ge=64, multiple_of=32)
+    height: int = Field(192, ge=64, le=8192, multiple_of=32)
     """Height of the networks' input in pixels."""
     intrinsics: Literal["calibrated", "nominal", "learned"] = "calibrated"
     """Camera matrices: `calibrated` is each drive's own, `nominal` the paper's one for all images, `learned` one camera
@@ -61,9 +61,9 @@ class DataConfig(Section):
     """Jitter brightness, contrast, saturation and hue of the networks' inputs with probability 0.5."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where images are decoded; `auto` is the GPU if the networks train on one."""
-    threads: int | None = Field(None, gt=0)
+    threads: int | None = Field(None, gt=0, le=1024)
     """Decoding threads; None: one per available core, at most 8 if the GPU decodes."""
-    prefetch: int = Field(2, gt=0)
+    prefetch: int = Field(2, gt=0, le=100)
     """Batches that DALI prepares ahead."""
     ahead: Literal["auto"] | bool = "auto"
     """Make the next batch (flips, floats, jitter) on a thread and CUDA stream of its own while a step runs; `auto`: on

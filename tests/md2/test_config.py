@@ -260,3 +260,11 @@ def test_units_of_predicted_depth() -> None:
 def test_keys_are_listed_with_their_sections() -> None:
     keys = set(known_keys())
     assert {"data", "data.url", "loss.no_ssim", "train.on_nan"} <= keys
+
+
+@pytest.mark.parametrize(
+    "word", ["data.threads=100000", "data.prefetch=100000000", "data.width=64000", "data.height=6400000"]
+)
+def test_numbers_at_which_dali_hangs_or_ends_the_process_are_refused(word: str) -> None:
+    with pytest.raises(UsageError, match=word.partition("=")[0].replace(".", r"\.")):
+        load_config("mono", [word])
