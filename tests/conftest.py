@@ -76,6 +76,7 @@ LONGEST = (
     "test_train_options.py",
     "test_storage_faults.py",
     "test_packaging.py",
+    "test_pages.py",
     "test_bench.py",
     "test_bench_loader.py",
 )
