@@ -132,6 +132,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         return _load_published(path)
     try:
         with bounded_zip(path) as archive:
+            _require_stored(archive, path)
             damaged = archive.testzip()
         if damaged is not None:
             raise InputError(f"{path}: damaged at {damaged}; use an earlier checkpoint")
@@ -157,17 +158,22 @@ def read_torch(path: Path) -> Any:
     with path.open("rb") as file:
         if file.read(2) == b"PK":
             with bounded_zip(path) as archive:
-                members = archive.infolist()
-            pickles = sum(member.file_size for member in members if member.filename.endswith("data.pkl"))
-            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-            if packed or sum(member.file_size for member in members) > path.stat().st_size or pickles > _LONGEST_PICKLE:
-                raise ValueError("it unpacks to more than it holds")
+                _require_stored(archive, path)
             data = torch.load(path, map_location="cpu", weights_only=True)
         else:
             file.seek(0)
             data = torch.load(cast(IO[bytes], _Pieces(file)), map_location="cpu", weights_only=True)
     _require_plain(data)
     return data
+
+
+def _require_stored(archive: zipfile.ZipFile, path: Path) -> None:
+    """Refuse an archive that unpacks to more than the file, or whose description of the tensors is long."""
+    members = archive.infolist()
+    pickles = sum(member.file_size for member in members if member.filename.endswith("data.pkl"))
+    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if packed or sum(member.file_size for member in members) > path.stat().st_size or pickles > _LONGEST_PICKLE:
+        raise ValueError("it unpacks to more than it holds")
 
 
 def _require_plain(data: Any) -> None:
@@ -248,7 +254,8 @@ def _load_published(path: Path) -> Checkpoint:
     except OSError as error:
         raise InputError(f"{beside}: cannot be read ({error.strerror}); it belongs to {path.name}") from error
     about = _parse_about(data, str(beside))
-    if (path.stat().st_size, sha256_file(path)) != (about["weights"]["bytes"], about["weights"]["sha256"]):
+    weights = about["weights"]
+    if path.stat().st_size != weights["bytes"] or sha256_file(path) != weights["sha256"]:
         raise InputError(f"{path}: not the weights that {ABOUT} beside it describes; fetch both again")
     require_short_header(path)
     networks: dict[str, StateDict] = {}
