@@ -30,7 +30,7 @@ def report(
 ) -> None:
     """Write a self-contained HTML page about a run.
 
-    It shows numbers, curves, panels, the worst images, the configuration and the dataset.
+    It shows numbers, curves, panels, the worst images, depth and point clouds, the configuration and the dataset.
     """
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: no run there (config.yaml is missing)")

@@ -105,9 +105,15 @@ class EvalReport:
 
 
 def measure(
-    options: EvalOptions, predictor: Predictor | None, progress: Progress = lambda done, total: None
+    options: EvalOptions,
+    predictor: Predictor | None,
+    progress: Progress = lambda done, total: None,
+    also: Sequence[Collector] = (),
 ) -> EvalReport:
     """Evaluate a model (`predictor`) or `options.predictions`. Of the files, only --save-png is written meanwhile.
+
+    Args:
+        also: collectors that see every batch as well.
 
     Raises:
         UsageError: options exclude each other.
@@ -127,7 +133,7 @@ def measure(
 
     disparities, worst_and_best, direction = Disparities(), WorstAndBest(data.protocol), Direction()
     further = FurtherMetrics(data.protocol, options.points)
-    collectors: list[Collector] = [further, disparities] if options.save_predictions else [further]
+    collectors: list[Collector] = [*also, further, *([disparities] if options.save_predictions else [])]
     collectors += [worst_and_best] if options.sheet else []
     collectors += [direction] if predictor is None else []
     pngs = BenchmarkPngs(options.save_png, data.protocol.max_depth) if options.save_png is not None else None

@@ -35,10 +35,11 @@ class Viewer:
         path: the page.
         cmap: matplotlib's name of the colour map.
         max_depth: the point clouds leave farther points out; in depth's unit.
+        most: predictions that are shown.
     """
 
-    def __init__(self, path: Path, cmap: str, max_depth: float) -> None:
-        self.path, self._cmap, self._max_depth = path, cmap, max_depth
+    def __init__(self, path: Path, cmap: str, max_depth: float, most: int = MOST_SAMPLES) -> None:
+        self.path, self._cmap, self._max_depth, self._most = path, cmap, max_depth, most
         self._kept: list[dict[str, Any]] = []
         self._every, self._seen = 1, 0
 
@@ -51,7 +52,7 @@ class Viewer:
         number, self._seen = self._seen, self._seen + 1
         if number % self._every:
             return
-        if len(self._kept) == MOST_SAMPLES:
+        if len(self._kept) == self._most:
             self._kept, self._every = self._kept[::2], 2 * self._every
             if number % self._every:
                 return
@@ -63,12 +64,22 @@ class Viewer:
         Raises:
             InputError: it cannot be written.
         """
+        write_file(self.path, self.html().encode())
+
+    def html(self) -> str:
+        """The page."""
         table = colorize(np.linspace(0, 1, 256, dtype=np.float32)[None], cmap=self._cmap, low=0, high=1)
         data = {"samples": self._kept, "colours": _base64(table.tobytes()), "maxDepth": self._max_depth}
         shown = "1 image" if self._seen == 1 else f"{self._seen} images"
         if self._seen > len(self._kept):
             shown = f"{len(self._kept)} of {shown}"
-        write_file(self.path, _page(f"Depth of {shown}", data).encode())
+        return _page(f"Depth of {shown}", data)
+
+
+def script() -> tuple[str, str]:
+    """The page's script, and what a policy calls it."""
+    text = (files("md2.inference") / "viewer.js").read_text("utf-8")
+    return text, f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _page(title: str, data: dict[str, Any]) -> str:
@@ -76,13 +87,12 @@ def _page(title: str, data: dict[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    script = (files("md2.inference") / "viewer.js").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    code, digest = script()
     # A name with </script> in it must not end the data.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     environment = Environment(loader=PackageLoader("md2.inference", ""), autoescape=True, undefined=StrictUndefined)
     template = environment.get_template("viewer.html")
-    return template.render(title=title, digest=digest, script=Markup(script), data=Markup(text))
+    return template.render(title=title, digest=digest, script=Markup(code), data=Markup(text))
 
 
 def _sample(name: str, result: DepthMap, camera: Intrinsics) -> dict[str, Any]:

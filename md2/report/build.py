@@ -3,7 +3,8 @@
     write_report(Path("runs/mono"), Path("runs/mono/report.html"))
 
 The page shows the numbers beside the published ones, curves, panels of target / warped / disparity / mask, the worst
-and best images, the configuration and the dataset's card. `page.html` beside this module is its template.
+and best images, a few with the depth under the pointer and a point cloud, the configuration and the dataset's card.
+`page.html` beside this module is its template.
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import escape
 from PIL import Image
+from torch import Tensor
 
 from md2.checkpoint import resolve
 from md2.config import Config, load_config
+from md2.data.batch import Batch
 from md2.evaluation.evaluate import choose_part
-from md2.evaluation.metrics import METRICS
+from md2.evaluation.metrics import METRICS, BatchMetrics
 from md2.evaluation.run import EvalOptions, EvalReport, measure, published_rows
 from md2.inference.inputs import Progress
-from md2.inference.predictor import DeviceChoice, load
+from md2.inference.predictor import DepthMap, DeviceChoice, load
+from md2.inference.viewer import Viewer, script
 from md2.training.curves import Curve, curves_of, draw
 from md2.training.runlog import ENVIRONMENT, read_metrics
 from md2.visualize import Picture, open_picture, require_writable, write_file
@@ -38,6 +44,8 @@ from shards.manifest import CARD
 LOWER_IS_BETTER = ("abs_rel", "sq_rel", "rmse", "rmse_log")
 MOST_BYTES = 16 << 20
 """Largest dataset card or environment file that is shown."""
+VIEWED = 6
+"""Images with the depth under the pointer and a point cloud."""
 PANEL_WIDTH = 1600
 """Wider panels are scaled down."""
 
@@ -85,6 +93,7 @@ def write_report(
     notes: list[str] = []
     opened: LocalDataset | None = None
     measured: EvalReport | None = None
+    viewer = Viewer(out, "magma", 80.0, VIEWED)
     url = dataset or config.data.url
     try:
         opened = open_dataset(url)
@@ -93,7 +102,7 @@ def write_report(
             name = f"{opened.manifest.split.name} {chosen}"
             # The sheet of worst and best images becomes a part of the page.
             options = EvalOptions(str(run), url, name, chosen, limit=limit, sheet=out)
-            measured = measure(options, load(resolve(run), device), progress)
+            measured = measure(options, load(resolve(run), device), progress, [partial(_view, viewer)])
     except Md2Error as error:
         notes.append(f"not measured: {error}" if opened is not None else f"the dataset cannot be shown: {error}")
     page = _render(
@@ -107,6 +116,8 @@ def write_report(
         curves=[(curve, _svg(curve)) for curve in curves_of(lines)],
         panels=_panels(run, notes),
         extremes=_figure(measured.worst_and_best.picture(), f"{measured.title}.") if measured is not None else None,
+        viewer=escape(viewer.html()) if measured is not None else None,
+        viewer_script=script()[1],
         settings=_settings(config),
         card=_card(opened),
         environment=_environment(run),
@@ -116,10 +127,19 @@ def write_report(
     return notes
 
 
+def _view(viewer: Viewer, batch: Batch, disparity: Tensor, scores: BatchMetrics) -> None:
+    """Show images as they were measured: at the networks' size, depth in metres by the metrics' scale."""
+    images = (batch.images[0].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for index in scores.pixels.nonzero()[:, 0].tolist():
+        depth = (scores.ratios[index] / disparity[index, 0].float()).cpu().numpy()
+        (fx, _, cx), (_, fy, cy), _ = batch.intrinsics[index].tolist()
+        viewer.add(batch.keys[index], DepthMap(images[index], depth, "metres"), (fx, fy, cx, cy))
+
+
 def _render(**parts: Any) -> str:
     """Fill the template; every text is escaped, and its invisible characters are spelled out."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup, escape
+    from markupsafe import Markup
 
     def shown(value: Any) -> Any:
         return value if hasattr(value, "__html__") else escape(visible(str(value)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import re
@@ -96,7 +97,8 @@ def test_nothing_is_fetched_and_nothing_runs(page: str) -> None:
 
 
 def test_every_picture_is_whole(page: str, run: Path) -> None:
-    jpegs = [base64.b64decode(data) for data in re.findall(r"data:image/jpeg;base64,([^\"]+)", page)]
+    outside = re.sub('srcdoc="[^"]*"', "", page)
+    jpegs = [base64.b64decode(data) for data in re.findall(r"data:image/jpeg;base64,([^\"]+)", outside)]
     assert len(jpegs) == 3, "two panels, and the worst images"
     sizes = []
     for data in jpegs:
@@ -109,6 +111,20 @@ def test_every_picture_is_whole(page: str, run: Path) -> None:
     assert len(titles) == 5
     for title in ("Loss", "Loss per scale", "Depth error", "Share of pixels within a factor", "Learning rate"):
         assert any(title in text for text in titles)
+
+
+def test_the_viewer_has_the_measured_images_their_camera_and_depth_in_metres(page: str) -> None:
+    """Each image's depth is scaled to its truth, which is 4, 9 and 30 m everywhere."""
+    inside = html.unescape(re.search('srcdoc="([^"]*)"', page)[1])  # type: ignore[index]
+    data = json.loads(re.search(r'id="data">(.*?)</script>', inside)[1])  # type: ignore[index]
+    assert [sample["name"] for sample in data["samples"]] == ["drive_000", "drive_001", "drive_002"]
+    for sample, truth in zip(data["samples"], (4, 9, 30), strict=True):
+        steps = np.frombuffer(base64.b64decode(sample["depth"]), "<u2")
+        depth = sample["first"] * np.exp(sample["step"] * steps)
+        assert np.median(depth) == pytest.approx(truth, rel=0.1)
+        assert sample["unit"] == "m"
+        assert sample["camera"] == [50, 48, 47.5, 31.5]
+        assert sample["size"] == [96, 64]
 
 
 def test_the_table_holds_what_was_measured_what_was_logged_and_what_was_published(page: str, run: Path) -> None:
@@ -171,6 +187,7 @@ def test_a_browser_opens_it_without_a_complaint(chromium: str, page: str, run: P
     assert dark[1500:].any()
     saturated = (pixels.max(2) - pixels.min(2)) > 100
     assert saturated.sum() > 20_000
+    assert (pixels == 32).all(2).sum() > 50_000, "the ground of the point cloud, which a script has drawn"
 
 
 def test_the_browser_would_have_complained(chromium: str, page: str, tmp_path: Path) -> None:
