@@ -1,4 +1,4 @@
-"""What the first bytes of an image or depth map say, before a decoder believes them."""
+"""What the first and last bytes of an image or depth map say, before a decoder believes them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,24 @@ def image_problem(file: Bytes) -> str | None:
 
 
 def size_problem(file: Bytes, most: int) -> str | None:
-    """Why an image must not be decoded: its header claims more than `most` pixels, or is none; else None."""
+    """Why an image must not be decoded: it claims more than `most` pixels, is none, or is cut short; else None.
+
+    DALI 2.4 may crash with all of the process on a file that is cut short: while it raises the error of one image, its
+    threads are at others. So a file without an end is shown to Pillow first.
+    """
     size = image_size(file.data)
     if size is None:
         return "is not a readable image"
     width, height = size
-    return f"claims {width}x{height} pixels, more than the {most} that are allowed" if width * height > most else None
+    if width * height > most:
+        return f"claims {width}x{height} pixels, more than the {most} that are allowed"
+    return None if _has_end(file) else image_problem(file)
+
+
+def _has_end(file: Bytes) -> bool:
+    """Whether a JPEG or PNG ends as it should; other data may follow."""
+    head, tail = file[:2].tobytes(), file[-1024:].tobytes()
+    return {b"\xff\xd8": b"\xff\xd9", _PNG[:2]: b"IEND"}.get(head, b"") in tail
 
 
 def image_size(file: memoryview) -> tuple[int, int] | None:
