@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -96,8 +97,8 @@ class RemoteStorage(Storage):
         # A secret may have a slash in it, so that the @ comes later.
         if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
             raise UsageError(f"{self.scheme}://…: no credentials in a URL; they come from the environment or a profile")
-        if "?" in path or "#" in path:  # of a signed link, in which there are credentials
-            raise UsageError(f"{self.scheme}://…: a dataset's address has no ? and no #")
+        if re.search("[?#].*=", path):  # a signed link, in which there are credentials
+            raise UsageError(f"{self.scheme}://…: a dataset's address has no query (?name=value)")
         if self.scheme not in _SCHEMES:
             raise UsageError(f"{url}: no such kind of storage ({scheme}://); there are {KINDS}")
         if not bucket:

@@ -137,7 +137,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> LocalDataset:
 
 @pytest.mark.parametrize(
     ("operator", "crop", "stored"),
-    [("image", None, True), ("image", None, False), ("image_slice", (0.7, 1.0), True)],
+    [("image", None, True), ("image", None, False), ("image", (0.7, 1.0), True)],
     ids=["stored", "native", "crop"],
 )
 def test_the_decoder_knows_the_images_size_and_the_share_of_the_jpeg_engines(

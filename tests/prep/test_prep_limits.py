@@ -155,7 +155,7 @@ def test_secrets_in_raw_urls_are_refused_and_not_repeated(url: str) -> None:
 def test_secrets_in_a_mirrors_address_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MD2_CACHE", str(tmp_path))
     for url in ("http://me:S3CRET@127.0.0.1:9/lists", "http://127.0.0.1:9/lists?token=S3CRET", "http://a..b/S3CRET?x"):
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(Md2Error) as caught:
             read_split("eigen", url=url)
         assert "S3CRET@" not in str(caught.value)
         assert "token" not in str(caught.value)

@@ -27,7 +27,8 @@ from shards.files import scratch_folder, temporary
 from shards.manifest import Shard
 top = Path(sys.argv[1])
 place = Cache(top / "cache").dataset("a" * 64)
-shard = Shard.model_construct(name="train/000000.tar", index_name="train/000000.idx", bytes=700, index_bytes=77)
+shard = Shard.model_construct(name="train/000000.tar", index_name="train/000000.idx", bytes=700, index_bytes=77,
+                              sha256="0" * 64, index_sha256="0" * 64)
 place.fetch_lock(shard).acquire(1)
 place.take_room(shard, urgent=True)
 for path in (place.folder / "dataset.json", place.folder / ".verified/train-000000", top / "run/checkpoints/last.pt"):
@@ -79,7 +80,14 @@ def test_a_cleared_cache_keeps_no_locks_of_it(top: Path) -> None:
 
 def test_a_live_process_keeps_its_claim_and_its_files(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    shard = Shard.model_construct(name="train/000000.tar", index_name="train/000000.idx", bytes=700, index_bytes=77)
+    shard = Shard.model_construct(
+        name="train/000000.tar",
+        index_name="train/000000.idx",
+        bytes=700,
+        index_bytes=77,
+        sha256="0" * 64,
+        index_sha256="0" * 64,
+    )
     place = cache.dataset("a" * 64)
     with place.fetch_lock(shard).acquire(1):
         place.take_room(shard, urgent=True)
