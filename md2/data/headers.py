@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import cache
 from io import BytesIO
 
@@ -31,8 +32,8 @@ def image_problem(file: Bytes) -> str | None:
 def size_problem(file: Bytes, most: int) -> str | None:
     """Why an image must not be decoded: it claims more than `most` pixels, is none, or is cut short; else None.
 
-    DALI 2.4 may crash with all of the process on a file that is cut short: while it raises the error of one image, its
-    threads are at others. So a file without an end is shown to Pillow first.
+    DALI 2.4 may crash, with all of the process, on a file whose parts do not follow one another: while it raises that
+    error, its threads are at other images. So Pillow sees such a file first.
     """
     size = image_size(file.data)
     if size is None:
@@ -40,29 +41,45 @@ def size_problem(file: Bytes, most: int) -> str | None:
     width, height = size
     if width * height > most:
         return f"claims {width}x{height} pixels, more than the {most} that are allowed"
-    return None if _has_end(file) else image_problem(file)
+    if not _leads_to_pixels(file.data):
+        return image_problem(file) or "has parts that do not follow one another"
+    end = {b"\xff\xd8": b"\xff\xd9", _PNG[:2]: b"IEND"}.get(file[:2].tobytes(), b"")
+    return None if end in file[-1024:].tobytes() else image_problem(file)
 
 
-def _has_end(file: Bytes) -> bool:
-    """Whether a JPEG or PNG ends as it should; other data may follow."""
-    head, tail = file[:2].tobytes(), file[-1024:].tobytes()
-    return {b"\xff\xd8": b"\xff\xd9", _PNG[:2]: b"IEND"}.get(head, b"") in tail
+def _leads_to_pixels(file: memoryview) -> bool:
+    """Whether the parts of a JPEG or PNG follow one another until the pixels."""
+    if bytes(file[:2]) == b"\xff\xd8":
+        return any(marker == 0xDA for marker, _ in _segments(file))
+    place = len(_PNG)
+    if bytes(file[:place]) == _PNG:
+        while place + 12 <= len(file) and bytes(file[place + 4 : place + 8]) != b"IDAT":
+            place += 12 + int.from_bytes(file[place : place + 4])
+    return place + 12 <= len(file)
+
+
+def _segments(file: memoryview) -> Iterator[tuple[int, int]]:
+    """Yield marker and place of a JPEG's segments (ITU-T T.81, annex B), until the pixels or what is no segment."""
+    place, marker = 2, 0
+    while place + 9 <= len(file) and file[place] == 0xFF and marker != 0xDA:
+        marker = file[place + 1]
+        if marker == 0xFF:  # a marker may be preceded by any number of bytes FF
+            place += 1
+            continue
+        yield marker, place
+        place += 2 + int.from_bytes(file[place + 2 : place + 4])
 
 
 def image_size(file: memoryview) -> tuple[int, int] | None:
     """Width and height in the header of a JPEG, PNG or binary PPM; None if it is none of these or cut short.
 
-    JPEG (ITU-T T.81, annex B): segments of marker and length, until a frame header (SOF, FF C0 to FF CF without C4, C8
-    and CC) with precision, height and width. A kB of it takes Pillow ten times as long, and there are three a sample.
+    A JPEG's are in its frame header (SOF, FF C0 to FF CF without C4, C8 and CC), behind the precision. A kB of it takes
+    Pillow ten times as long, and there are three a sample.
     """
     if bytes(file[:2]) == b"\xff\xd8":
-        place = 2
-        while place + 9 <= len(file) and file[place] == 0xFF:
-            marker = file[place + 1]
+        for marker, place in _segments(file):
             if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
                 return int.from_bytes(file[place + 7 : place + 9]), int.from_bytes(file[place + 5 : place + 7])
-            # A marker may be preceded by any number of bytes FF.
-            place += 1 if marker == 0xFF else 2 + int.from_bytes(file[place + 2 : place + 4])
         return None
     if bytes(file[:8]) == _PNG and bytes(file[12:16]) == b"IHDR" and len(file) >= _PNG_HEAD:
         return int.from_bytes(file[16:20]), int.from_bytes(file[20:24])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import resource
 import struct
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from pipeline_data import HEIGHT, WIDTH, Array, config, encode, loader, make_samples, pack, smooth
 
 import shards.stream
-from md2.data.headers import image_size
+from md2.data.headers import MAX_IMAGE_PIXELS, image_size, size_problem
 from shards.dataset import LocalDataset
 from shards.errors import DatasetError, StorageError
 from shards.manifest import Manifest
@@ -38,8 +40,15 @@ def with_component(name: str, change: Callable[[bytes], bytes], **options: Any) 
 
 @pytest.mark.parametrize(
     "change",
-    [lambda data: b"\x17" * 500, lambda data: data[: len(data) // 2], lambda data: data[:30], lambda data: data[:1]],
-    ids=["garbage", "cut in half", "cut in its header", "one byte"],
+    [
+        lambda data: b"\x17" * 500,
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:300],
+        lambda data: data[:300] + b"\xff\xd9",
+        lambda data: data[:30],
+        lambda data: data[:1],
+    ],
+    ids=["garbage", "cut in half", "cut in its tables", "tables without pixels", "cut in its header", "one byte"],
 )
 @pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
 def test_an_image_that_cannot_be_decoded_is_named_with_its_shard(
@@ -55,6 +64,26 @@ def test_an_image_that_cannot_be_decoded_is_named_with_its_shard(
     # It stays broken: another pass must not begin as if nothing had been.
     with pytest.raises(DatasetError, match=named):
         next(iter(batches))
+
+
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [("JPEG", {}), ("JPEG", {"progressive": True, "comment": b"x" * 999}), ("PNG", {"optimize": True}), ("PPM", {})],
+)
+@pytest.mark.parametrize("more", [b"", b"\0" * 5000], ids=["exact", "more behind"])
+def test_whole_images_are_let_through_and_those_cut_short_are_not(
+    format: str, options: dict[str, Any], more: bytes
+) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(smooth(np.random.default_rng(0), 96, 64)).save(buffer, format, **options)
+    data = buffer.getvalue()
+
+    def problem(data: bytes) -> str | None:
+        return size_problem(np.frombuffer(data, np.uint8), MAX_IMAGE_PIXELS)
+
+    assert problem(data + more) is None
+    if format != "PPM":
+        assert problem(data[:-40]) and problem(data[:200])
 
 
 def test_an_image_of_another_size_than_the_manifest_says_is_named(tmp_path: Path) -> None:
